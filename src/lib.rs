@@ -1,0 +1,28 @@
+//! `flow`: a declarative runner for fine-tuning experiments.
+//!
+//! A step is a struct. Its fields are its parameters; a field of type `Input<A>` is an edge; its
+//! serialised form, with each edge replaced by the content digest of what flows along it, is its
+//! cache key; and the record of having run it is its lineage.
+//!
+//! # The house
+//! A floor imports only floors below it; rooms on one floor do not see each other.
+//! `tests/flow/tidy.rs` holds the rule.
+//!
+//! | floor | modules | what they do |
+//! |---|---|---|
+//! | 7 roof | `cli`, `main.rs` | arguments, colours, tables, exit codes; the only floor that prints or reads the environment |
+//! | 5 engine | `engine` | Plan in, Run out: scheduler, cache decision, attempts, workers, events |
+//! | 4 rooms | `pipeline`, `kinds` | YAML to Pipeline to Plan; one file per step kind |
+//! | 3 contract | `step` | all that floors 4 and 5 agree on |
+//! | 2 rooms | `artifact`, `lineage`, `hub`, `data`, `text`, `learn` | typed views of stored trees; records, runs, lock; hub client; readers and samplers; templates and tokenizers; tensors and training |
+//! | 1 cellar | `store` | content-addressed objects, atomic publish, leases |
+//! | 0 ground | `digest`, `source`, `yaml` | hashes, spans and diagnostics, the spanned YAML tree |
+
+pub mod artifact;
+pub mod digest;
+pub mod hub;
+pub mod kinds;
+pub mod lineage;
+pub mod source;
+pub mod step;
+pub mod store;

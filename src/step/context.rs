@@ -1,0 +1,216 @@
+//! What a running step may touch.
+
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use anyhow::{Context as _, Result};
+use serde::{Deserialize, Serialize};
+use serde_json::{Map, Value};
+
+use super::{Binding, Input};
+use crate::artifact::{Artifact, View};
+use crate::digest::Digest;
+use crate::hub;
+use crate::store::{Entry, Origin, Store};
+
+/// Numbers and words about a run that belong to its record, not to its output: parameter counts,
+/// rows, throughput, times.
+pub type Facts = Map<String, Value>;
+
+/// The class of device that models run on; part of the key of kinds that run models.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Device {
+    /// The processor.
+    #[default]
+    Cpu,
+    /// An NVIDIA GPU.
+    Cuda,
+}
+
+/// What a step says while it runs.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(tag = "event", rename_all = "snake_case")]
+pub enum Event {
+    /// How far it is.
+    Progress {
+        /// Units done.
+        done: u64,
+        /// Units in all; 0 if not known.
+        total: u64,
+        /// What is counted (`rows`, `steps`, `bytes`).
+        unit: String,
+        /// A few words beside the bar (`loss 0.412  3,214 tok/s`).
+        message: String,
+    },
+    /// A point of a curve.
+    Metric {
+        /// `train/loss`, `eval/accuracy`, …
+        name: String,
+        /// Optimizer step.
+        step: u64,
+        /// The value; never NaN or infinite.
+        value: f64,
+    },
+    /// A line for the log.
+    Log {
+        /// The line.
+        line: String,
+    },
+    /// Something the user should know; shown, and kept in the record.
+    Warning {
+        /// The message.
+        message: String,
+    },
+}
+
+/// What a step made, beside the files under its output directories.
+#[derive(Debug, Default)]
+pub struct Produced {
+    /// Ports that are existing trees (a selected model, a trained model's base).
+    pub adopted: BTreeMap<String, Digest>,
+    /// Entries of ports whose bytes stay where they are.
+    pub referenced: BTreeMap<String, Vec<(Entry, Origin)>>,
+    /// For the record.
+    pub facts: Facts,
+    /// For the record.
+    pub warnings: Vec<String>,
+}
+
+/// What a running step may touch: its inputs, its output directories, a scratch directory, the
+/// hub client; and how it says how far it is.
+pub struct Context<'a> {
+    /// The store that inputs are read from.
+    pub store: Store,
+    /// The hub client.
+    pub hub: &'a hub::Hub,
+    /// The attempt's private directory; outputs go under `out/`.
+    pub attempt_dir: PathBuf,
+    /// Threads it may use.
+    pub threads: usize,
+    /// Where models run.
+    pub device: Device,
+    /// Environment that the step declared (`env:`), by name.
+    pub env: BTreeMap<String, String>,
+    /// Raised when the run is being stopped.
+    pub cancel: &'a AtomicBool,
+    /// Takes events.
+    pub emit: &'a (dyn Fn(Event) + Sync),
+    /// What it has made so far.
+    pub produced: Produced,
+}
+
+impl Context<'_> {
+    /// Opens an input.
+    ///
+    /// # Errors
+    /// When the store has lost it or it is not of the expected form.
+    pub fn open<A: Artifact>(&self, input: &Input<A>) -> Result<A> {
+        A::open(self.view(&input.binding)?)
+    }
+
+    /// Opens what a binding (of a gather's member, of a text) is bound to.
+    ///
+    /// # Errors
+    /// When it is not bound yet.
+    pub fn view(&self, binding: &Binding) -> Result<View> {
+        let ports = binding.ports.clone().context("this edge is not bound yet")?;
+        Ok(View { ty: binding.ty, ports, store: self.store.clone() })
+    }
+
+    /// The directory of an output port, made if need be. What lies in it when the step returns is
+    /// the port.
+    ///
+    /// # Errors
+    /// When it cannot be made.
+    pub fn out_dir(&self, port: &str) -> Result<PathBuf> {
+        let dir = self.attempt_dir.join("out").join(port);
+        std::fs::create_dir_all(&dir).with_context(|| format!("making {}", dir.display()))?;
+        Ok(dir)
+    }
+
+    /// A directory for files that are not outputs.
+    ///
+    /// # Errors
+    /// When it cannot be made.
+    pub fn scratch_dir(&self) -> Result<PathBuf> {
+        let dir = self.attempt_dir.join("scratch");
+        std::fs::create_dir_all(&dir).with_context(|| format!("making {}", dir.display()))?;
+        Ok(dir)
+    }
+
+    /// Makes an existing tree a port of this step's output.
+    pub fn adopt(&mut self, port: impl Into<String>, tree: Digest) {
+        self.produced.adopted.insert(port.into(), tree);
+    }
+
+    /// Adds a file to a port without copying it: its bytes stay at `origin`.
+    ///
+    /// # Errors
+    /// When the file cannot be read.
+    pub fn reference(&mut self, port: &str, path: &str, origin: Origin) -> Result<()> {
+        let (digest, size) = self.store.digest_of_file(&origin.path)?;
+        let entry = Entry { path: path.to_owned(), digest, size, executable: false };
+        let entries = self.produced.referenced.entry(port.to_owned()).or_default();
+        entries.push((entry, origin));
+        Ok(())
+    }
+
+    /// Writes a JSON file (pretty, with a newline at the end) into a directory.
+    ///
+    /// # Errors
+    /// When it cannot be written.
+    pub fn write_json(&self, dir: &Path, name: &str, value: &impl Serialize) -> Result<()> {
+        let mut text = serde_json::to_string_pretty(value)?;
+        text.push('\n');
+        let path = dir.join(name);
+        std::fs::write(&path, text).with_context(|| format!("writing {}", path.display()))
+    }
+
+    /// Says how far the step is.
+    pub fn progress(&self, done: u64, total: u64, unit: &str, message: impl Into<String>) {
+        let (unit, message) = (unit.to_owned(), message.into());
+        (self.emit)(Event::Progress { done, total, unit, message });
+    }
+
+    /// A point of a curve; a value that is not finite is logged instead.
+    pub fn metric(&self, name: &str, step: u64, value: f64) {
+        if value.is_finite() {
+            (self.emit)(Event::Metric { name: name.to_owned(), step, value });
+        } else {
+            self.log(format!("{name} at step {step} is {value}"));
+        }
+    }
+
+    /// A line for the log.
+    pub fn log(&self, line: impl Into<String>) {
+        (self.emit)(Event::Log { line: line.into() });
+    }
+
+    /// Something the user should know; shown, and kept in the record.
+    pub fn warn(&mut self, message: impl Into<String>) {
+        let message = message.into();
+        (self.emit)(Event::Warning { message: message.clone() });
+        self.produced.warnings.push(message);
+    }
+
+    /// A number or word for the record.
+    pub fn fact(&mut self, name: &str, value: impl Into<Value>) {
+        self.produced.facts.insert(name.to_owned(), value.into());
+    }
+
+    /// Whether the run is being stopped; a step returns soon after with [`Context::stop`].
+    pub fn cancelled(&self) -> bool {
+        self.cancel.load(Ordering::Relaxed)
+    }
+
+    /// Fails if the run is being stopped; call it in every long loop.
+    ///
+    /// # Errors
+    /// When the run is being stopped.
+    pub fn stop(&self) -> Result<()> {
+        anyhow::ensure!(!self.cancelled(), "interrupted");
+        Ok(())
+    }
+}
