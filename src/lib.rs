@@ -19,10 +19,17 @@
 //! | 0 ground | `digest`, `source`, `yaml` | hashes, spans and diagnostics, the spanned YAML tree |
 
 pub mod artifact;
+pub mod cli;
+pub mod data;
 pub mod digest;
+pub mod engine;
 pub mod hub;
 pub mod kinds;
+pub mod learn;
 pub mod lineage;
+pub mod pipeline;
 pub mod source;
 pub mod step;
 pub mod store;
+pub mod text;
+pub mod yaml;
