@@ -4,9 +4,7 @@ use std::collections::BTreeMap;
 use std::env;
 use std::path::{Path, PathBuf};
 
-use anyhow::Result;
-
-use crate::hub::{Hub, HubSettings};
+use crate::hub::{ENDPOINT, Hub, HubSettings, Token};
 
 /// Everything that the environment says, read once.
 pub(super) struct Environment {
@@ -24,9 +22,8 @@ impl Environment {
     }
 
     fn is_on(&self, name: &str) -> bool {
-        self.get(name).is_some_and(|v| {
-            ["1", "true", "yes", "on"].contains(&v.to_ascii_lowercase().as_str())
-        })
+        self.get(name)
+            .is_some_and(|v| ["1", "true", "yes", "on"].contains(&v.to_ascii_lowercase().as_str()))
     }
 
     /// Whether colours and bars are unwanted (`NO_COLOR`, or a terminal that cannot).
@@ -35,7 +32,7 @@ impl Environment {
     }
 
     /// The hub as Python's `huggingface_hub` would find it: same variables, same cache.
-    pub(super) fn hub(&self, offline: bool) -> Result<Hub> {
+    pub(super) fn hub(&self, offline: bool) -> Hub {
         let home = self.get("HOME").map_or_else(|| PathBuf::from("."), PathBuf::from);
         let hf_home = self.get("HF_HOME").map_or_else(
             || {
@@ -50,11 +47,11 @@ impl Environment {
             let text = std::fs::read_to_string(token_file).ok()?;
             Some(text.trim().to_owned()).filter(|t| !t.is_empty())
         });
-        let endpoint = self.get("HF_ENDPOINT").unwrap_or("https://huggingface.co");
+        let endpoint = self.get("HF_ENDPOINT").unwrap_or(ENDPOINT);
         Hub::new(HubSettings {
             endpoint: endpoint.trim_end_matches('/').to_owned(),
             cache_dir: cache,
-            token,
+            token: token.map(|t| Token::new(&t)),
             offline: offline || self.is_on("HF_HUB_OFFLINE"),
         })
     }

@@ -95,7 +95,10 @@ fn show_error(error: &anyhow::Error, json: bool) {
     let chain: Vec<String> = error.chain().map(ToString::to_string).collect();
     let help = advice(error);
     if json {
-        println!("{}", serde_json::json!({ "error": chain[0], "because": &chain[1..], "help": help }));
+        println!(
+            "{}",
+            serde_json::json!({ "error": chain[0], "because": &chain[1..], "help": help })
+        );
         return;
     }
     eprintln!("error: {}", chain[0]);

@@ -50,9 +50,10 @@ pub(super) fn trace(stage: &Stage, options: &TraceOptions) -> Result<Exit, Failu
     let what = step.map_or_else(|| options.what.clone(), |key| key.to_string());
     let lineage = trace_back(&store, &what)?;
     if stage.json {
-        let records = lineage.records.iter().map(|record| {
-            json!({ "record": record, "inputs": lineage.links.get(&record.key) })
-        });
+        let records = lineage
+            .records
+            .iter()
+            .map(|record| json!({ "record": record, "inputs": lineage.links.get(&record.key) }));
         println!("{}", serde_json::Value::Array(records.collect()));
         return Ok(Exit::Done);
     }

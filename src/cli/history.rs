@@ -43,7 +43,8 @@ pub(super) fn steps_named(run: &Run, name: Option<&str>) -> Result<Vec<StepSumma
 }
 
 fn when(unix_ms: u64) -> String {
-    let time = i64::try_from(unix_ms).ok().and_then(|ms| jiff::Timestamp::from_millisecond(ms).ok());
+    let time =
+        i64::try_from(unix_ms).ok().and_then(|ms| jiff::Timestamp::from_millisecond(ms).ok());
     time.map_or_else(String::new, |t| t.strftime("%Y-%m-%d %H:%M:%S UTC").to_string())
 }
 
@@ -53,9 +54,8 @@ pub(super) fn runs(stage: &Stage, options: &RunsOptions) -> Result<Exit, Failure
     let runs = Runs::of(&store).list()?;
     let runs: Vec<&Run> = runs.iter().take(options.limit).collect();
     if stage.json {
-        let list = runs.iter().map(|r| {
-            json!({ "run": r.info, "status": r.status, "summary": r.summary })
-        });
+        let list =
+            runs.iter().map(|r| json!({ "run": r.info, "status": r.status, "summary": r.summary }));
         println!("{}", Value::Array(list.collect()));
         return Ok(Exit::Done);
     }
@@ -129,13 +129,21 @@ fn show_step(stage: &Stage, store: &Store, step: &StepSummary) -> Result<(), Fai
     }
     println!("{}  {:?}", step.id, step.state);
     let Some(record) = record else {
-        println!("  no record{}", step.message.as_deref().map(|m| format!(": {m}")).unwrap_or_default());
+        println!(
+            "  no record{}",
+            step.message.as_deref().map(|m| format!(": {m}")).unwrap_or_default()
+        );
         return Ok(());
     };
     let made = &record.made;
     println!("  kind     {} v{}", record.kind, record.version);
     println!("  key      {}", record.key);
-    println!("  made     run {}, {}, in {}", made.run, when(made.started_unix_ms), table::seconds(made.seconds));
+    println!(
+        "  made     run {}, {}, in {}",
+        made.run,
+        when(made.started_unix_ms),
+        table::seconds(made.seconds)
+    );
     println!("  on       {}, {} {}, {} threads", made.host, made.device, made.isa, made.threads);
     if let Some(bytes) = made.peak_rss_bytes {
         println!("  memory   {} at most", table::bytes(bytes));

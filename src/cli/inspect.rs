@@ -16,9 +16,10 @@ use crate::step::Kind;
 pub(super) fn kinds(stage: &Stage, name: Option<&str>) -> Result<Exit, Failure> {
     let Some(name) = name else {
         if stage.json {
-            let list = stage.kinds.iter().map(|k| {
-                json!({ "kind": k.name, "version": k.version, "summary": k.summary() })
-            });
+            let list = stage
+                .kinds
+                .iter()
+                .map(|k| json!({ "kind": k.name, "version": k.version, "summary": k.summary() }));
             println!("{}", Value::Array(list.collect()));
         } else {
             let rows = stage.kinds.iter().map(|k| vec![k.name.to_owned(), k.summary()]);

@@ -68,7 +68,9 @@ fn dispatch(stage: &Stage, command: Command) -> Result<Exit, Failure> {
         Command::Show(options) => history::show(stage, &options),
         Command::Log(options) => history::log(stage, &options),
         Command::Kinds { kind } => inspect::kinds(stage, kind.as_deref()),
-        Command::Schema { kind, write } => inspect::schema(stage, kind.as_deref(), write.as_deref()),
+        Command::Schema { kind, write } => {
+            inspect::schema(stage, kind.as_deref(), write.as_deref())
+        }
         Command::Completions { shell } => {
             let mut command = Arguments::command();
             clap_complete::generate(shell, &mut command, "flow", &mut std::io::stdout());

@@ -185,8 +185,7 @@ fn spinner() -> ProgressStyle {
 }
 
 fn known(unit: &str) -> ProgressStyle {
-    let template =
-        format!("{{prefix}}  {{bar:24}} {{pos}}/{{len}} {unit}  {{msg}}  {{eta}} left");
+    let template = format!("{{prefix}}  {{bar:24}} {{pos}}/{{len}} {unit}  {{msg}}  {{eta}} left");
     ProgressStyle::with_template(&template).unwrap_or_else(|_| ProgressStyle::default_bar())
 }
 
@@ -210,7 +209,14 @@ fn precise(seconds: f64) -> String {
 /// The numbers of a record that say most, on one line.
 fn brief(facts: &Map<String, Value>) -> String {
     const SHOWN: [&str; 9] = [
-        "rows", "tokens", "loss", "accuracy", "f1", "perplexity", "samples_per_second", "selected",
+        "rows",
+        "tokens",
+        "loss",
+        "accuracy",
+        "f1",
+        "perplexity",
+        "samples_per_second",
+        "selected",
         "trainable_parameters",
     ];
     let mut parts = Vec::new();

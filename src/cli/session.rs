@@ -89,7 +89,7 @@ pub(super) fn ground(stage: &Stage, options: &PlanOptions) -> Result<Ground, Fai
     let dir = stage.environment.store_dir(stage.store.as_deref(), &root);
     Ok(Ground {
         store: Store::open(&dir)?,
-        hub: stage.environment.hub(options.offline)?,
+        hub: stage.environment.hub(options.offline),
         cancel: Arc::new(AtomicBool::new(false)),
         signals: Arc::new(AtomicUsize::new(0)),
     })

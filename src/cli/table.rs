@@ -11,7 +11,8 @@ pub(super) fn render(heading: &[&str], rows: &[Vec<String>]) -> String {
         all.iter().filter_map(|r| r.get(c)).map(|t| t.chars().count()).max().unwrap_or(0)
     };
     let widths: Vec<usize> = (0..heading.len()).map(width).collect();
-    let numeric: Vec<bool> = (0..heading.len()).map(|c| rows.iter().all(|r| is_number(&r[c]))).collect();
+    let numeric: Vec<bool> =
+        (0..heading.len()).map(|c| rows.iter().all(|r| is_number(&r[c]))).collect();
     let mut out = String::new();
     for row in all {
         let mut line = String::new();
