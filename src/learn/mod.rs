@@ -8,7 +8,10 @@
 
 mod batch;
 mod config;
+mod matrix;
 mod model;
+pub mod nf4;
+mod ops;
 pub mod random;
 mod setup;
 
