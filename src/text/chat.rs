@@ -64,9 +64,8 @@ impl ChatTemplate {
             Err(Error::new(ErrorKind::InvalidOperation, message))
         });
         if let Some(date) = date {
-            let day: jiff::civil::Date = date
-                .parse()
-                .with_context(|| format!("`{date}` is not a date like 2026-01-31"))?;
+            let day: jiff::civil::Date =
+                date.parse().with_context(|| format!("`{date}` is not a date like 2026-01-31"))?;
             env.add_function("strftime_now", move |format: String| -> Result<String, Error> {
                 let time = day.at(0, 0, 0, 0);
                 jiff::fmt::strtime::format(&format, time)
@@ -92,8 +91,7 @@ impl ChatTemplate {
         turns: impl Iterator<Item = (&'a str, String)>,
         add_generation_prompt: bool,
     ) -> Result<String> {
-        let messages: Vec<Turn<'_>> =
-            turns.map(|(role, content)| Turn { role, content }).collect();
+        let messages: Vec<Turn<'_>> = turns.map(|(role, content)| Turn { role, content }).collect();
         let named = Value::from_serialize(&self.specials);
         let values = context! {
             messages => messages,
@@ -107,7 +105,9 @@ impl ChatTemplate {
             let text = e.detail().map_or_else(|| e.to_string(), str::to_owned);
             let fault = Fault::new(format!("the chat template refuses this conversation: {text}"));
             if text.contains("strftime_now") {
-                return fault.help("it prints today's date; give one with `date: YYYY-MM-DD`").into();
+                return fault
+                    .help("it prints today's date; give one with `date: YYYY-MM-DD`")
+                    .into();
             }
             anyhow::Error::from(fault)
         })

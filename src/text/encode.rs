@@ -144,7 +144,8 @@ impl Encoder {
         // a chat template has written its end-of-turn token, which need not be the EOS
         let ended = end.is_some()
             && (end == eos
-                || self.limits.special_tokens && end.is_some_and(|id| self.tokenizer.is_special(id)));
+                || self.limits.special_tokens
+                    && end.is_some_and(|id| self.tokenizer.is_special(id)));
         if !ended {
             let help = "the chat template ends no turn, and the tokenizer names no `eos_token`";
             ids.push(eos.with_context(|| help)?);
@@ -163,8 +164,7 @@ impl Encoder {
             let ids = self.target(target, true)?;
             if let Some(other) = found.iter().position(|known| *known == ids) {
                 let name = |i: usize| words.get(i).map_or("?", String::as_str);
-                let message =
-                    format!("`{}` and `{}` have the same tokens", name(other), name(at));
+                let message = format!("`{}` and `{}` have the same tokens", name(other), name(at));
                 let help = "choose other words for these labels";
                 return Err(Fault::new(message).help(help).into());
             }
@@ -275,8 +275,7 @@ impl Encoder {
         let start: usize = run.pieces[..piece].iter().map(|p| p.text.len()).sum();
         let whole = run.pieces[piece].text.clone();
         let end = start + whole.len();
-        let encoding =
-            self.tokenizer.inner.encode(run.text(), false).map_err(wrong("encoding"))?;
+        let encoding = self.tokenizer.inner.encode(run.text(), false).map_err(wrong("encoding"))?;
         let ends: Vec<usize> = encoding
             .get_offsets()
             .iter()
@@ -335,9 +334,9 @@ impl Encoder {
     fn truncated(&self, text: &str, pair: Option<&str>) -> Result<tokenizers::Encoding> {
         let inner = &self.tokenizer.inner;
         let one = |text: &str| inner.encode_fast(text, false).map_err(wrong("encoding"));
-        let added = inner.get_post_processor().map_or(0, |p| {
-            tokenizers::PostProcessor::added_tokens(p, pair.is_some())
-        });
+        let added = inner
+            .get_post_processor()
+            .map_or(0, |p| tokenizers::PostProcessor::added_tokens(p, pair.is_some()));
         let room = self.limits.max_length.saturating_sub(added);
         let params = TruncationParams {
             direction: TruncationDirection::Right,

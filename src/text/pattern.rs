@@ -100,10 +100,7 @@ mod tests {
             })
             .unwrap();
         let text: Vec<(Part, &str)> = pieces.iter().map(|p| (p.part, p.text.as_str())).collect();
-        assert_eq!(
-            text,
-            [(Part::Template, "a {x} "), (Part::Input, "B"), (Part::Template, "C}")]
-        );
+        assert_eq!(text, [(Part::Template, "a {x} "), (Part::Input, "B"), (Part::Template, "C}")]);
     }
 
     #[test]

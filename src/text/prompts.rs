@@ -4,7 +4,9 @@ use std::path::Path;
 use std::sync::Arc;
 
 use anyhow::{Context as _, Result};
-use arrow::array::{ArrayRef, Int32Builder, ListBuilder, RecordBatch, StringBuilder, StructBuilder};
+use arrow::array::{
+    ArrayRef, Int32Builder, ListBuilder, RecordBatch, StringBuilder, StructBuilder,
+};
 use arrow::datatypes::{DataType, Field, FieldRef, Schema};
 use serde::Serialize;
 use serde_json::Value;
@@ -245,7 +247,8 @@ impl Formatter {
             columns.text(column, row)?.with_context(|| format!("column `{column}` is empty"))
         };
         let input = optional(&f.input)?;
-        if let (Form::Classification, Some(Target::Class(column, classes))) = (&self.form, &f.target)
+        if let (Form::Classification, Some(Target::Class(column, classes))) =
+            (&self.form, &f.target)
         {
             let label = classes.of(label(column)?)?;
             let pair = f.pair.as_deref().map(cell).transpose()?.map(str::to_owned);
@@ -398,8 +401,7 @@ fn batch_of(rows: &[Rendered], schema: Arc<Schema>) -> Result<RecordBatch> {
         vec![Box::new(StringBuilder::new()), Box::new(StringBuilder::new())];
     let fields: Vec<FieldRef> = segment_fields().into();
     let item = Field::new("item", DataType::Struct(fields.clone().into()), false);
-    let mut segments =
-        ListBuilder::new(StructBuilder::new(fields, strings)).with_field(item);
+    let mut segments = ListBuilder::new(StructBuilder::new(fields, strings)).with_field(item);
     let (mut texts, mut pairs) = (StringBuilder::new(), StringBuilder::new());
     let mut labels = Int32Builder::new();
     for row in rows {

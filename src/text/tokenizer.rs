@@ -59,7 +59,8 @@ impl Tokenizer {
         inner.with_truncation(None).map_err(wrong("clearing truncation"))?;
         inner.with_padding(None);
 
-        let (config, map) = (json(source.config.as_ref())?, json(source.special_tokens_map.as_ref())?);
+        let (config, map) =
+            (json(source.config.as_ref())?, json(source.special_tokens_map.as_ref())?);
         let mut specials = BTreeMap::new();
         for values in [&map, &config] {
             for (name, value) in values.as_object().into_iter().flatten() {

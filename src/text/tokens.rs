@@ -84,8 +84,11 @@ pub fn tokenize_file(
     progress: &mut dyn FnMut(u64, u64) -> Result<()>,
 ) -> Result<Tokenized> {
     let (total, reader) = read(input, &[])?;
-    let names: Vec<String> =
-        arrow::array::RecordBatchReader::schema(&reader).fields().iter().map(|f| f.name().clone()).collect();
+    let names: Vec<String> = arrow::array::RecordBatchReader::schema(&reader)
+        .fields()
+        .iter()
+        .map(|f| f.name().clone())
+        .collect();
     let has = |name: &str| names.iter().any(|n| n == name);
     let (labelled, pairs) = (has("label"), has("text_pair"));
     let schema = Arc::new(schema(task, labelled, pairs));
@@ -171,7 +174,8 @@ fn pieces(batch: &RecordBatch, row: usize) -> Result<Vec<Piece>> {
     let (kinds, texts) = (field("kind").context(form)?, field("text").context(form)?);
     let pieces = (0..items.len()).map(|i| {
         let kind = kinds.value(i);
-        let part = Part::of_name(kind).with_context(|| format!("`{kind}` is no kind of segment"))?;
+        let part =
+            Part::of_name(kind).with_context(|| format!("`{kind}` is no kind of segment"))?;
         Ok(Piece::new(part, texts.value(i)))
     });
     pieces.collect()
@@ -206,7 +210,8 @@ fn batch_of(rows: &[(Encoded, i32)], schema: Arc<Schema>) -> Result<RecordBatch>
         }
         Arc::new(builder.finish())
     };
-    let signed = |ids: &[u32]| ids.iter().map(|id| i32::try_from(*id).unwrap_or(i32::MAX)).collect();
+    let signed =
+        |ids: &[u32]| ids.iter().map(|id| i32::try_from(*id).unwrap_or(i32::MAX)).collect();
     let columns = schema.fields().iter().map(|field| match field.name().as_str() {
         "input_ids" => list(&|row| signed(&row.input_ids)),
         "labels" => list(&|row| row.labels.clone()),

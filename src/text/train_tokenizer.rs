@@ -303,8 +303,10 @@ fn merge(
         });
         tokens.filter_map(|token| ids.get(&token).copied()).collect::<Vec<u32>>()
     };
-    let mut words: Vec<Word> =
-        counted.iter().map(|(word, count)| Word { symbols: symbols(word), count: *count }).collect();
+    let mut words: Vec<Word> = counted
+        .iter()
+        .map(|(word, count)| Word { symbols: symbols(word), count: *count })
+        .collect();
     let mut counts: HashMap<Bigram, u64> = HashMap::new();
     let mut places: HashMap<Bigram, BTreeSet<usize>> = HashMap::new();
     for (at, word) in words.iter().enumerate() {
