@@ -14,32 +14,89 @@ use std::io::{BufWriter, Write};
 use std::path::Path;
 
 const THINGS: [&str; 12] = [
-    "kettle", "lamp", "backpack", "film", "novel", "hotel", "radio", "bicycle", "garden chair",
-    "coffee", "headset", "board game",
+    "kettle",
+    "lamp",
+    "backpack",
+    "film",
+    "novel",
+    "hotel",
+    "radio",
+    "bicycle",
+    "garden chair",
+    "coffee",
+    "headset",
+    "board game",
 ];
 const ASPECTS: [&str; 14] = [
-    "the handle", "the ending", "the service", "the sound", "the price", "the colour", "the smell",
-    "the packaging", "the pace", "the design", "the support", "the first half", "the weight",
+    "the handle",
+    "the ending",
+    "the service",
+    "the sound",
+    "the price",
+    "the colour",
+    "the smell",
+    "the packaging",
+    "the pace",
+    "the design",
+    "the support",
+    "the first half",
+    "the weight",
     "the manual",
 ];
 const GOOD: [&str; 16] = [
-    "wonderful", "a delight", "excellent", "brilliant", "charming", "superb", "lovely",
-    "impressive", "a pleasure", "first rate", "fantastic", "great fun", "solid", "beautiful",
-    "perfect", "refreshing",
+    "wonderful",
+    "a delight",
+    "excellent",
+    "brilliant",
+    "charming",
+    "superb",
+    "lovely",
+    "impressive",
+    "a pleasure",
+    "first rate",
+    "fantastic",
+    "great fun",
+    "solid",
+    "beautiful",
+    "perfect",
+    "refreshing",
 ];
 const BAD: [&str; 16] = [
-    "terrible", "a mess", "awful", "boring", "clumsy", "dreadful", "ugly", "disappointing",
-    "a waste", "second rate", "horrible", "no fun", "flimsy", "hideous", "broken", "tiresome",
+    "terrible",
+    "a mess",
+    "awful",
+    "boring",
+    "clumsy",
+    "dreadful",
+    "ugly",
+    "disappointing",
+    "a waste",
+    "second rate",
+    "horrible",
+    "no fun",
+    "flimsy",
+    "hideous",
+    "broken",
+    "tiresome",
 ];
 const OPENERS: [&str; 8] = [
-    "We used this {} for a month", "My sister gave me this {}", "I bought the {} last week",
-    "After two days with the {}", "Everyone at home tried the {}", "I had hopes for this {}",
-    "This {} came on a rainy Monday", "The {} replaced an old one",
+    "We used this {} for a month",
+    "My sister gave me this {}",
+    "I bought the {} last week",
+    "After two days with the {}",
+    "Everyone at home tried the {}",
+    "I had hopes for this {}",
+    "This {} came on a rainy Monday",
+    "The {} replaced an old one",
 ];
 const JOINS: [&str; 4] = ["{} is {}", "{} was {}", "I found {} {}", "{} turned out {}"];
 const CLOSERS: [&str; 6] = [
-    "That is all I can say.", "Make of that what you will.", "So much for a first look.",
-    "I wrote this the same evening.", "My neighbour agrees.", "It stays in the hall for now.",
+    "That is all I can say.",
+    "Make of that what you will.",
+    "So much for a first look.",
+    "I wrote this the same evening.",
+    "My neighbour agrees.",
+    "It stays in the hall for now.",
 ];
 
 /// A 64-bit linear congruential generator (Knuth's MMIX constants): fixed for ever, which is all
@@ -48,7 +105,8 @@ struct Dice(u64);
 
 impl Dice {
     fn roll(&mut self, sides: usize) -> usize {
-        self.0 = self.0.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+        self.0 =
+            self.0.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
         ((self.0 >> 33) % sides as u64) as usize
     }
     fn pick<'a>(&mut self, from: &[&'a str]) -> &'a str {
@@ -109,10 +167,14 @@ fn main() -> std::io::Result<()> {
     for i in 0..1500 {
         if i % 30 == 0 {
             // so that the tokenizer has whole words for an instruction's frame
-            writeln!(out, "Below is an instruction that describes a task, paired with an input \
+            writeln!(
+                out,
+                "Below is an instruction that describes a task, paired with an input \
                 that provides further context. Write a response that appropriately completes the \
                 request. ### Instruction: Classify the sentiment of this movie review as positive \
-                or negative. ### Input: {} ### Response:", review(&mut dice, i % 60 == 0))?;
+                or negative. ### Input: {} ### Response:",
+                review(&mut dice, i % 60 == 0)
+            )?;
         } else {
             writeln!(out, "{}", review(&mut dice, i % 2 == 1))?;
         }

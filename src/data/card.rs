@@ -146,7 +146,10 @@ mod tests {
         assert_eq!(card.configs.len(), 2);
         assert!(card.configs[0].default && !card.configs[1].default);
         assert_eq!(card.configs[0].data_files[0].1, ["plain_text/train-*"]);
-        assert_eq!(card.configs[0].data_files[1], ("test".into(), vec!["a.csv".into(), "b.csv".into()]));
+        assert_eq!(
+            card.configs[0].data_files[1],
+            ("test".into(), vec!["a.csv".into(), "b.csv".into()])
+        );
         assert_eq!(card.configs[1].data_files, [("train".into(), vec!["o/*.csv".into()])]);
         assert_eq!(card.configs[1].data_dir.as_deref(), Some("o"));
         assert_eq!(card.classes("plain_text")["label"], ["neg", "pos"]);

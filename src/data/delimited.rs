@@ -23,8 +23,7 @@ enum Ty {
 }
 
 pub(super) fn read(from: impl Read, delimiter: u8, reading: &mut Reading<'_>) -> Result<Table> {
-    let mut reader =
-        ReaderBuilder::new().delimiter(delimiter).flexible(true).from_reader(from);
+    let mut reader = ReaderBuilder::new().delimiter(delimiter).flexible(true).from_reader(from);
     let names: Vec<String> =
         reader.headers().context("the header")?.iter().map(str::to_owned).collect();
     for (i, name) in names.iter().enumerate() {
@@ -66,15 +65,11 @@ pub(super) fn read(from: impl Read, delimiter: u8, reading: &mut Reading<'_>) ->
                     .map(|s| s.map(|s| s.eq_ignore_ascii_case("true")))
                     .collect::<BooleanArray>(),
             ),
-            Ty::Int => {
-                Arc::new(rows.iter().map(|r| field(r).parse().ok()).collect::<Int64Array>())
-            }
+            Ty::Int => Arc::new(rows.iter().map(|r| field(r).parse().ok()).collect::<Int64Array>()),
             Ty::Float => {
                 Arc::new(rows.iter().map(|r| field(r).parse().ok()).collect::<Float64Array>())
             }
-            Ty::Empty | Ty::Text => {
-                Arc::new(StringArray::from_iter_values(rows.iter().map(field)))
-            }
+            Ty::Empty | Ty::Text => Arc::new(StringArray::from_iter_values(rows.iter().map(field))),
         };
         (name, column)
     });

@@ -65,7 +65,9 @@ impl Format {
     pub fn required(name: &str) -> Result<(Self, Codec)> {
         Self::of_name(name).ok_or_else(|| {
             Fault::new(format!("`{name}` has no ending that says what it holds"))
-                .help("known are .parquet, .jsonl, .json, .csv, .tsv and .txt, each also .gz or .zst")
+                .help(
+                    "known are .parquet, .jsonl, .json, .csv, .tsv and .txt, each also .gz or .zst",
+                )
                 .into()
         })
     }

@@ -62,7 +62,8 @@ impl Labels {
     pub fn guess(table: &Table) -> Option<Self> {
         let columns = table.columns();
         let named = table.classes.keys().map(String::as_str).find(|c| columns.contains(c));
-        let column = named.or_else(|| columns.into_iter().find(|c| ["label", "labels"].contains(c)))?;
+        let column =
+            named.or_else(|| columns.into_iter().find(|c| ["label", "labels"].contains(c)))?;
         let ty = table.schema.field(table.index_of(column).ok()?).data_type();
         let plain = ty.is_integer() || matches!(ty, DataType::Utf8 | DataType::Boolean);
         plain.then(|| Self::of(table, column).ok()).flatten()

@@ -22,9 +22,7 @@ const ROW_GROUP: usize = 16 * BATCH;
 
 pub(super) fn read(path: &Path, codec: Codec) -> Result<Table> {
     let file = match codec {
-        Codec::Plain => {
-            File::open(path).with_context(|| format!("opening {}", path.display()))?
-        }
+        Codec::Plain => File::open(path).with_context(|| format!("opening {}", path.display()))?,
         // Parquet is read from its end, so a packed file is unpacked first.
         Codec::Gzip | Codec::Zstd => {
             let mut whole = tempfile::tempfile()?;

@@ -32,13 +32,7 @@ pub struct Pool {
 impl Pool {
     /// A pool of `rows` rows. With labels every part holds the classes in the pool's own
     /// proportions; `shuffle` unset keeps the rows' order.
-    pub fn new(
-        name: &str,
-        rows: usize,
-        seed: u64,
-        labels: Option<&Labels>,
-        shuffle: bool,
-    ) -> Self {
+    pub fn new(name: &str, rows: usize, seed: u64, labels: Option<&Labels>, shuffle: bool) -> Self {
         let mut order: Vec<u64> = (0..rows as u64).collect();
         if shuffle {
             let mut key = blake3::Hasher::new_derive_key("flow sample v1");

@@ -129,12 +129,13 @@ pub fn of_names(paths: &[&str]) -> Result<BTreeMap<String, Vec<String>>> {
 }
 
 fn split_of(path: &str) -> Option<&'static str> {
-    path.rsplit('/').find_map(|part| {
-        let part = part.to_ascii_lowercase();
-        let mut words = part.split(|c: char| !c.is_ascii_alphabetic());
-        words.find_map(|word| WORDS.iter().find(|(_, known)| known.contains(&word)))
-    })
-    .map(|(split, _)| *split)
+    path.rsplit('/')
+        .find_map(|part| {
+            let part = part.to_ascii_lowercase();
+            let mut words = part.split(|c: char| !c.is_ascii_alphabetic());
+            words.find_map(|word| WORDS.iter().find(|(_, known)| known.contains(&word)))
+        })
+        .map(|(split, _)| *split)
 }
 
 /// Whether a path matches a pattern: `*` and `?` stay within a folder, `**` does not, `[abc]`,

@@ -33,8 +33,11 @@ impl Table {
     /// # Errors
     /// When the batches are not of that schema.
     pub fn new(schema: &Schema, batches: Vec<RecordBatch>) -> Result<Self> {
-        let fields: Vec<Field> =
-            schema.fields().iter().map(|f| Field::new(f.name(), plain(f.data_type()), true)).collect();
+        let fields: Vec<Field> = schema
+            .fields()
+            .iter()
+            .map(|f| Field::new(f.name(), plain(f.data_type()), true))
+            .collect();
         let schema = Arc::new(Schema::new(fields));
         let batches = batches.into_iter().filter(|b| b.num_rows() > 0).map(|batch| {
             let columns = batch.columns().iter().zip(schema.fields());
@@ -155,9 +158,7 @@ impl Table {
     /// When a column is missing on either side or types do not go together; `name` and `other`
     /// are the files.
     pub fn append(&mut self, more: Self, name: &str, other: &str) -> Result<()> {
-        for (has, lacks, from, of) in
-            [(&*self, &more, name, other), (&more, &*self, other, name)]
-        {
+        for (has, lacks, from, of) in [(&*self, &more, name, other), (&more, &*self, other, name)] {
             let gone: Vec<String> = has
                 .columns()
                 .into_iter()

@@ -38,8 +38,7 @@ impl Hub {
         if self.settings.offline {
             return Err(self.not_in_cache(url));
         }
-        std::fs::create_dir_all(&folder)
-            .with_context(|| format!("making {}", folder.display()))?;
+        std::fs::create_dir_all(&folder).with_context(|| format!("making {}", folder.display()))?;
         // One part by URL, content and process: another process has its own.
         let name = format!("{url} {expected:?} {}", std::process::id());
         let part = folder.join(format!("{}.incomplete", Digest::of(name.as_bytes()).short()));

@@ -75,7 +75,8 @@ fn imports(text: &str) -> BTreeSet<String> {
         };
         for name in names {
             let name = name.trim();
-            let end = name.find(|c: char| !c.is_ascii_lowercase() && c != '_').unwrap_or(name.len());
+            let end =
+                name.find(|c: char| !c.is_ascii_lowercase() && c != '_').unwrap_or(name.len());
             found.insert(name[..end].to_owned());
         }
     }
