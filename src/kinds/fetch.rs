@@ -291,7 +291,8 @@ impl Fetch {
             }
         }
         if self.splits.as_ref().is_some_and(Vec::is_empty) {
-            problems.push(Problem::error("splits", "no split is named").help("leave it out for all"));
+            problems
+                .push(Problem::error("splits", "no split is named").help("leave it out for all"));
         }
         if let Some(Sources::Splits(files)) = &self.files {
             for (split, _) in files.iter().filter(|(_, files)| files.is_empty()) {

@@ -225,8 +225,7 @@ impl Model {
                 let commit = self.revision.as_deref().context("the revision is not resolved")?;
                 let tree = cx.hub.tree(RepoType::Model, repo, commit)?;
                 let top = tree.into_iter().filter(|f| !f.path.contains('/'));
-                let files: BTreeMap<String, RepoFile> =
-                    top.map(|f| (f.path.clone(), f)).collect();
+                let files: BTreeMap<String, RepoFile> = top.map(|f| (f.path.clone(), f)).collect();
                 Ok(Source {
                     what: format!("model {repo}"),
                     names: files.keys().cloned().collect(),
@@ -275,8 +274,7 @@ fn require_tokenizer(source: &Source<'_>) -> Result<()> {
 /// The safetensors files, all of them checked, and the index of a sharded model.
 fn weights(cx: &Context<'_>, source: &Source<'_>) -> Result<Vec<(String, Origin)>> {
     let what = &source.what;
-    let found: Vec<&String> =
-        source.names.iter().filter(|n| n.ends_with(".safetensors")).collect();
+    let found: Vec<&String> = source.names.iter().filter(|n| n.ends_with(".safetensors")).collect();
     let single = match found.as_slice() {
         _ if source.has(WHOLE) => Some(WHOLE.to_owned()),
         [only] if !source.has(INDEX) => Some((*only).clone()),
@@ -348,8 +346,7 @@ fn tensors(path: &Path) -> Result<BTreeSet<String>> {
     }
     let mut header = length.to_le_bytes().to_vec();
     file.take(length).read_to_end(&mut header)?;
-    let (_, metadata) =
-        SafeTensors::read_metadata(&header).map_err(|e| damaged(e.to_string()))?;
+    let (_, metadata) = SafeTensors::read_metadata(&header).map_err(|e| damaged(e.to_string()))?;
     let whole = 8 + length + metadata.data_len() as u64;
     if whole != size {
         return Err(damaged(format!("it should have {whole} bytes and has {size}")));

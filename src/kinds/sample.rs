@@ -147,8 +147,8 @@ impl StepKind for Sample {
             parts.sort_by_key(|p| (*p != source, p != "validation", p.clone()));
             let rows = data.split(&source)?.rows;
             let reading = Reading::new(crate::artifact::ROWS, OnError::Fail);
-            let mut table = data::read(&rows, reading)
-                .with_context(|| format!("reading split `{source}`"))?;
+            let mut table =
+                data::read(&rows, reading).with_context(|| format!("reading split `{source}`"))?;
             table.classes = data.split(&source)?.features.classes;
             self.draw(cx, &source, &parts, &table)?;
         }
@@ -249,8 +249,7 @@ impl Sample {
                 .map(|(class, n)| format!("{} of {}", data::grouped(*n), labels.show(*class)))
                 .collect();
             let blocks = blocks.join(", ");
-            let message =
-                format!("the {n} rows of `{split}` are sorted by `{column}`: {blocks}");
+            let message = format!("the {n} rows of `{split}` are sorted by `{column}`: {blocks}");
             let help = "leave `shuffle` on, or set `allow_sorted: true`";
             return Err(Fault::new(message).help(help).into());
         }
