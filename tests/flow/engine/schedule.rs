@@ -63,7 +63,7 @@ fn hold(run: &Ran, steps: &[Drawn], producers: &[BTreeSet<usize>], jobs: usize) 
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig { cases: 24, ..ProptestConfig::default() })]
+    #![proptest_config(ProptestConfig { cases: 12, ..ProptestConfig::default() })]
 
     #[test]
     fn slots_are_respected_and_everything_runs(steps in drawn(), jobs in 1_usize..5) {

@@ -176,8 +176,8 @@ impl StepKind for Nap {
             cx.progress(done * 5, self.ms, "ms", "");
             std::thread::sleep(Duration::from_millis(5));
         }
-        if let Some(value) = cx.env.get("NAP_ENV") {
-            cx.fact("env", value.as_str());
+        if let Some(value) = cx.env.get("NAP_ENV").cloned() {
+            cx.fact("env", value);
         }
         cx.fact("undeclared", std::env::var("UNDECLARED").unwrap_or_default());
         std::fs::write(cx.out_dir("done")?.join("text"), &self.name)?;
@@ -471,4 +471,20 @@ fn worker_entry() {
     let environment = std::env::vars().collect();
     let done = engine::worker(&dir, KINDS, &hub(&dir), &environment);
     assert!(done.unwrap(), "the attempt failed");
+}
+
+#[test]
+#[ignore = "timing probe"]
+fn probe() {
+    let bench = Bench::new();
+    let steps: String = (0..20)
+        .map(|i| format!("  s{i}: {{ kind: nap, with: {{ ms: 0, name: s{i} }} }}\n"))
+        .collect();
+    let steps =
+        format!("steps:\n{steps}outputs: {{ a: \"${{steps.s1}}\", b: \"${{steps.s2}}\" }}\n");
+    for _ in 0..4 {
+        let t = std::time::Instant::now();
+        let r = bench.run(&steps);
+        eprintln!("{:?} {} {}", t.elapsed(), r.outcome.ran, r.outcome.seconds);
+    }
 }
