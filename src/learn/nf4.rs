@@ -1,0 +1,318 @@
+//! 4-bit NormalFloat (Dettmers et al. 2023) as bitsandbytes stores it: blocks of 64 numbers share
+//! a scale, each is the nearest of 16 quantiles; with double quantization the scales are 8-bit
+//! numbers in blocks of 256.
+
+use std::sync::OnceLock;
+
+use anyhow::{Result, bail, ensure};
+use candle_core::{DType, Tensor};
+use half::{bf16, f16};
+use rayon::prelude::*;
+use serde_json::json;
+
+use super::ops::with_slices;
+
+/// Numbers that share a scale.
+pub const BLOCK: usize = 64;
+/// Scales that share a scale.
+pub const NESTED_BLOCK: usize = 256;
+
+/// The 16 values of a code, times the block's scale.
+pub const CODES: [f32; 16] = [
+    -1.0,
+    -0.696_192_8,
+    -0.525_073_05,
+    -0.394_917_5,
+    -0.284_441_38,
+    -0.184_773_43,
+    -0.091_050_036,
+    0.0,
+    0.079_580_3,
+    0.160_930_2,
+    0.246_112_3,
+    0.337_915_24,
+    0.440_709_83,
+    0.562_617,
+    0.722_956_84,
+    1.0,
+];
+
+/// Where one code ends and the next begins.
+const MIDPOINTS: [f32; 15] = [
+    -0.848_096_4,
+    -0.610_632_9,
+    -0.459_995_27,
+    -0.339_679_43,
+    -0.234_607_41,
+    -0.137_911_73,
+    -0.045_525_018,
+    0.039_790_15,
+    0.120_255_25,
+    0.203_521_25,
+    0.292_013_77,
+    0.389_312_54,
+    0.501_663_4,
+    0.642_786_9,
+    0.861_478_4,
+];
+
+/// The scales of the blocks.
+#[derive(Debug, Clone, PartialEq)]
+enum Scales {
+    Single(Vec<f32>),
+    Double { codes: Vec<u8>, nested: Vec<f32>, offset: f32 },
+}
+
+/// A matrix in 4-bit NormalFloat.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Nf4 {
+    rows: usize,
+    cols: usize,
+    /// Data type of the numbers before quantization; they are rounded to it when unpacked.
+    dtype: DType,
+    packed: Vec<u8>,
+    scales: Scales,
+}
+
+/// The signed dynamic map of bitsandbytes: 256 numbers in (-1, 1], 0 at index 127.
+pub fn dynamic_map() -> &'static [f32; 256] {
+    static MAP: OnceLock<[f32; 256]> = OnceLock::new();
+    MAP.get_or_init(|| {
+        let mut values = vec![0.0f32, 1.0];
+        for i in 0..7 {
+            let n = 1usize << i;
+            let edge = |k: usize| 0.1 + 0.9 * k as f32 / n as f32;
+            let power = 10f32.powi(i - 6);
+            for k in 0..n {
+                let value = (edge(k) + edge(k + 1)) / 2.0 * power;
+                values.extend([value, -value]);
+            }
+        }
+        values.sort_by(f32::total_cmp);
+        let mut map = [0.0; 256];
+        map.copy_from_slice(&values);
+        map
+    })
+}
+
+/// The code nearest to a number.
+fn code(x: f32) -> u8 {
+    MIDPOINTS.iter().filter(|m| **m < x).count() as u8
+}
+
+/// The index of the number of the dynamic map that is nearest.
+fn dynamic_code(x: f32) -> u8 {
+    let map = dynamic_map();
+    let upper = map.partition_point(|m| *m < x).clamp(1, 255);
+    let (low, high) = (map[upper - 1], map[upper]);
+    (if x - low <= high - x { upper - 1 } else { upper }) as u8
+}
+
+fn absmax(block: &[f32]) -> f32 {
+    block.iter().fold(0.0, |max, x| x.abs().max(max))
+}
+
+fn inverse(scale: f32) -> f32 {
+    if scale > 0.0 { 1.0 / scale } else { 0.0 }
+}
+
+impl Nf4 {
+    /// Quantizes a `[rows, cols]` of f32, bf16 or f16.
+    ///
+    /// # Errors
+    /// When the tensor is not a matrix of one of these types, or has a number that is not finite.
+    pub fn quantize(weight: &Tensor, double: bool) -> Result<Self> {
+        let (rows, cols) = weight.dims2()?;
+        let dtype = weight.dtype();
+        ensure!(
+            matches!(dtype, DType::F32 | DType::BF16 | DType::F16),
+            "weights of type {} cannot be quantized",
+            dtype.as_str()
+        );
+        let wide = weight.to_dtype(DType::F32)?;
+        let (packed, scales) = with_slices([&wide], |[x]| {
+            if x.iter().any(|x| !x.is_finite()) {
+                bail!("a weight that is not finite cannot be quantized");
+            }
+            let scales: Vec<f32> = x.par_chunks(BLOCK).map(absmax).collect();
+            let mut packed = vec![0; x.len().div_ceil(2)];
+            let blocks = x.par_chunks(BLOCK).zip(&scales);
+            packed.par_chunks_mut(BLOCK / 2).zip(blocks).for_each(|(out, (block, scale))| {
+                let inverse = inverse(*scale);
+                for (byte, pair) in out.iter_mut().zip(block.chunks(2)) {
+                    let low = pair.get(1).map_or(0.0, |x| x * inverse);
+                    *byte = code(pair[0] * inverse) << 4 | code(low);
+                }
+            });
+            Ok((packed, scales))
+        })??;
+        let scales = if double { nest(&scales) } else { Scales::Single(scales) };
+        Ok(Self { rows, cols, dtype, packed, scales })
+    }
+
+    /// Rows and columns.
+    pub fn dims(&self) -> (usize, usize) {
+        (self.rows, self.cols)
+    }
+
+    /// The scale of each block of [`BLOCK`] numbers.
+    pub fn block_scales(&self) -> Vec<f32> {
+        match &self.scales {
+            Scales::Single(scales) => scales.clone(),
+            Scales::Double { codes, nested, offset } => {
+                let map = dynamic_map();
+                let groups = codes.chunks(NESTED_BLOCK).zip(nested);
+                groups
+                    .flat_map(|(codes, scale)| {
+                        codes.iter().map(move |c| map[usize::from(*c)] * scale + offset)
+                    })
+                    .collect()
+            }
+        }
+    }
+
+    /// The numbers, row-major, rounded to the type that they had.
+    pub fn dequantize(&self) -> Vec<f32> {
+        let scales = self.block_scales();
+        let mut out = vec![0.0; self.rows * self.cols];
+        let blocks = self.packed.par_chunks(BLOCK / 2).zip(&scales);
+        out.par_chunks_mut(BLOCK).with_min_len(64).zip(blocks).for_each(
+            |(out, (packed, scale))| {
+                let values = CODES.map(|code| self.round(code * scale));
+                for (pair, byte) in out.chunks_mut(2).zip(packed) {
+                    pair[0] = values[usize::from(byte >> 4)];
+                    if let Some(low) = pair.get_mut(1) {
+                        *low = values[usize::from(byte & 15)];
+                    }
+                }
+            },
+        );
+        out
+    }
+
+    fn round(&self, x: f32) -> f32 {
+        match self.dtype {
+            DType::BF16 => bf16::from_f32(x).to_f32(),
+            DType::F16 => f16::from_f32(x).to_f32(),
+            _ => x,
+        }
+    }
+
+    /// The tensors of a bitsandbytes checkpoint, by the ending of their name after the
+    /// module's: type, shape and little-endian bytes.
+    pub fn tensors(&self) -> Vec<(&'static str, safetensors::Dtype, Vec<usize>, Vec<u8>)> {
+        use safetensors::Dtype::{F32, U8};
+        let floats =
+            |v: &[f32]| -> Vec<u8> { v.iter().copied().flat_map(f32::to_le_bytes).collect() };
+        let dtype = match self.dtype {
+            DType::BF16 => "bfloat16",
+            DType::F16 => "float16",
+            _ => "float32",
+        };
+        let shape = [self.rows, self.cols];
+        let mut state = vec![
+            ("quant_type", json!("nf4")),
+            ("blocksize", json!(BLOCK)),
+            ("dtype", json!(dtype)),
+            ("shape", json!(shape)),
+        ];
+        let bytes = self.packed.len();
+        let mut out = vec![
+            ("weight", U8, vec![bytes, 1], self.packed.clone()),
+            ("weight.quant_map", F32, vec![16], floats(&CODES)),
+        ];
+        match &self.scales {
+            Scales::Single(scales) => {
+                out.push(("weight.absmax", F32, vec![scales.len()], floats(scales)));
+            }
+            Scales::Double { codes, nested, offset } => {
+                state.push(("nested_blocksize", json!(NESTED_BLOCK)));
+                state.push(("nested_dtype", json!("float32")));
+                state.push(("nested_offset", json!(f64::from(*offset))));
+                out.push(("weight.absmax", U8, vec![codes.len()], codes.clone()));
+                out.push(("weight.nested_absmax", F32, vec![nested.len()], floats(nested)));
+                let map = floats(dynamic_map());
+                out.push(("weight.nested_quant_map", F32, vec![256], map));
+            }
+        }
+        let state = state_text(&state).into_bytes();
+        out.push(("weight.quant_state.bitsandbytes__nf4", U8, vec![state.len()], state));
+        out
+    }
+}
+
+/// JSON as Python writes it, with a space after `,` and `:`.
+fn state_text(state: &[(&str, serde_json::Value)]) -> String {
+    let items = state.iter().map(|(key, value)| match value {
+        serde_json::Value::Array(items) => {
+            let items: Vec<String> = items.iter().map(ToString::to_string).collect();
+            format!("\"{key}\": [{}]", items.join(", "))
+        }
+        value => format!("\"{key}\": {value}"),
+    });
+    format!("{{{}}}", items.collect::<Vec<_>>().join(", "))
+}
+
+/// Quantizes the scales themselves.
+fn nest(scales: &[f32]) -> Scales {
+    let sum: f64 = scales.iter().copied().map(f64::from).sum();
+    let offset = (sum / scales.len().max(1) as f64) as f32;
+    let centred: Vec<f32> = scales.iter().map(|s| s - offset).collect();
+    let nested: Vec<f32> = centred.chunks(NESTED_BLOCK).map(absmax).collect();
+    let groups = centred.chunks(NESTED_BLOCK).zip(&nested);
+    let codes = groups.flat_map(|(group, scale)| {
+        let inverse = inverse(*scale);
+        group.iter().map(move |x| dynamic_code(x * inverse))
+    });
+    Scales::Double { codes: codes.collect(), nested: nested.clone(), offset }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use candle_core::Device;
+    use proptest::prelude::*;
+
+    #[test]
+    fn tables() {
+        let map = dynamic_map();
+        assert_eq!((map[127], map[255]), (0.0, 1.0));
+        assert!((map[0] + 0.992_968_75).abs() < 1e-7, "{}", map[0]);
+        assert!(map.windows(2).all(|w| w[0] < w[1]));
+        for (i, c) in CODES.iter().enumerate() {
+            assert_eq!(usize::from(code(*c)), i);
+        }
+        for (i, m) in MIDPOINTS.iter().enumerate() {
+            assert!((m - (CODES[i] + CODES[i + 1]) / 2.0).abs() < 1e-7);
+        }
+    }
+
+    proptest! {
+        /// No number moves by more than half the widest gap between codes, times its block's
+        /// scale; double quantization adds the error of the scale.
+        #[test]
+        fn error_is_bounded(
+            data in prop::collection::vec(-100.0f32..100.0, 1..400),
+            double in any::<bool>(),
+        ) {
+            let n = data.len();
+            let x = Tensor::from_vec(data.clone(), (1, n), &Device::Cpu).unwrap();
+            let q = Nf4::quantize(&x, double).unwrap();
+            let (back, scales) = (q.dequantize(), q.block_scales());
+            for (i, (a, b)) in data.iter().zip(&back).enumerate() {
+                let exact = absmax(&data[i / BLOCK * BLOCK..n.min((i / BLOCK + 1) * BLOCK)]);
+                let half_gap = (1.0 - 0.696_192_8) / 2.0;
+                let bound = half_gap * exact + (exact - scales[i / BLOCK]).abs() + 1e-5;
+                prop_assert!((a - b).abs() <= bound, "{a} {b}");
+            }
+        }
+    }
+
+    #[test]
+    fn refuses_what_is_not_finite() {
+        let x = Tensor::new(&[[1.0f32, f32::NAN]], &Device::Cpu).unwrap();
+        assert!(Nf4::quantize(&x, false).is_err());
+        let ids = Tensor::new(&[[1u32, 2]], &Device::Cpu).unwrap();
+        assert!(Nf4::quantize(&ids, false).is_err());
+    }
+}
