@@ -113,7 +113,7 @@ pub fn looks_sorted(classes: impl IntoIterator<Item = u32>) -> bool {
 }
 
 /// `2000` as `2,000`.
-pub(super) fn grouped(n: usize) -> String {
+pub fn grouped(n: usize) -> String {
     let digits = n.to_string();
     let mut out = String::new();
     for (i, digit) in digits.chars().enumerate() {

@@ -18,7 +18,7 @@ mod text;
 
 pub use card::{Card, Config, DataFiles};
 pub use format::{Codec, Format};
-pub use labels::{Labels, looks_sorted};
+pub use labels::{Labels, grouped, looks_sorted};
 pub use parquet::write;
 pub use read::{OnError, Reading, read};
 pub use sample::{Draw, Pool, Stratum};

@@ -6,7 +6,7 @@ use std::fmt::Write as _;
 use anyhow::{Context as _, Result};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
-use serde_json::{Map, Value, json};
+use serde_json::{Value, json};
 
 use super::loading::grouped;
 use super::select::{coordinates, member_at};
@@ -286,9 +286,9 @@ mod tests {
     use super::*;
 
     fn row(point: Value, values: &[(&str, f64)]) -> Row {
-        let point: Map<String, Value> = serde_json::from_value(point).unwrap();
+        let point: BTreeMap<String, Value> = serde_json::from_value(point).unwrap();
         let values = values.iter().map(|(k, v)| ((*k).to_owned(), *v));
-        Row { point: point.into_iter().collect(), values: values.collect() }
+        Row { point, values: values.collect() }
     }
 
     fn compare(points: f64) -> Compare {

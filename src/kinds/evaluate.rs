@@ -105,8 +105,9 @@ impl StepKind for Evaluate {
         if info.rows == 0 {
             return Err(Fault::new(format!("split `{}` has no rows", self.split)).into());
         }
-        loading::check_fit(&ModelConfig::read(&any.base().config()?)?, &info, &self.split)?;
-        task_for(&any, &info).map(|_| ())
+        let config = ModelConfig::read(&any.base().config()?)?;
+        loading::check_fit(&config, &info, &self.split)?;
+        config.check_task(&task_for(&any, &info)?.0)
     }
 
     fn needs(&self) -> Needs {
@@ -119,6 +120,9 @@ impl StepKind for Evaluate {
         let (task, classes) = task_for(&any, &info)?;
         if let Some(warning) = loading::other_tokenizer(any.base(), &info) {
             cx.warn(warning);
+        }
+        if task != Task::CausalLm && loading::task_of(&any)?.is_none() {
+            cx.warn("the base has no classification head; a fresh random one is scored");
         }
         let model = loading::load(&any, &task)?;
         let candidates: Vec<Vec<u32>> = info.candidates.iter().map(|c| c.ids.clone()).collect();

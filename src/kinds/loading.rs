@@ -1,12 +1,10 @@
 //! From artifacts to models and tasks, for the kinds that run a model.
 
-use anyhow::{Context as _, Result};
+use anyhow::Result;
 use serde_json::Value;
 
 use crate::artifact::{AnyModel, Model, TokensInfo, TrainedModel};
-use crate::learn::{
-    self, LoraConfig, Method, ModelConfig, ModelFiles, Quantization, Setup, TargetModules, Task,
-};
+use crate::learn::{self, Method, ModelConfig, ModelFiles, Quantization, Setup, Task};
 use crate::source::Fault;
 
 pub(super) const CAUSAL_LM: &str = "causal_lm";
@@ -71,27 +69,10 @@ pub(super) fn load_trained(trained: &TrainedModel) -> Result<learn::Model> {
         "nf4-double" => Quantization::Nf4 { double: true },
         other => anyhow::bail!("unknown quantization `{other}`"),
     };
-    let lora = if method == Method::Full { None } else { Some(adapter_config(trained)?) };
     let task = task(&info.task, info.classes.len())?;
-    let setup = Setup { task, method, lora, quantization, seed: 0, dropout: None };
+    // The adapter's own settings are read from its files.
+    let setup = Setup { task, method, lora: None, quantization, seed: 0, dropout: None };
     learn::Model::load_trained(&files(&trained.base)?, &setup, &trained.trained()?)
-}
-
-/// What `adapter_config.json` says, as far as running the adapter needs it.
-fn adapter_config(trained: &TrainedModel) -> Result<LoraConfig> {
-    let name = "adapter_config.json";
-    let config: Value = trained.base.0.json("trained", name)?;
-    let lacks = |field: &str| format!("`{name}` has no valid `{field}`");
-    let r = config["r"].as_u64().with_context(|| lacks("r"))?;
-    let target_modules: TargetModules = serde_json::from_value(config["target_modules"].clone())
-        .with_context(|| lacks("target_modules"))?;
-    Ok(LoraConfig {
-        r: usize::try_from(r)?,
-        alpha: config["lora_alpha"].as_f64().with_context(|| lacks("lora_alpha"))?,
-        dropout: config["lora_dropout"].as_f64().unwrap_or_default(),
-        target_modules,
-        use_rslora: config["use_rslora"].as_bool().unwrap_or_default(),
-    })
 }
 
 /// The task that a model was made for: a trained one says so, a base by the architecture in its

@@ -334,9 +334,10 @@ impl StepKind for Train {
             let fault = Fault::new(format!("split `{}` has no rows to train on", self.split));
             return Err(fault.into());
         }
+        // Where classes have no names their number is not known yet; here it does not matter.
+        let task = loading::task(&train.task, train.classes.len().max(2))?;
+        config.check_task(&task)?;
         if let Some(lora) = self.lora()? {
-            // The number of classes does not change the names of modules.
-            let task = loading::task(&train.task, train.classes.len().max(2))?;
             config.check_targets(&task, &lora.target_modules)?;
         }
         Ok(())
