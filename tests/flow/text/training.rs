@@ -34,9 +34,9 @@ fn byte_level_bpe_writes_any_text() {
     assert_eq!(names, ["<s>", "</s>", "<pad>"]);
     assert_eq!(tokenizer.bos_id(), Some(0));
     assert_eq!((tokenizer.eos_id(), tokenizer.pad_id()), (Some(1), Some(2)));
-    // it has learnt something: far fewer tokens than bytes
+    // it has learnt words, not only bytes
     let line = &corpus()[1];
-    assert!(tokenizer.encode(line).unwrap().len() * 3 < line.len());
+    assert!(tokenizer.encode(line).unwrap().len() * 2 < line.len());
 }
 
 #[test]
