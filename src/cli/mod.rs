@@ -20,6 +20,8 @@ use std::process::ExitCode;
 
 use clap::{CommandFactory, Parser};
 
+pub use inspect::{kinds_table, schemas};
+
 use arguments::{Arguments, Command};
 use environment::Environment;
 use error::{Exit, Failure};

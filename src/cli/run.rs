@@ -52,6 +52,6 @@ pub(super) fn unresolved(source: &crate::source::Source, error: anyhow::Error) -
 /// `flow worker DIR`.
 pub(super) fn worker(stage: &Stage, dir: &Path) -> Result<Exit, Failure> {
     let hub = stage.environment.hub(false);
-    let done = engine::worker(dir, stage.kinds, &hub)?;
+    let done = engine::worker(dir, stage.kinds, &hub, &stage.environment.variables)?;
     Ok(if done { Exit::Done } else { Exit::StepFailed })
 }

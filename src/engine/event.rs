@@ -32,6 +32,9 @@ pub enum RunEvent {
         key: Digest,
         /// Seconds that making it took, when it was made.
         saved_seconds: f64,
+        /// What it warned of when it was made.
+        #[serde(default, skip_serializing_if = "Vec::is_empty")]
+        warnings: Vec<String>,
     },
     /// The result was not in the store.
     Miss {
@@ -89,7 +92,8 @@ pub enum RunEvent {
         /// Another process made it meanwhile.
         #[serde(default, skip_serializing_if = "std::ops::Not::not")]
         taken: bool,
-        /// A forced step gave other bytes than the first time; the first result stands.
+        /// Ports at which it gave other bytes than an earlier time (a forced step: the first
+        /// result stands).
         #[serde(default, skip_serializing_if = "Vec::is_empty")]
         differs: Vec<String>,
     },
@@ -163,4 +167,6 @@ pub struct Outcome {
     pub skipped: usize,
     /// Wall-clock seconds.
     pub seconds: f64,
+    /// A step failed because the store's disk is full or cannot be written.
+    pub store_failed: bool,
 }

@@ -6,18 +6,28 @@
 //!
 //! Everything is f32 on the CPU; frozen weights are widened when they are loaded.
 
+mod adapter;
 mod batch;
 mod config;
+mod files;
+mod init;
+mod layout;
+mod linear;
+mod load;
 mod matrix;
+mod merge;
 mod model;
+mod net;
 pub mod nf4;
 mod ops;
 pub mod random;
 mod setup;
 
 pub use batch::{Batch, IGNORE, Labels};
-pub use config::ModelConfig;
-pub use model::{Counts, MergeReport, Model, ModelFiles, random_weights};
+pub use config::{Family, ModelConfig};
+pub use init::random_weights;
+pub use merge::MergeReport;
+pub use model::{Counts, Model, ModelFiles};
 pub use setup::{LoraConfig, MergeBase, Method, Quantization, Setup, TargetModules, Task};
 
 mod doctor;

@@ -1,14 +1,21 @@
 //! A model that can be trained.
 
 use std::collections::BTreeMap;
-use std::path::{Path, PathBuf};
+use std::fmt;
+use std::path::PathBuf;
 
-use anyhow::Result;
+use anyhow::{Context, Result, bail, ensure};
+use candle_core::backprop::GradStore;
 use candle_core::{Tensor, Var};
 
-use super::batch::Batch;
+use super::adapter::SavedAdapter;
+use super::batch::{Batch, Labels, Packed};
 use super::config::ModelConfig;
-use super::setup::{MergeBase, Setup, Task};
+use super::linear::{Held, Mode, Parameters};
+use super::load::{Loaded, Loading};
+use super::net::{Net, Sequences};
+use super::ops::{backward, cross_entropy, log_probs, select_rows, tensor, with_slices};
+use super::setup::{Method, Setup};
 
 /// Where a model's files are. A path need not have an extension.
 #[derive(Debug, Clone)]
@@ -20,7 +27,8 @@ pub struct ModelFiles {
 }
 
 /// Numbers of parameters, as PEFT's `print_trainable_parameters` counts them: a quantized weight
-/// counts as its unpacked numbers.
+/// counts as its unpacked numbers, and a head that is trained with an adapter counts twice in
+/// `all`, because PEFT keeps the original beside it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Counts {
     /// Those that are trained.
@@ -29,21 +37,30 @@ pub struct Counts {
     pub all: u64,
 }
 
-/// What a merge measured.
-#[derive(Debug, Clone, PartialEq)]
-pub struct MergeReport {
-    /// Largest absolute difference between the logits of the merged model, before rounding, and
-    /// those of base and adapter, on a seeded probe batch.
-    pub max_abs_difference: f64,
-    /// The same over the largest absolute logit.
-    pub max_rel_difference: f64,
-    /// Largest absolute change of a probe logit by rounding the merged weights to the base's
-    /// data type.
-    pub rounding_loss: f64,
+/// A model with its trainable parameters.
+pub struct Model {
+    pub(super) config: ModelConfig,
+    pub(super) setup: Setup,
+    pub(super) files: ModelFiles,
+    pub(super) parameters: Parameters,
+    trainable: BTreeMap<String, Var>,
+    net: Net,
 }
 
-/// A model with its trainable parameters.
-pub struct Model {}
+impl fmt::Debug for Model {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Model").field("setup", &self.setup).finish_non_exhaustive()
+    }
+}
+
+/// Elements of one block of logits: 64 MiB. Fixed, so that sums do not depend on the machine.
+const LOGITS: usize = 1 << 24;
+
+/// What the output layer predicts: rows of the last layer, and a target for each.
+struct Targets {
+    rows: Vec<u32>,
+    targets: Vec<u32>,
+}
 
 impl Model {
     /// A base with a fresh adapter and, where it has none, a fresh head.
@@ -51,36 +68,110 @@ impl Model {
     /// # Errors
     /// When a file cannot be read, a tensor is missing or has another shape, or the setup does not
     /// fit the model.
-    pub fn load(_files: &ModelFiles, _setup: &Setup) -> Result<Self> {
-        todo!()
+    pub fn load(files: &ModelFiles, setup: &Setup) -> Result<Self> {
+        let config = ModelConfig::read(&files.config)?;
+        let loading = Loading { config: &config, setup, quantization: setup.quantization };
+        let mut loaded = loading.base(&files.weights)?;
+        if setup.method != Method::Full {
+            loading.fresh_adapters(&mut loaded)?;
+        }
+        Self::assemble(config, setup.clone(), files.clone(), loaded)
     }
 
-    /// A base with a trained PEFT adapter (`adapter_config.json`, `adapter_model.safetensors`), or
-    /// trained full weights (`config.json`, `model.safetensors`).
+    /// A base with a trained PEFT adapter (`adapter_config.json`, `adapter_model.safetensors`;
+    /// its settings take the place of `setup.lora`), or trained full weights (`config.json`,
+    /// `model.safetensors`).
     ///
     /// # Errors
     /// As [`Model::load`], and when the adapter lacks a tensor or has one too many.
     pub fn load_trained(
-        _files: &ModelFiles,
-        _setup: &Setup,
-        _trained: &[(String, PathBuf)],
+        files: &ModelFiles,
+        setup: &Setup,
+        trained: &[(String, PathBuf)],
     ) -> Result<Self> {
-        todo!()
+        if setup.method == Method::Full {
+            let config = trained.iter().find(|(name, _)| name == "config.json");
+            let config = config.map_or(&files.config, |(_, path)| path).clone();
+            return Self::load(&ModelFiles { config, weights: trained.to_vec() }, setup);
+        }
+        let config = ModelConfig::read(&files.config)?;
+        let saved = SavedAdapter::open(trained).context("the trained adapter")?;
+        let setup = Setup { lora: Some(saved.lora.clone()), ..setup.clone() };
+        let loading = Loading { config: &config, setup: &setup, quantization: setup.quantization };
+        let mut loaded = loading.base(&files.weights)?;
+        loading.saved_adapters(&saved, &mut loaded)?;
+        Self::assemble(config, setup.clone(), files.clone(), loaded)
+    }
+
+    fn assemble(
+        config: ModelConfig,
+        setup: Setup,
+        files: ModelFiles,
+        (parameters, trainable): Loaded,
+    ) -> Result<Self> {
+        ensure!(!trainable.is_empty(), "nothing in the model is trained");
+        let net = Net::new(&config, &parameters)?;
+        Ok(Self { config, setup, files, parameters, trainable, net })
     }
 
     /// The model's shape.
     pub fn config(&self) -> &ModelConfig {
-        todo!()
+        &self.config
+    }
+
+    /// What it was made with.
+    pub fn setup(&self) -> &Setup {
+        &self.setup
     }
 
     /// How many parameters there are.
     pub fn counts(&self) -> Counts {
-        todo!()
+        let size = |held: &Held| match held {
+            Held::Trained(var) => var.elem_count(),
+            Held::Frozen(weight) => weight.len(),
+        };
+        let base: usize = self.parameters.held.values().map(|(held, _)| size(held)).sum();
+        let trainable: usize = self.trainable.values().map(|var| var.elem_count()).sum();
+        let extra = if self.setup.method == Method::Full { 0 } else { trainable };
+        Counts { trainable: trainable as u64, all: (base + extra) as u64 }
     }
 
     /// What is trained, under PEFT's names without the adapter's (`full`: transformers' names).
     pub fn trainable(&self) -> &BTreeMap<String, Var> {
-        todo!()
+        &self.trainable
+    }
+
+    /// A digest of everything that is not trained, for checks that it stays as it was.
+    ///
+    /// # Errors
+    /// When a tensor cannot be read.
+    pub fn frozen_digest(&self) -> Result<crate::digest::Digest> {
+        let mut all = Vec::new();
+        for (name, (held, _)) in &self.parameters.held {
+            if let Held::Frozen(weight) = held {
+                let digest = weight.with(|w| {
+                    let bytes: Vec<u8> = w.iter().copied().flat_map(f32::to_le_bytes).collect();
+                    crate::digest::Digest::of(&bytes)
+                })?;
+                all.extend_from_slice(format!("{name} {digest}\n").as_bytes());
+            }
+        }
+        Ok(crate::digest::Digest::of(&all))
+    }
+
+    fn pack(&self, batch: &Batch) -> Result<Packed> {
+        batch.pack(self.config.vocab, self.config.positions)
+    }
+
+    /// The last layer's output without dropout, `[tokens, hidden]`.
+    fn hidden(&self, net: &Net, packed: &Packed) -> Result<Tensor> {
+        let sequences = net.sequences(packed);
+        let mut x = net.embed(packed, Mode::Eval)?.detach();
+        for i in 0..net.layers() {
+            // Detached, so that no graph outlives its layer.
+            x = net.layer(i, &x, &sequences, Mode::Eval)?.detach();
+        }
+        Ok(x)
     }
 
     /// Logits without dropout, f32: `[size, classes]`, or `[size, length, vocab]` with zeros on
@@ -88,17 +179,90 @@ impl Model {
     ///
     /// # Errors
     /// When the batch does not fit the model.
-    pub fn logits(&self, _batch: &Batch) -> Result<Tensor> {
-        todo!()
+    pub fn logits(&self, batch: &Batch) -> Result<Tensor> {
+        self.logits_of(&self.net, batch)
     }
 
-    /// For each row the sum of the log-probabilities (natural logarithm) of its labels, and how
-    /// many labels it has; without dropout.
+    pub(super) fn logits_of(&self, net: &Net, batch: &Batch) -> Result<Tensor> {
+        let packed = self.pack(batch)?;
+        let mut x = self.hidden(net, &packed)?;
+        if !self.config.is_decoder() {
+            x = select_rows(&x, first_tokens(&packed).into(), None)?;
+        }
+        let features = net.features(&x, Mode::Eval)?.detach();
+        let logits = net.output(&features, Mode::Eval)?.detach();
+        if !self.config.is_decoder() {
+            return Ok(logits);
+        }
+        let vocab = self.config.vocab;
+        let mut padded = vec![0.0; batch.size * batch.length * vocab];
+        with_slices([&logits], |[logits]| {
+            for (row, range) in packed.rows().enumerate() {
+                let from = &logits[range.start * vocab..range.end * vocab];
+                padded[row * batch.length * vocab..][..from.len()].copy_from_slice(from);
+            }
+        })?;
+        Ok(tensor(padded, (batch.size, batch.length, vocab))?)
+    }
+
+    /// The rows of the last layer that predict something, in the order of the batch, and what.
+    fn targets(&self, batch: &Batch, packed: &Packed) -> Result<Targets> {
+        match (&batch.labels, self.config.is_decoder()) {
+            (Labels::Classes(classes), false) => {
+                Ok(Targets { rows: first_tokens(packed), targets: classes.clone() })
+            }
+            (Labels::Tokens(_), true) => {
+                let (mut rows, mut targets) = (Vec::new(), Vec::new());
+                for (row, range) in packed.rows().enumerate() {
+                    for (position, label) in batch.row_targets(row) {
+                        rows.push(u32::try_from(range.start + position)?);
+                        let target = u32::try_from(label);
+                        targets.push(target.with_context(|| format!("label {label}"))?);
+                    }
+                }
+                Ok(Targets { rows, targets })
+            }
+            (Labels::None, _) => bail!("the batch has no labels"),
+            (Labels::Classes(_), true) => {
+                bail!("a decoder predicts tokens, the labels are classes")
+            }
+            (Labels::Tokens(_), false) => {
+                bail!("an encoder predicts classes, the labels are tokens")
+            }
+        }
+    }
+
+    /// Rows of one block of logits.
+    fn chunk(&self) -> usize {
+        let width = if self.config.is_decoder() { self.config.vocab } else { 1024 };
+        (LOGITS / width).max(16)
+    }
+
+    /// For each row of the batch the sum of the log-probabilities (natural logarithm) of its
+    /// labels, and how many labels it has; without dropout.
     ///
     /// # Errors
     /// When the batch does not fit the model.
-    pub fn target_log_probs(&self, _batch: &Batch) -> Result<Vec<(f64, usize)>> {
-        todo!()
+    pub fn target_log_probs(&self, batch: &Batch) -> Result<Vec<(f64, usize)>> {
+        let packed = self.pack(batch)?;
+        let Targets { rows, targets } = self.targets(batch, &packed)?;
+        let x = self.hidden(&self.net, &packed)?;
+        let mut each = Vec::with_capacity(targets.len());
+        for (rows, targets) in rows.chunks(self.chunk()).zip(targets.chunks(self.chunk())) {
+            let x = select_rows(&x, rows.into(), None)?;
+            let features = self.net.features(&x, Mode::Eval)?.detach();
+            let logits = self.net.output(&features, Mode::Eval)?;
+            each.extend(log_probs(&logits, targets)?);
+        }
+        let mut each = each.into_iter();
+        let rows = (0..batch.size).map(|row| {
+            let n = match batch.labels {
+                Labels::Classes(_) => 1,
+                _ => batch.row_targets(row).count(),
+            };
+            (each.by_ref().take(n).sum(), n)
+        });
+        Ok(rows.collect())
     }
 
     /// The sum of the losses over the targets of the batch, and the gradient of that sum over
@@ -109,54 +273,118 @@ impl Model {
     /// When the batch does not fit the model, or a trainable parameter was not reached.
     pub fn gradients(
         &self,
-        _batch: &Batch,
-        _step: u64,
-        _denominator: f64,
+        batch: &Batch,
+        step: u64,
+        denominator: f64,
     ) -> Result<(f64, BTreeMap<String, Tensor>)> {
-        todo!()
+        ensure!(denominator > 0.0, "a loss over {denominator} targets");
+        let packed = self.pack(batch)?;
+        let targets = self.targets(batch, &packed)?;
+        let mode = Mode::Train(step);
+        let mut gradients = BTreeMap::new();
+        if targets.rows.is_empty() {
+            for (name, var) in &self.trainable {
+                gradients.insert(name.clone(), var.zeros_like()?.detach());
+            }
+            return Ok((0.0, gradients));
+        }
+        // Forward: each block on a detached copy of its input, so that each graph is one block.
+        let sequences = self.net.sequences(&packed);
+        let mut blocks = vec![Block { input: None, output: self.net.embed(&packed, mode)? }];
+        for i in 0..self.net.layers() {
+            let block = self.forward(i, &blocks[i].output, &sequences, mode)?;
+            blocks.push(block);
+        }
+        let (input, leaf) = leaf(&blocks[self.net.layers()].output)?;
+        let rows = select_rows(&leaf, targets.rows.as_slice().into(), None)?;
+        let features = Block { input, output: self.net.features(&rows, mode)? };
+        let (loss, seed) =
+            self.output_gradients(&features.output, &targets, denominator, &mut gradients)?;
+        // Backward: the last block first; each is freed when it is done.
+        blocks.push(features);
+        let mut seed = seed;
+        while let (Some(block), Some(grad)) = (blocks.pop(), seed.take()) {
+            if !block.output.track_op() {
+                break;
+            }
+            let mut store = backward(&block.output, &grad)?;
+            self.collect(&mut store, &mut gradients)?;
+            seed = block.input.and_then(|input| store.remove(&input));
+        }
+        for name in self.trainable.keys() {
+            ensure!(gradients.contains_key(name), "no gradient reaches the parameter `{name}`");
+        }
+        Ok((loss, gradients))
     }
 
-    /// Writes a PEFT adapter directory.
-    ///
-    /// # Errors
-    /// When the method has no adapter, or a file cannot be written.
-    pub fn save_adapter(&self, _dir: &Path, _base_name: &str) -> Result<()> {
-        todo!()
+    fn forward(&self, i: usize, x: &Tensor, s: &Sequences, mode: Mode) -> Result<Block> {
+        let (input, leaf) = leaf(x)?;
+        Ok(Block { input, output: self.net.layer(i, &leaf, s, mode)? })
     }
 
-    /// Writes a transformers directory: `config.json` and `model.safetensors`.
-    ///
-    /// # Errors
-    /// When the model is not fully trained (an adapter is merged instead), or a file cannot be
-    /// written.
-    pub fn save_full(&self, _dir: &Path, _class_names: &[String]) -> Result<()> {
-        todo!()
-    }
-
-    /// Adds the adapter into a base and writes a transformers directory.
-    ///
-    /// # Errors
-    /// When the logits of the merged model differ from those of base and adapter, or a file cannot
-    /// be written.
-    pub fn merge(
+    /// Loss and gradients of the output layer, in blocks of logits; the gradient of the features
+    /// if they are tracked.
+    fn output_gradients(
         &self,
-        _base: MergeBase,
-        _dir: &Path,
-        _class_names: &[String],
-    ) -> Result<MergeReport> {
-        todo!()
+        features: &Tensor,
+        targets: &Targets,
+        denominator: f64,
+        gradients: &mut BTreeMap<String, Tensor>,
+    ) -> Result<(f64, Option<Tensor>)> {
+        let (mut loss, mut seeds) = (0.0, Vec::new());
+        for (i, wanted) in targets.targets.chunks(self.chunk()).enumerate() {
+            let part = features.detach().narrow(0, i * self.chunk(), wanted.len())?.contiguous()?;
+            let (input, part) = match features.track_op() {
+                true => {
+                    let var = Var::from_tensor(&part)?;
+                    (Some(var.clone()), var.as_tensor().clone())
+                }
+                false => (None, part),
+            };
+            let logits = self.net.output(&part, Mode::Eval)?;
+            let (sum, grad) = cross_entropy(&logits, wanted, 1.0 / denominator)?;
+            loss += sum;
+            if logits.track_op() {
+                let mut store = backward(&logits, &grad)?;
+                self.collect(&mut store, gradients)?;
+                seeds.extend(input.and_then(|input| store.remove(&input)));
+            }
+        }
+        let seed = if seeds.is_empty() { None } else { Some(Tensor::cat(&seeds, 0)?) };
+        Ok((loss, seed))
+    }
+
+    /// Adds what a block's backward gave for parameters; a tied embedding gets from two blocks.
+    fn collect(&self, store: &mut GradStore, into: &mut BTreeMap<String, Tensor>) -> Result<()> {
+        for (name, var) in &self.trainable {
+            if let Some(grad) = store.remove(var) {
+                let sum = match into.remove(name) {
+                    Some(before) => (before + grad)?,
+                    None => grad,
+                };
+                into.insert(name.clone(), sum.detach());
+            }
+        }
+        Ok(())
     }
 }
 
-/// Writes a model's weights from nothing: normal(0, `initializer_range`), norms 1, biases 0.
-///
-/// # Errors
-/// When the file cannot be written.
-pub fn random_weights(
-    _config: &ModelConfig,
-    _task: Option<&Task>,
-    _seed: u64,
-    _out: &Path,
-) -> Result<()> {
-    todo!()
+/// A part of the graph: its input, if a gradient is wanted below it, and its output.
+struct Block {
+    input: Option<Var>,
+    output: Tensor,
+}
+
+/// A detached copy of a block's output for the next block; tracked if anything below is trained.
+fn leaf(x: &Tensor) -> Result<(Option<Var>, Tensor)> {
+    if !x.track_op() {
+        return Ok((None, x.clone()));
+    }
+    let var = Var::from_tensor(&x.detach())?;
+    let leaf = var.as_tensor().clone();
+    Ok((Some(var), leaf))
+}
+
+fn first_tokens(packed: &Packed) -> Vec<u32> {
+    packed.rows().map(|range| range.start as u32).collect()
 }

@@ -186,7 +186,7 @@ fn flatten(path: &str, value: &Value, out: &mut BTreeMap<String, Leaf>) {
 }
 
 /// The name of a gather's member, `among@lora.r=8`.
-fn member_path(path: &str, point: &Value) -> String {
+pub(crate) fn member_path(path: &str, point: &Value) -> String {
     let coordinates = point.as_object().into_iter().flatten().map(|(axis, value)| {
         let value = value.as_str().map_or_else(|| value.to_string(), str::to_owned);
         format!("{axis}={value}")

@@ -12,6 +12,8 @@ use std::path::{Path, PathBuf};
 use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
+use serde::{Deserialize, Serialize};
+
 use super::Store;
 use crate::digest::Digest;
 
@@ -23,19 +25,19 @@ const RACY: Duration = Duration::from_secs(2);
 const COMPACT_BYTES: u64 = 16 << 20;
 
 /// What identifies a state of a file.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
 pub struct FileState {
     dev: u64,
     ino: u64,
     size: u64,
-    mtime_ns: i128,
-    ctime_ns: i128,
+    mtime_ns: i64,
+    ctime_ns: i64,
 }
 
 impl FileState {
     /// The state that metadata (of the file behind any link) shows.
     pub fn of(meta: &Metadata) -> Self {
-        let ns = |s: i64, ns: i64| i128::from(s) * 1_000_000_000 + i128::from(ns);
+        let ns = |s: i64, ns: i64| s.saturating_mul(1_000_000_000).saturating_add(ns);
         Self {
             dev: meta.dev(),
             ino: meta.ino(),
@@ -47,7 +49,7 @@ impl FileState {
 
     fn settled(&self, now: SystemTime) -> bool {
         let limit = now.checked_sub(RACY).and_then(|t| t.duration_since(UNIX_EPOCH).ok());
-        let limit = limit.map_or(0, |d| i128::try_from(d.as_nanos()).unwrap_or(0));
+        let limit = limit.map_or(0, |d| i64::try_from(d.as_nanos()).unwrap_or(0));
         self.mtime_ns <= limit && self.ctime_ns <= limit
     }
 

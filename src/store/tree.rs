@@ -7,7 +7,7 @@ use std::path::{Component, Path, PathBuf};
 use anyhow::{Context as _, Result, bail, ensure};
 
 use super::objects::Dirty;
-use super::{Entry, Origin, Store, StoreError, Tree};
+use super::{Entry, FileState, Origin, Store, StoreError, Tree};
 use crate::digest::Digest;
 
 impl Tree {
@@ -241,5 +241,21 @@ impl Store {
             }));
         }
         Ok(None)
+    }
+}
+
+impl Store {
+    /// The states (device, inode, size, times) of a file, or of all files under a directory, by
+    /// path: equal states mean that nothing was edited in between.
+    ///
+    /// # Errors
+    /// When something in it cannot be read.
+    pub fn states(&self, path: &Path) -> Result<BTreeMap<PathBuf, FileState>> {
+        let states = walk(path)?.into_iter().map(|found| {
+            let meta = std::fs::metadata(&found.file);
+            let meta = meta.map_err(|e| StoreError::from_io("reading", &found.file, e))?;
+            Ok((found.path.into(), FileState::of(&meta)))
+        });
+        states.collect()
     }
 }

@@ -138,3 +138,69 @@ fn imports_are_found() {
     let names: Vec<String> = imports(text).into_iter().collect();
     assert_eq!(names, ["digest", "hub", "store"]);
 }
+
+/// Compares a generated text with the committed one; `FLOW_BLESS=1 cargo test tidy` writes it.
+fn hold(path: &Path, fresh: &str, stale: &mut Vec<String>) {
+    let committed = fs::read_to_string(path).unwrap_or_default();
+    if committed == fresh {
+        return;
+    }
+    if std::env::var_os("FLOW_BLESS").is_some() {
+        fs::create_dir_all(path.parent().unwrap()).unwrap();
+        fs::write(path, fresh).unwrap();
+    } else {
+        stale.push(path.strip_prefix(root()).unwrap().display().to_string());
+    }
+}
+
+#[test]
+fn generated_files_are_fresh() {
+    let mut stale = Vec::new();
+    let schemas = flow::cli::schemas(flow::kinds::ALL);
+    for (name, text) in &schemas {
+        hold(&root().join("schemas").join(name), text, &mut stale);
+    }
+    for entry in fs::read_dir(root().join("schemas")).unwrap() {
+        let name = entry.unwrap().file_name().into_string().unwrap();
+        if !schemas.iter().any(|(known, _)| *known == name) {
+            stale.push(format!("schemas/{name} belongs to no kind"));
+        }
+    }
+    let readme = root().join("README.md");
+    let text = fs::read_to_string(&readme).unwrap();
+    let start = text.find("<!-- kinds:").unwrap();
+    let start = start + text[start..].find('\n').unwrap() + 1;
+    let end = text.find("<!-- end of kinds -->").unwrap();
+    let table = flow::cli::kinds_table(flow::kinds::ALL);
+    let fresh = format!("{}{table}{}", &text[..start], &text[end..]);
+    hold(&readme, &fresh, &mut stale);
+    let help = "`FLOW_BLESS=1 cargo test tidy` writes them";
+    assert!(stale.is_empty(), "{} are not what the kinds say; {help}", stale.join(", "));
+}
+
+/// A kind whose schema changes gets a look at its `VERSION`: the table of (name, version, digest of
+/// schema) is committed, so that neither changes unnoticed.
+#[test]
+fn kinds_are_versioned() {
+    let rows = flow::kinds::ALL.iter().map(|kind| {
+        // documentation may change freely
+        fn fields(value: &serde_json::Value) -> serde_json::Value {
+            match value {
+                serde_json::Value::Object(map) => map
+                    .iter()
+                    .filter(|(key, _)| *key != "description" && *key != "title")
+                    .map(|(key, value)| (key.clone(), fields(value)))
+                    .collect(),
+                serde_json::Value::Array(items) => items.iter().map(fields).collect(),
+                plain => plain.clone(),
+            }
+        }
+        let schema = fields(&(kind.schema)());
+        let digest = flow::digest::Digest::of_value("flow/schema/v1", &schema).unwrap();
+        format!("{} v{} {}\n", kind.name, kind.version, digest.short())
+    });
+    let mut stale = Vec::new();
+    hold(&root().join("tests/flow/kinds.txt"), &rows.collect::<String>(), &mut stale);
+    let help = "if equal inputs now give other bytes, raise its VERSION; then FLOW_BLESS=1";
+    assert!(stale.is_empty(), "a kind's fields changed: {help}");
+}

@@ -35,6 +35,14 @@ impl Frozen {
         }
     }
 
+    /// How many numbers it holds.
+    pub(crate) fn len(&self) -> usize {
+        match self {
+            Self::Dense(w) => w.elem_count(),
+            Self::Nf4(w) => w.dims().0 * w.dims().1,
+        }
+    }
+
     /// Calls `f` with the weight as f32, row-major.
     pub(crate) fn with<T>(&self, f: impl FnOnce(&[f32]) -> T) -> Result<T> {
         match self {

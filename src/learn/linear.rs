@@ -1,0 +1,146 @@
+//! The modules that models are built of, and where they get their tensors from.
+
+use std::collections::BTreeMap;
+
+use anyhow::{Context, Result, bail};
+use candle_core::{DType, Tensor, Var};
+
+use super::ops::{Frozen, LoraArgs, Mask, affine, dropout, frozen_affine, lora_affine};
+use super::random::Stream;
+
+/// How a forward pass is run.
+#[derive(Debug, Clone, Copy)]
+pub(crate) enum Mode {
+    /// Without dropout.
+    Eval,
+    /// With the dropout of a step.
+    Train(u64),
+}
+
+/// A place where elements are dropped.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Dropout {
+    stream: Stream,
+    p: f64,
+}
+
+impl Dropout {
+    /// The mask of a pass, if anything is dropped.
+    pub(crate) fn mask(&self, mode: Mode) -> Option<Mask> {
+        match mode {
+            Mode::Eval => None,
+            Mode::Train(step) => Mask::new(self.stream.at(step), self.p),
+        }
+    }
+
+    /// Drops elements of `x`.
+    pub(crate) fn forward(&self, x: &Tensor, mode: Mode) -> Result<Tensor> {
+        Ok(dropout(x, self.mask(mode))?)
+    }
+}
+
+/// A tensor of the model.
+#[derive(Debug, Clone)]
+pub(crate) enum Held {
+    /// Never changes.
+    Frozen(Frozen),
+    /// Is trained.
+    Trained(Var),
+}
+
+/// A low-rank adapter.
+#[derive(Debug, Clone)]
+pub(crate) struct Adapter {
+    /// `[r, in]`.
+    pub(crate) a: Var,
+    /// `[out, r]`.
+    pub(crate) b: Var,
+}
+
+/// Every tensor of a model, by its name on the hub.
+#[derive(Debug, Clone, Default)]
+pub(crate) struct Parameters {
+    /// With the data type that it was stored in.
+    pub(crate) held: BTreeMap<String, (Held, DType)>,
+    /// By module.
+    pub(crate) adapters: BTreeMap<String, Adapter>,
+    /// The factor on the adapters' outputs.
+    pub(crate) scaling: f64,
+    /// Probability of dropping an element of an adapter's input.
+    pub(crate) adapter_dropout: f64,
+    /// Seeds the dropout.
+    pub(crate) seed: u64,
+    /// Takes the place of the model's own dropout.
+    pub(crate) dropout: Option<f64>,
+}
+
+impl Parameters {
+    fn held(&self, name: &str) -> Result<&Held> {
+        self.held.get(name).map(|(held, _)| held).with_context(|| format!("no tensor `{name}`"))
+    }
+
+    /// A tensor that is not quantized; tracked if it is trained.
+    pub(crate) fn tensor(&self, name: &str) -> Result<Tensor> {
+        match self.held(name)? {
+            Held::Trained(var) => Ok(var.as_tensor().clone()),
+            Held::Frozen(Frozen::Dense(tensor)) => Ok(tensor.clone()),
+            Held::Frozen(Frozen::Nf4(_)) => bail!("`{name}` is quantized"),
+        }
+    }
+
+    /// A linear layer with its adapter, if it has one.
+    pub(crate) fn linear(&self, module: &str) -> Result<Linear> {
+        let weight = self.held(&format!("{module}.weight"))?.clone();
+        let bias = format!("{module}.bias");
+        let bias = self.held.contains_key(&bias).then(|| self.tensor(&bias)).transpose()?;
+        let adapter = self.adapters.get(module).cloned();
+        let stream = Stream::new(self.seed, &format!("dropout/lora/{module}"));
+        let dropout = Dropout { stream, p: self.adapter_dropout };
+        Ok(Linear { weight, bias, adapter, scaling: self.scaling, dropout })
+    }
+
+    /// A place where the model drops elements with probability `p`, unless that is overruled.
+    pub(crate) fn dropout(&self, place: &str, p: f64) -> Dropout {
+        let stream = Stream::new(self.seed, &format!("dropout/{place}"));
+        Dropout { stream, p: self.dropout.unwrap_or(p) }
+    }
+}
+
+/// `x W^T + b`: trained, frozen or quantized, with or without an adapter.
+#[derive(Debug, Clone)]
+pub(crate) struct Linear {
+    weight: Held,
+    bias: Option<Tensor>,
+    adapter: Option<Adapter>,
+    scaling: f64,
+    dropout: Dropout,
+}
+
+impl Linear {
+    /// A layer without bias around a tensor that may be shared (a tied output embedding).
+    pub(crate) fn of(parameters: &Parameters, weight: &str) -> Result<Self> {
+        let stream = Stream::new(0, weight);
+        Ok(Self {
+            weight: parameters.held(weight)?.clone(),
+            bias: None,
+            adapter: None,
+            scaling: 1.0,
+            dropout: Dropout { stream, p: 0.0 },
+        })
+    }
+
+    /// `[.., in]` to `[.., out]`.
+    pub(crate) fn forward(&self, x: &Tensor, mode: Mode) -> Result<Tensor> {
+        let bias = self.bias.as_ref();
+        Ok(match (&self.weight, &self.adapter) {
+            (Held::Trained(w), None) => affine(x, w, bias)?,
+            (Held::Frozen(w), None) => frozen_affine(x, w, bias)?,
+            (Held::Frozen(weight), Some(Adapter { a, b })) => {
+                let dropout = self.dropout.mask(mode);
+                let scaling = self.scaling;
+                lora_affine(x, LoraArgs { weight, bias, a, b, scaling, dropout })?
+            }
+            (Held::Trained(_), Some(_)) => bail!("an adapter on a layer that is trained whole"),
+        })
+    }
+}
