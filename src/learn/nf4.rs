@@ -80,9 +80,14 @@ pub fn dynamic_map() -> &'static [f32; 256] {
     MAP.get_or_init(|| {
         let mut values = vec![0.0f32, 1.0];
         for i in 0..7 {
-            let n = 1usize << i;
-            let edge = |k: usize| 0.1 + 0.9 * k as f32 / n as f32;
-            let power = 10f32.powi(i - 6);
+            let n = 1i32 << i;
+            // As torch's linspace in f32: from the nearer end, each point rounded once.
+            let step = f64::from((1.0 - 0.1f32) / n as f32);
+            let edge = |k: i32| match k < (n + 1) / 2 {
+                true => (f64::from(0.1f32) + step * f64::from(k)) as f32,
+                false => (1.0 - step * f64::from(n - k)) as f32,
+            };
+            let power = 10f64.powi(i - 6) as f32;
             for k in 0..n {
                 let value = (edge(k) + edge(k + 1)) / 2.0 * power;
                 values.extend([value, -value]);
@@ -306,8 +311,9 @@ fn nest(scales: &[f32]) -> Scales {
     let nested: Vec<f32> = centred.chunks(NESTED_BLOCK).map(absmax).collect();
     let groups = centred.chunks(NESTED_BLOCK).zip(&nested);
     let codes = groups.flat_map(|(group, scale)| {
-        let inverse = inverse(*scale);
-        group.iter().map(move |x| dynamic_code(x * inverse))
+        // A group without spread gets code 0, as bitsandbytes gives it; its scale is 0.
+        let code = |x: f32| if *scale > 0.0 { dynamic_code(x * inverse(*scale)) } else { 0 };
+        group.iter().map(move |x| code(*x))
     });
     Scales::Double { codes: codes.collect(), nested: nested.clone(), offset }
 }
