@@ -33,3 +33,5 @@ pub mod step;
 pub mod store;
 pub mod text;
 pub mod yaml;
+
+pub use cli::main;

@@ -95,6 +95,9 @@ pub struct PromptsInfo {
     /// Words that stand for classes, in class order; empty if the target is free text.
     #[serde(default)]
     pub candidates: Vec<String>,
+    /// The candidates as targets: each word with what the template puts around it.
+    #[serde(default)]
+    pub candidate_targets: Vec<String>,
     /// Class names in class order, for classification.
     #[serde(default)]
     pub classes: Vec<String>,

@@ -1,1 +1,25 @@
-//! Plan in, Run out.
+//! Plan in, run out: scheduler, cache decision, attempts, workers, events.
+//!
+//! [`run`] pins outside names, then decides step by step: bind inputs to the records of their
+//! producers, take the key, look it up. A hit costs a few `stat`s and starts nothing; a miss is
+//! explained and attempted, on a thread or in a worker, as soon as its slots are free. Because
+//! keys are over content, a step that gives the bytes it gave before cuts off what follows.
+
+mod attempt;
+mod bind;
+mod event;
+mod forecast;
+mod machine;
+mod outputs;
+mod prepare;
+mod run;
+mod session;
+mod slots;
+mod worker;
+
+pub use event::{Outcome, RunEvent};
+pub use forecast::{Forecast, Prospect, forecast};
+pub use prepare::{Unresolved, Updated, update};
+pub use run::run;
+pub use session::{Options, Session, WorkerCommand};
+pub use worker::worker;

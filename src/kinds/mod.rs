@@ -1,6 +1,24 @@
-//! The step kinds: one file and one row each.
+//! The step kinds: one file and one row each. A kind is a bridge: it reads its inputs through the
+//! context, calls the room that does the work, and writes what comes out.
+
+mod command;
+mod fetch;
+mod format;
+mod init_model;
+mod model;
+mod rows;
+mod sample;
+mod tokenize;
 
 use crate::step::Kind;
 
 /// The table of kinds. Parser, checks, keys, schemas, README, completions and reports read it.
-pub const ALL: &[Kind] = &[];
+pub const ALL: &[Kind] = &[
+    Kind::of::<fetch::Fetch>(),
+    Kind::of::<model::Model>(),
+    Kind::of::<init_model::InitModel>(),
+    Kind::of::<sample::Sample>(),
+    Kind::of::<format::Format>(),
+    Kind::of::<tokenize::Tokenize>(),
+    Kind::of::<command::Command>(),
+];

@@ -29,3 +29,25 @@ pub use init::random_weights;
 pub use merge::MergeReport;
 pub use model::{Counts, Model, ModelFiles};
 pub use setup::{LoraConfig, MergeBase, Method, Quantization, Setup, TargetModules, Task};
+
+mod doctor;
+mod gate;
+mod generate;
+mod metrics;
+mod optimizer;
+mod rows;
+mod schedule;
+mod scoring;
+mod trainer;
+
+pub use doctor::check_rows;
+pub use gate::GradientGate;
+pub use generate::{Generation, generate};
+pub use metrics::{ClassScores, Confusion};
+pub use optimizer::{AdamW, AdamWConfig, Decays, clip_factor, global_norm};
+pub use rows::{Row, RowReader, collate, read_rows};
+pub use schedule::{LearningRate, Schedule, warmup_steps};
+pub use scoring::{Measure, Prediction, Scores, score};
+pub use trainer::{
+    Best, Duration, EvaluationLog, History, Observer, StepLog, TrainingArguments, Warmup, train,
+};

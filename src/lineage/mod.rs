@@ -1,21 +1,14 @@
-//! Records, runs, the lock.
+//! Records, runs, the lock: how everything came to be.
 
-use anyhow::Result;
+mod lock;
+mod record;
+mod runs;
+mod trace;
+mod why;
 
-/// The lock beside a pipeline: outside identities by name.
-#[derive(Debug, Default)]
-pub struct Lock {}
-
-impl Lock {
-    /// The identity of an outside name; asked for, and remembered, if it is new.
-    ///
-    /// # Errors
-    /// When the lock must not grow (`--locked`), or asking fails.
-    pub fn get_or_insert(
-        &mut self,
-        _name: &str,
-        _ask: impl FnOnce() -> Result<String>,
-    ) -> Result<String> {
-        todo!()
-    }
-}
+pub use lock::{Lock, LockMode};
+pub use record::{Difference, Loaded, Made, Record, Wrote};
+pub use runs::{Journal, Run, RunInfo, Runs, State, Status, StepSummary, Summary, unix_ms};
+pub use trace::{Lineage, Link, trace};
+pub(crate) use why::member_path;
+pub use why::{Change, Current, Why, difference, explain};

@@ -1,5 +1,41 @@
-//! YAML to `Pipeline` (what was written, maybe wrong) to [`Plan`] (checked).
+//! YAML to [`Pipeline`] (what was written, maybe wrong) to [`Plan`] (checked).
+//!
+//! In reading order: the form of the file is read ([`Pipeline::parse`]), parameters and
+//! environment get their values, the sweep its points; names are looked up and the steps ordered;
+//! each step is made once for each projection onto the axes that it reads, and parsed by its
+//! kind. [`Plan::new`] returns everything that is wrong at once.
 
+mod check;
+mod field;
+mod instance;
+mod outputs;
 mod plan;
+mod reference;
+mod schema;
+mod scope;
+mod sweep;
+mod target;
+mod written;
+
+use std::collections::BTreeMap;
 
 pub use plan::{Edge, Instance, Output, Plan, Point, Policy, StepId};
+pub use schema::{kind_schema, schema};
+pub use written::{Pipeline, WrittenNeeds, WrittenStep};
+
+/// What a plan depends on beside its file.
+#[derive(Debug, Clone)]
+pub struct Settings {
+    /// Parameters given on the command line: path (`params.x`, `params.a.b`) and raw YAML value.
+    pub sets: Vec<(String, String)>,
+    /// The environment.
+    pub env: BTreeMap<String, String>,
+    /// Points that a sweep may have, where it gives no `cap` itself.
+    pub sweep_cap: usize,
+}
+
+impl Default for Settings {
+    fn default() -> Self {
+        Self { sets: Vec::new(), env: BTreeMap::new(), sweep_cap: 256 }
+    }
+}

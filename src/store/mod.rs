@@ -9,12 +9,26 @@
 //! leases/<key>          kernel-released locks
 //! attempts/<name>/      private scratch of one attempt, removed after publishing
 //! stat/…                digests by (dev, ino, size, mtime, ctime); may be deleted at any time
+//! quarantine/…          damaged objects and manifests, kept for inspection
+//! tmp/…                 files on their way to `objects`
 //! ```
+
+mod disk;
+mod lease;
+mod objects;
+mod place;
+mod stat;
+mod tree;
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use serde::{Deserialize, Serialize};
+
+pub use disk::{Disk, Faults, StoreError};
+pub use lease::{Holder, Lease};
+pub use stat::FileState;
+use stat::StatTable;
 
 use crate::digest::Digest;
 
@@ -66,6 +80,8 @@ pub struct HubFile {
 #[derive(Debug, Clone)]
 pub struct Store {
     root: Arc<PathBuf>,
+    disk: Disk,
+    stat: Arc<StatTable>,
 }
 
 impl Store {
@@ -73,8 +89,22 @@ impl Store {
     ///
     /// # Errors
     /// When the folder cannot be made or written.
-    pub fn open(_root: &Path) -> anyhow::Result<Self> {
-        todo!()
+    pub fn open(root: &Path) -> anyhow::Result<Self> {
+        Self::open_on(root, Disk::default())
+    }
+
+    /// Opens a store on a given disk (a faulty one, in tests).
+    ///
+    /// # Errors
+    /// When the folder cannot be made or written.
+    pub fn open_on(root: &Path, disk: Disk) -> anyhow::Result<Self> {
+        for name in ["objects", "trees", "origins", "records", "runs", "leases", "attempts", "tmp"]
+        {
+            disk.create_dir_all(&root.join(name))?;
+        }
+        let root = root.canonicalize().map_err(|e| StoreError::from_io("opening", root, e))?;
+        let stat = StatTable::new(&root.join("stat"));
+        Ok(Self { root: Arc::new(root), disk, stat: Arc::new(stat) })
     }
 
     /// The store's folder.
@@ -82,56 +112,44 @@ impl Store {
         &self.root
     }
 
-    /// The content of a file as a digest, from the stat table where the file has not changed.
-    ///
-    /// # Errors
-    /// When it cannot be read.
-    pub fn digest_of_file(&self, _path: &Path) -> anyhow::Result<(Digest, u64)> {
-        todo!()
+    /// The disk that it writes.
+    pub fn disk(&self) -> &Disk {
+        &self.disk
     }
 
-    /// The digest of a tree (a directory's or a single file's content), from the stat table where
-    /// nothing has changed. Symbolic links are followed; a single file gives a tree of one entry.
-    ///
-    /// # Errors
-    /// When something in it cannot be read.
-    pub fn tree_of_path(&self, _path: &Path) -> anyhow::Result<Tree> {
-        todo!()
-    }
-
-    /// Imports a directory: every file becomes an object, the manifest is written last.
+    /// Replaces a file's content, whole or not at all, and brings it to the disk. The file need
+    /// not be in the store.
     ///
     /// # Errors
     /// When the disk refuses.
-    pub fn publish_tree(&self, _dir: &Path) -> anyhow::Result<Digest> {
-        todo!()
+    pub fn write_atomic(&self, path: &Path, bytes: &[u8]) -> Result<(), StoreError> {
+        let dir = path.parent().filter(|p| !p.as_os_str().is_empty()).unwrap_or(Path::new("."));
+        self.disk.create_dir_all(dir)?;
+        let temp = dir.join(format!(".{}.tmp", unique()));
+        let written = self
+            .disk
+            .write_new(&temp, bytes)
+            .and_then(|()| self.disk.rename(&temp, path))
+            .and_then(|()| self.disk.sync(dir));
+        if written.is_err() {
+            // Gone already if it was renamed; otherwise nobody will miss it.
+            let _ = std::fs::remove_file(&temp);
+        }
+        written
     }
 
-    /// Imports a directory and, beside its files, entries whose bytes stay where they are.
-    ///
-    /// # Errors
-    /// When the disk refuses.
-    pub fn publish_tree_with(
-        &self,
-        _dir: &Path,
-        _referenced: &[(Entry, Origin)],
-    ) -> anyhow::Result<Digest> {
-        todo!()
+    /// Where a digest's file stands under one of the store's folders.
+    fn place(&self, folder: &str, digest: &Digest) -> PathBuf {
+        let hex = digest.to_string();
+        self.root.join(folder).join(&hex[..2]).join(&hex[2..])
     }
+}
 
-    /// The manifest of a published tree, or `None` if the store has no such tree.
-    ///
-    /// # Errors
-    /// When the manifest is unreadable or is not what its digest says.
-    pub fn tree(&self, _digest: &Digest) -> anyhow::Result<Option<Tree>> {
-        todo!()
-    }
-
-    /// A readable path of a blob: the object, else an origin that still has these bytes.
-    ///
-    /// # Errors
-    /// When the store cannot be read.
-    pub fn locate(&self, _blob: &Digest) -> anyhow::Result<Option<PathBuf>> {
-        todo!()
-    }
+/// A name that no other thread or process of this host uses now.
+pub fn unique() -> String {
+    use std::sync::atomic::{AtomicU64, Ordering};
+    static COUNT: AtomicU64 = AtomicU64::new(0);
+    let nanos = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH);
+    let nanos = nanos.map_or(0, |d| d.subsec_nanos());
+    format!("{}-{}-{nanos}", std::process::id(), COUNT.fetch_add(1, Ordering::Relaxed))
 }

@@ -1,0 +1,152 @@
+//! What can be typed.
+
+use std::path::PathBuf;
+
+use clap::{Args, Parser, Subcommand};
+
+const AFTER: &str = "Exit codes: 0 done, 1 a step failed, 2 pipeline or command wrong, \
+    3 store, disk or internal, 130 interrupted.\n\
+    Environment: FLOW_STORE, FLOW_CUDA_WORKER, HF_ENDPOINT, HF_HOME, HF_HUB_CACHE, HF_TOKEN, \
+    HF_HUB_OFFLINE, NO_COLOR.";
+
+/// A declarative runner for fine-tuning experiments.
+///
+/// A YAML file describes steps (fetch, sample, format, tokenize, train, evaluate, select, merge);
+/// `flow run` executes what is not in the cache, and records every run.
+#[derive(Debug, Parser)]
+#[command(name = "flow", version, after_help = AFTER, max_term_width = 100)]
+pub(super) struct Arguments {
+    /// Results as JSON on stdout.
+    #[arg(long, global = true)]
+    pub(super) json: bool,
+    /// Where results are kept [default: FLOW_STORE, else .flow in the project root].
+    #[arg(long, global = true, value_name = "DIR")]
+    pub(super) store: Option<PathBuf>,
+    #[command(subcommand)]
+    pub(super) command: Command,
+}
+
+#[derive(Debug, Subcommand)]
+pub(super) enum Command {
+    /// Run a pipeline; what is in the cache is not run again.
+    Run(RunOptions),
+    /// Say what `run` would do, and why, without doing it.
+    Plan(PlanOptions),
+    /// Check a pipeline file: all mistakes at once, nothing is run or asked for.
+    Validate(PipelineOptions),
+    /// The DAG of a pipeline in Graphviz's dot language.
+    Graph(PipelineOptions),
+    /// Why a step ran (or was taken from the cache) in a run.
+    Why(StepOptions),
+    /// Where a result came from: every record upstream of a step, key or output digest.
+    Trace(TraceOptions),
+    /// The runs on record, newest first.
+    Runs(RunsOptions),
+    /// One run, or one step of it: what it read, made and measured.
+    Show(ShowOptions),
+    /// The log of a step.
+    Log(StepOptions),
+    /// The kinds of step, or the documentation of one.
+    Kinds {
+        /// The kind.
+        kind: Option<String>,
+    },
+    /// The JSON Schema of pipeline files, or of one kind.
+    Schema {
+        /// The kind.
+        kind: Option<String>,
+        /// Write all schemas into this folder.
+        #[arg(long, value_name = "DIR", conflicts_with = "kind")]
+        write: Option<PathBuf>,
+    },
+    /// Completions for a shell.
+    Completions {
+        /// The shell.
+        shell: clap_complete::Shell,
+    },
+    /// Runs one attempt (started by `flow run`, not by people).
+    #[command(hide = true)]
+    Worker {
+        /// The attempt's folder.
+        dir: PathBuf,
+    },
+}
+
+#[derive(Debug, Args)]
+pub(super) struct PipelineOptions {
+    /// The pipeline file.
+    pub(super) file: PathBuf,
+    /// Give a parameter another value: `--set params.seed=7` (a value is read as YAML).
+    #[arg(long = "set", value_name = "PATH=VALUE")]
+    pub(super) sets: Vec<String>,
+    /// Largest sweep that is accepted.
+    #[arg(long, value_name = "POINTS", default_value_t = 256)]
+    pub(super) sweep_cap: usize,
+}
+
+#[derive(Debug, Args)]
+pub(super) struct PlanOptions {
+    #[command(flatten)]
+    pub(super) pipeline: PipelineOptions,
+    /// Only these steps (or instances like `train@lora.r=8`) and what they need.
+    #[arg(value_name = "STEP")]
+    pub(super) steps: Vec<String>,
+    /// CPU slots [default: all cores].
+    #[arg(long, short, value_name = "N")]
+    pub(super) jobs: Option<usize>,
+    /// Run a step again although it is in the cache; other bytes are recorded as a difference.
+    #[arg(long, value_name = "STEP")]
+    pub(super) force: Vec<String>,
+    /// Refuse to add to the lock file.
+    #[arg(long)]
+    pub(super) locked: bool,
+    /// Ask nothing of the network.
+    #[arg(long)]
+    pub(super) offline: bool,
+}
+
+#[derive(Debug, Args)]
+pub(super) struct RunOptions {
+    #[command(flatten)]
+    pub(super) plan: PlanOptions,
+    /// After a failure, still run everything that does not depend on it.
+    #[arg(long, short)]
+    pub(super) keep_going: bool,
+    /// Seconds that a stopped step gets to end by itself.
+    #[arg(long, value_name = "SECONDS", default_value_t = 30)]
+    pub(super) grace: u64,
+}
+
+#[derive(Debug, Args)]
+pub(super) struct StepOptions {
+    /// The step, or an instance like `train@lora.r=8`; all steps of the run if left out.
+    pub(super) step: Option<String>,
+    /// The run (a unique prefix, or `latest`).
+    #[arg(long, value_name = "RUN", default_value = "latest")]
+    pub(super) run: String,
+}
+
+#[derive(Debug, Args)]
+pub(super) struct TraceOptions {
+    /// A step of the run, a key, an output digest (a unique prefix of at least 6 digits will do).
+    pub(super) what: String,
+    /// The run that a step is looked up in.
+    #[arg(long, value_name = "RUN", default_value = "latest")]
+    pub(super) run: String,
+}
+
+#[derive(Debug, Args)]
+pub(super) struct RunsOptions {
+    /// How many.
+    #[arg(long, short = 'n', default_value_t = 20)]
+    pub(super) limit: usize,
+}
+
+#[derive(Debug, Args)]
+pub(super) struct ShowOptions {
+    /// The run (a unique prefix, or `latest`), or a step of the latest run.
+    #[arg(default_value = "latest")]
+    pub(super) what: String,
+    /// A step of that run.
+    pub(super) step: Option<String>,
+}

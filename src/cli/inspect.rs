@@ -1,0 +1,135 @@
+//! The table of kinds, and the schemas generated from it.
+
+use std::fs;
+use std::path::Path;
+
+use anyhow::Context as _;
+use serde_json::{Value, json};
+
+use super::error::{Exit, Failure};
+use super::{Stage, table};
+use crate::pipeline;
+use crate::source::{Fault, suggest};
+use crate::step::Kind;
+
+/// `flow kinds [KIND]`.
+pub(super) fn kinds(stage: &Stage, name: Option<&str>) -> Result<Exit, Failure> {
+    let Some(name) = name else {
+        if stage.json {
+            let list = stage
+                .kinds
+                .iter()
+                .map(|k| json!({ "kind": k.name, "version": k.version, "summary": k.summary() }));
+            println!("{}", Value::Array(list.collect()));
+        } else {
+            let rows = stage.kinds.iter().map(|k| vec![k.name.to_owned(), k.summary()]);
+            print!("{}", table::render(&["kind", "what it does"], &rows.collect::<Vec<_>>()));
+        }
+        return Ok(Exit::Done);
+    };
+    let schema = (find(stage, name)?.schema)();
+    if stage.json {
+        println!("{schema}");
+        return Ok(Exit::Done);
+    }
+    println!("{name}\n\n{}\n", schema["description"].as_str().unwrap_or_default());
+    let required: Vec<&str> =
+        schema["required"].as_array().into_iter().flatten().filter_map(Value::as_str).collect();
+    for (field, about) in schema["properties"].as_object().into_iter().flatten() {
+        let default = match about.get("default") {
+            Some(Value::Null) => ", optional".to_owned(),
+            Some(value) => format!(", default {value}"),
+            None if required.contains(&field.as_str()) => ", required".to_owned(),
+            None => ", optional".to_owned(),
+        };
+        println!("  {field}: {}{default}", type_of(&schema, about));
+        for line in description(&schema, about).lines() {
+            println!("      {line}");
+        }
+    }
+    Ok(Exit::Done)
+}
+
+fn find<'a>(stage: &'a Stage, name: &str) -> Result<&'a Kind, Failure> {
+    let names: Vec<&str> = stage.kinds.iter().map(|k| k.name).collect();
+    stage.kinds.iter().find(|k| k.name == name).ok_or_else(|| {
+        let fault = Fault::new(format!("there is no kind `{name}`"));
+        let help = suggest(name, &names).unwrap_or_default();
+        Failure::Usage(fault.help(help).into())
+    })
+}
+
+/// Follows a `$ref` into the definitions of a schema.
+fn target<'a>(schema: &'a Value, about: &'a Value) -> &'a Value {
+    let named = about["$ref"].as_str().and_then(|r| r.strip_prefix('#'));
+    named.and_then(|pointer| schema.pointer(pointer)).unwrap_or(about)
+}
+
+fn description(schema: &Value, about: &Value) -> String {
+    let own = about["description"].as_str();
+    own.or_else(|| target(schema, about)["description"].as_str()).unwrap_or_default().to_owned()
+}
+
+fn type_of(schema: &Value, about: &Value) -> String {
+    let about = target(schema, about);
+    if let Some(options) = about["enum"].as_array() {
+        let words: Vec<&str> = options.iter().filter_map(Value::as_str).collect();
+        return words.join(" | ");
+    }
+    for list in ["anyOf", "oneOf", "allOf"] {
+        if let Some(options) = about[list].as_array() {
+            let types = options.iter().map(|o| match o["const"].as_str() {
+                Some(word) => word.to_owned(),
+                None => type_of(schema, o),
+            });
+            let types: Vec<String> = types.filter(|t| t != "null").collect();
+            return types.join(" | ");
+        }
+    }
+    match &about["type"] {
+        Value::String(one) if one == "array" => format!("[{}]", type_of(schema, &about["items"])),
+        Value::String(one) => one.clone(),
+        Value::Array(many) => {
+            let words = many.iter().filter_map(Value::as_str).filter(|t| *t != "null");
+            words.collect::<Vec<_>>().join(" | ")
+        }
+        _ => "any".to_owned(),
+    }
+}
+
+/// `flow schema [KIND] [--write DIR]`.
+pub(super) fn schema(
+    stage: &Stage,
+    name: Option<&str>,
+    write: Option<&Path>,
+) -> Result<Exit, Failure> {
+    if let Some(dir) = write {
+        fs::create_dir_all(dir).with_context(|| format!("making {}", dir.display()))?;
+        for (file, text) in schemas(stage.kinds) {
+            let path = dir.join(file);
+            fs::write(&path, text).with_context(|| format!("writing {}", path.display()))?;
+            eprintln!("{}", path.display());
+        }
+        return Ok(Exit::Done);
+    }
+    let schema = match name {
+        Some(name) => (find(stage, name)?.schema)(),
+        None => pipeline::schema(stage.kinds),
+    };
+    println!("{schema:#}");
+    Ok(Exit::Done)
+}
+
+/// Every schema as (file name, text): the pipeline's, and one for each kind's `with`.
+pub fn schemas(kinds: &[Kind]) -> Vec<(String, String)> {
+    let text = |schema: &Value| format!("{schema:#}\n");
+    let mut files = vec![("pipeline.json".to_owned(), text(&pipeline::schema(kinds)))];
+    files.extend(kinds.iter().map(|k| (format!("{}.json", k.name), text(&(k.schema)()))));
+    files
+}
+
+/// The table of kinds as Markdown, for the README.
+pub fn kinds_table(kinds: &[Kind]) -> String {
+    let rows = kinds.iter().map(|k| format!("| `{}` | {} |\n", k.name, k.summary()));
+    format!("| kind | what it does |\n|---|---|\n{}", rows.collect::<String>())
+}

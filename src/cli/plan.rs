@@ -1,0 +1,80 @@
+//! `flow plan`, `flow validate`, `flow graph`: what would be done, without doing it.
+
+use std::time::Duration;
+
+use super::arguments::{PipelineOptions, PlanOptions};
+use super::error::{Exit, Failure, diagnostics_json, show_diagnostics};
+use super::run::unresolved;
+use super::session::{ground, load, shortages};
+use super::{Stage, table};
+use crate::engine::{self, Prospect};
+use crate::pipeline::Plan;
+
+/// `flow validate FILE`.
+pub(super) fn validate(stage: &Stage, options: &PipelineOptions) -> Result<Exit, Failure> {
+    let plan = load(stage, options)?;
+    show_diagnostics(&plan.source, &plan.warnings, stage.plain);
+    if stage.json {
+        println!("{}", diagnostics_json(&plan.source, &plan.warnings));
+    } else {
+        println!("{}: {}", plan.source.name, counts(&plan));
+    }
+    Ok(Exit::Done)
+}
+
+/// `flow graph FILE`.
+pub(super) fn graph(stage: &Stage, options: &PipelineOptions) -> Result<Exit, Failure> {
+    let plan = load(stage, options)?;
+    println!("digraph {:?} {{\n  rankdir=LR; node [shape=box];", plan.name);
+    for node in plan.order() {
+        let instance = &plan.graph[node];
+        println!("  {:?} [label=\"{}\\n{}\"];", instance.id.0, instance.id, instance.kind.name);
+    }
+    for edge in plan.graph.edge_indices() {
+        let Some((from, to)) = plan.graph.edge_endpoints(edge) else { continue };
+        let port = plan.graph[edge].port.as_deref().unwrap_or_default();
+        println!("  {:?} -> {:?} [label={port:?}];", plan.graph[from].id.0, plan.graph[to].id.0);
+    }
+    println!("}}");
+    Ok(Exit::Done)
+}
+
+/// `flow plan FILE [STEP…]`.
+pub(super) fn plan(stage: &Stage, options: &PlanOptions) -> Result<Exit, Failure> {
+    let plan = load(stage, &options.pipeline)?;
+    show_diagnostics(&plan.source, &plan.warnings, stage.plain);
+    let ground = ground(stage, options)?;
+    let session = ground.session(stage, options, false, Duration::ZERO)?;
+    for warning in shortages(&plan, &session) {
+        eprintln!("warning: {warning}");
+    }
+    let forecasts =
+        engine::forecast(&plan, &session).map_err(|error| unresolved(&plan.source, error))?;
+    if stage.json {
+        println!("{}", serde_json::to_value(&forecasts).map_err(anyhow::Error::from)?);
+        return Ok(Exit::Done);
+    }
+    let mut tally = [0; 3];
+    let rows = forecasts.iter().map(|f| {
+        let (which, state, because) = match &f.prospect {
+            Prospect::Cached { key } => (0, "cached", key.short()),
+            Prospect::WillRun { why, .. } => (1, "will run", why.to_string()),
+            Prospect::WaitsOn { steps } => (2, "waits", format!("for {}", steps.join(", "))),
+        };
+        tally[which] += 1;
+        let before = f.last_seconds.map(table::seconds).unwrap_or_default();
+        vec![f.step.clone(), state.to_owned(), before, because]
+    });
+    let rows: Vec<Vec<String>> = rows.collect();
+    print!("{}", table::render(&["step", "state", "last time", "because"], &rows));
+    let [cached, to_run, waiting] = tally;
+    println!("\n{}: {cached} cached, {to_run} to run, {waiting} waiting for those", counts(&plan));
+    Ok(Exit::Done)
+}
+
+fn counts(plan: &Plan) -> String {
+    let steps = plan.graph.node_count();
+    let points = plan.points.len();
+    let s = |n: usize| if n == 1 { "" } else { "s" };
+    format!("{points} point{}, {steps} step{}", s(points), s(steps))
+}

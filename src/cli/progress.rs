@@ -1,0 +1,234 @@
+//! What a run shows while it goes: bars on a terminal, plain lines elsewhere, JSON lines on stdout
+//! with `--json`.
+
+use std::collections::BTreeMap;
+use std::time::{Duration, Instant};
+
+use indicatif::{MultiProgress, ProgressBar, ProgressStyle};
+use serde_json::{Map, Value};
+
+use super::table;
+use crate::engine::RunEvent;
+use crate::lineage::{Status, Why};
+use crate::step::Event;
+
+/// Between two plain lines of one step's progress.
+const QUIET: Duration = Duration::from_secs(15);
+
+/// An observer of a run.
+pub(super) struct Screen {
+    json: bool,
+    bars: Option<MultiProgress>,
+    running: BTreeMap<String, Running>,
+    hits: Vec<String>,
+    width: usize,
+}
+
+struct Running {
+    bar: Option<ProgressBar>,
+    said: Instant,
+    begun: Instant,
+}
+
+impl Screen {
+    pub(super) fn new(json: bool, plain: bool) -> Self {
+        let bars = (!json && !plain).then(MultiProgress::new);
+        Self { json, bars, running: BTreeMap::new(), hits: Vec::new(), width: 8 }
+    }
+
+    /// Shows an event.
+    pub(super) fn show(&mut self, event: &RunEvent) {
+        if self.json {
+            if let Ok(line) = serde_json::to_string(event) {
+                println!("{line}");
+            }
+            return;
+        }
+        match event {
+            RunEvent::RunStarted { run, pipeline, steps, jobs } => {
+                self.width = steps.iter().map(|s| s.chars().count()).max().unwrap_or(8).min(40);
+                let n = steps.len();
+                self.say(format!("{pipeline}: run {run}, {n} steps, {jobs} CPU slots"));
+            }
+            RunEvent::Hit { step, .. } => self.hits.push(step.clone()),
+            RunEvent::Miss { step, why, .. } => self.line(step, &because(why)),
+            RunEvent::Waiting { step, holder } => self.line(step, &format!("waits for {holder}")),
+            RunEvent::Started { step, attempt, .. } => self.start(step, *attempt),
+            RunEvent::Step { step, event } => self.step(step, event),
+            RunEvent::Retrying { step, attempt, message } => {
+                self.line(step, &format!("attempt {attempt} failed ({message}); trying again"));
+            }
+            RunEvent::Finished { step, seconds, facts, taken, differs, .. } => {
+                self.end(step);
+                let how = if *taken { "made by another run" } else { "done" };
+                self.line(step, &format!("{how} in {}{}", table::seconds(*seconds), brief(facts)));
+                if !differs.is_empty() {
+                    let ports = differs.join(", ");
+                    self.line(step, &format!("warning: gave other bytes than before ({ports})"));
+                }
+            }
+            RunEvent::Failed { step, message, chain, help, log_tail, log_path } => {
+                self.end(step);
+                self.line(step, &format!("FAILED: {message}"));
+                for cause in chain.iter().filter(|c| *c != message) {
+                    self.say(format!("    because: {cause}"));
+                }
+                for line in help {
+                    self.say(format!("    help: {line}"));
+                }
+                for line in log_tail {
+                    self.say(format!("    | {line}"));
+                }
+                if let Some(path) = log_path {
+                    self.say(format!("    log: {}", path.display()));
+                }
+            }
+            RunEvent::Skipped { step, because } => self.line(step, &format!("skipped: {because}")),
+            RunEvent::OutputPublished { name, path, kept } => {
+                self.say(format!("{name} -> {}", path.display()));
+                if let Some(kept) = kept {
+                    self.say(format!("    your edited copy was kept as {}", kept.display()));
+                }
+            }
+            RunEvent::RunFinished { status, ran, hits, failed, skipped, seconds, .. } => {
+                let how = match status {
+                    Status::Done => "done",
+                    Status::Failed => "failed",
+                    Status::Interrupted => "interrupted; finished work is kept",
+                    Status::Running | Status::Died => "ended",
+                };
+                let mut text = format!("{how}: {ran} ran, {hits} from the cache");
+                if *failed > 0 {
+                    text += &format!(", {failed} failed");
+                }
+                if *skipped > 0 {
+                    text += &format!(", {skipped} skipped");
+                }
+                self.say(format!("{text}; {}", precise(*seconds)));
+                if matches!(status, Status::Failed | Status::Interrupted) {
+                    self.say("the same command goes on from here".to_owned());
+                }
+            }
+        }
+    }
+
+    fn start(&mut self, step: &str, attempt: u32) {
+        let begun = Instant::now();
+        let bar = self.bars.as_ref().map(|bars| {
+            let bar = bars.add(ProgressBar::new(0));
+            bar.set_style(spinner());
+            bar.set_prefix(format!("{step:width$}", width = self.width));
+            bar.enable_steady_tick(Duration::from_millis(250));
+            bar
+        });
+        if attempt > 1 {
+            self.line(step, &format!("attempt {attempt}"));
+        }
+        self.running.insert(step.to_owned(), Running { bar, said: begun, begun });
+    }
+
+    fn end(&mut self, step: &str) {
+        if let Some(Running { bar: Some(bar), .. }) = self.running.remove(step) {
+            bar.finish_and_clear();
+        }
+    }
+
+    fn step(&mut self, step: &str, event: &Event) {
+        match event {
+            Event::Progress { done, total, unit, message } => {
+                let Some(running) = self.running.get_mut(step) else { return };
+                if let Some(bar) = &running.bar {
+                    bar.set_style(if *total > 0 { known(unit) } else { spinner() });
+                    bar.set_length(*total);
+                    bar.set_position(*done);
+                    bar.set_message(message.clone());
+                } else if running.said.elapsed() >= QUIET {
+                    running.said = Instant::now();
+                    let left = time_left(*done, *total, running.begun.elapsed());
+                    let text = format!("{done}/{total} {unit}  {message}{left}");
+                    self.line(step, &text);
+                }
+            }
+            Event::Metric { name, step: at, value } => {
+                if name.starts_with("eval/") {
+                    self.line(step, &format!("step {at}: {name} {value:.4}"));
+                }
+            }
+            Event::Log { line } => {
+                if line.starts_with("trainable params:") {
+                    self.line(step, line);
+                }
+            }
+            Event::Warning { message } => self.line(step, &format!("warning: {message}")),
+        }
+    }
+
+    fn line(&self, step: &str, text: &str) {
+        self.say(format!("{step:width$}  {text}", width = self.width));
+    }
+
+    fn say(&self, text: String) {
+        match &self.bars {
+            Some(bars) => {
+                if bars.println(&text).is_err() {
+                    eprintln!("{text}");
+                }
+            }
+            None => eprintln!("{text}"),
+        }
+    }
+}
+
+fn spinner() -> ProgressStyle {
+    let style = ProgressStyle::with_template("{prefix}  {spinner} {elapsed} {msg}");
+    style.unwrap_or_else(|_| ProgressStyle::default_spinner())
+}
+
+fn known(unit: &str) -> ProgressStyle {
+    let template = format!("{{prefix}}  {{bar:24}} {{pos}}/{{len}} {unit}  {{msg}}  {{eta}} left");
+    ProgressStyle::with_template(&template).unwrap_or_else(|_| ProgressStyle::default_bar())
+}
+
+fn time_left(done: u64, total: u64, so_far: Duration) -> String {
+    if done == 0 || total <= done {
+        return String::new();
+    }
+    let left = so_far.as_secs_f64() * (total - done) as f64 / done as f64;
+    format!("  {} left", table::seconds(left))
+}
+
+fn because(why: &Why) -> String {
+    format!("runs: {why}")
+}
+
+/// Seconds with enough digits for a run that does nothing.
+fn precise(seconds: f64) -> String {
+    if seconds < 1.0 { format!("{seconds:.3} s") } else { table::seconds(seconds) }
+}
+
+/// The numbers of a record that say most, on one line.
+fn brief(facts: &Map<String, Value>) -> String {
+    const SHOWN: [&str; 9] = [
+        "rows",
+        "tokens",
+        "loss",
+        "accuracy",
+        "f1",
+        "perplexity",
+        "samples_per_second",
+        "selected",
+        "trainable_parameters",
+    ];
+    let mut parts = Vec::new();
+    for name in SHOWN {
+        match facts.get(name) {
+            Some(Value::Number(n)) if n.is_f64() => {
+                parts.push(format!("{name} {:.4}", n.as_f64().unwrap_or_default()));
+            }
+            Some(Value::Number(n)) => parts.push(format!("{name} {n}")),
+            Some(Value::String(text)) => parts.push(format!("{name} {text}")),
+            _ => {}
+        }
+    }
+    if parts.is_empty() { String::new() } else { format!("  ({})", parts.join(", ")) }
+}

@@ -1,0 +1,342 @@
+//! JSON and JSON lines. Columns stand in the order in which they first appear; their types are
+//! those of the rows before, and a row that does not fit them is a bad row.
+
+use std::fmt;
+use std::io::{BufRead, BufReader, Read};
+use std::sync::Arc;
+
+use anyhow::{Context as _, Result, bail};
+use arrow::datatypes::{DataType, Field, Schema};
+use serde::de::{Deserializer, MapAccess, SeqAccess, Visitor};
+use serde::ser::{SerializeMap as _, SerializeSeq as _, Serializer};
+use serde::{Deserialize, Serialize};
+
+use super::table::BATCH;
+use super::{Reading, Table};
+use crate::source::{Fault, suggest};
+
+/// A JSON value whose fields keep their order.
+#[derive(Debug, Clone, PartialEq)]
+enum Json {
+    Null,
+    Bool(bool),
+    Int(i64),
+    Float(f64),
+    Text(String),
+    List(Vec<Json>),
+    Map(Vec<(String, Json)>),
+}
+
+impl<'de> Deserialize<'de> for Json {
+    fn deserialize<D: Deserializer<'de>>(d: D) -> Result<Self, D::Error> {
+        struct Any;
+        impl<'de> Visitor<'de> for Any {
+            type Value = Json;
+            fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+                f.write_str("JSON")
+            }
+            fn visit_unit<E>(self) -> Result<Json, E> {
+                Ok(Json::Null)
+            }
+            fn visit_bool<E>(self, v: bool) -> Result<Json, E> {
+                Ok(Json::Bool(v))
+            }
+            fn visit_i64<E>(self, v: i64) -> Result<Json, E> {
+                Ok(Json::Int(v))
+            }
+            fn visit_u64<E>(self, v: u64) -> Result<Json, E> {
+                Ok(i64::try_from(v).map_or(Json::Float(v as f64), Json::Int))
+            }
+            fn visit_f64<E>(self, v: f64) -> Result<Json, E> {
+                Ok(Json::Float(v))
+            }
+            fn visit_str<E>(self, v: &str) -> Result<Json, E> {
+                Ok(Json::Text(v.to_owned()))
+            }
+            fn visit_string<E>(self, v: String) -> Result<Json, E> {
+                Ok(Json::Text(v))
+            }
+            fn visit_seq<A: SeqAccess<'de>>(self, mut seq: A) -> Result<Json, A::Error> {
+                let mut items = Vec::new();
+                while let Some(item) = seq.next_element()? {
+                    items.push(item);
+                }
+                Ok(Json::List(items))
+            }
+            fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<Json, A::Error> {
+                let mut fields: Vec<(String, Json)> = Vec::new();
+                while let Some((name, value)) = map.next_entry::<String, Json>()? {
+                    if fields.iter().any(|(n, _)| *n == name) {
+                        let twice = format!("field `{name}` stands there twice");
+                        return Err(serde::de::Error::custom(twice));
+                    }
+                    fields.push((name, value));
+                }
+                Ok(Json::Map(fields))
+            }
+        }
+        d.deserialize_any(Any)
+    }
+}
+
+impl Serialize for Json {
+    fn serialize<S: Serializer>(&self, s: S) -> Result<S::Ok, S::Error> {
+        match self {
+            Self::Null => s.serialize_unit(),
+            Self::Bool(v) => s.serialize_bool(*v),
+            Self::Int(v) => s.serialize_i64(*v),
+            Self::Float(v) => s.serialize_f64(*v),
+            Self::Text(v) => s.serialize_str(v),
+            Self::List(items) => {
+                let mut seq = s.serialize_seq(Some(items.len()))?;
+                for item in items {
+                    seq.serialize_element(item)?;
+                }
+                seq.end()
+            }
+            Self::Map(fields) => {
+                let mut map = s.serialize_map(Some(fields.len()))?;
+                for (name, value) in fields {
+                    map.serialize_entry(name, value)?;
+                }
+                map.end()
+            }
+        }
+    }
+}
+
+/// What a column holds so far.
+#[derive(Debug, Clone, PartialEq)]
+enum Ty {
+    Null,
+    Bool,
+    Int,
+    Float,
+    Text,
+    List(Box<Ty>),
+    Map(Vec<(String, Ty)>),
+}
+
+impl Ty {
+    /// The type of a value; `None` for a list whose items do not go together.
+    fn of(value: &Json) -> Option<Self> {
+        Some(match value {
+            Json::Null => Self::Null,
+            Json::Bool(_) => Self::Bool,
+            Json::Int(_) => Self::Int,
+            Json::Float(_) => Self::Float,
+            Json::Text(_) => Self::Text,
+            Json::List(items) => {
+                let mut inner = Self::Null;
+                for item in items {
+                    inner = inner.merged(&Self::of(item)?)?;
+                }
+                Self::List(Box::new(inner))
+            }
+            Json::Map(fields) => {
+                let typed = fields.iter().map(|(n, v)| Some((n.clone(), Self::of(v)?)));
+                Self::Map(typed.collect::<Option<_>>()?)
+            }
+        })
+    }
+
+    /// The type that holds both, if there is one.
+    fn merged(&self, other: &Self) -> Option<Self> {
+        Some(match (self, other) {
+            (a, b) if a == b => a.clone(),
+            (Self::Null, b) => b.clone(),
+            (a, Self::Null) => a.clone(),
+            (Self::Int, Self::Float) | (Self::Float, Self::Int) => Self::Float,
+            (Self::List(a), Self::List(b)) => Self::List(Box::new(a.merged(b)?)),
+            (Self::Map(a), Self::Map(b)) => {
+                let mut fields = a.clone();
+                for (name, ty) in b {
+                    match fields.iter_mut().find(|(n, _)| n == name) {
+                        Some((_, known)) => *known = known.merged(ty)?,
+                        None => fields.push((name.clone(), ty.clone())),
+                    }
+                }
+                Self::Map(fields)
+            }
+            _ => return None,
+        })
+    }
+
+    fn arrow(&self) -> DataType {
+        match self {
+            Self::Null | Self::Text => DataType::Utf8,
+            Self::Bool => DataType::Boolean,
+            Self::Int => DataType::Int64,
+            Self::Float => DataType::Float64,
+            Self::List(item) => DataType::List(Arc::new(Field::new("item", item.arrow(), true))),
+            Self::Map(fields) => DataType::Struct(fields_of(fields).into()),
+        }
+    }
+
+    fn noun(&self) -> &'static str {
+        match self {
+            Self::Null => "null",
+            Self::Bool => "true or false",
+            Self::Int | Self::Float => "a number",
+            Self::Text => "text",
+            Self::List(_) => "a list",
+            Self::Map(_) => "an object",
+        }
+    }
+}
+
+fn fields_of(columns: &[(String, Ty)]) -> Vec<Field> {
+    columns.iter().map(|(name, ty)| Field::new(name, ty.arrow(), true)).collect()
+}
+
+/// Rows that fit together.
+#[derive(Default)]
+struct Rows {
+    columns: Vec<(String, Ty)>,
+    rows: Vec<Json>,
+}
+
+impl Rows {
+    fn add(&mut self, number: usize, value: Json, reading: &mut Reading<'_>) -> Result<()> {
+        let Json::Map(fields) = &value else {
+            let found = Ty::of(&value).map_or("a mixed list", |ty| ty.noun());
+            return reading.bad(number, None, &format!("expected an object, found {found}"));
+        };
+        // Nothing of a bad row may stay in the types, so they change after the last check.
+        let mut changed = Vec::new();
+        for (name, value) in fields {
+            let known = self.columns.iter().position(|(n, _)| n == name);
+            let Some(ty) = Ty::of(value) else {
+                return reading.bad(number, Some(name), "items of a list are of different types");
+            };
+            let Some(known) = known else {
+                changed.push((None, name.clone(), ty));
+                continue;
+            };
+            let held = &self.columns[known].1;
+            let Some(merged) = held.merged(&ty) else {
+                let (want, found) = (held.noun(), ty.noun());
+                let why = if want == found {
+                    format!("{found} of another form than in the rows before")
+                } else {
+                    format!("expected {want} as in the rows before, found {found}")
+                };
+                return reading.bad(number, Some(name), &why);
+            };
+            if merged != *held {
+                changed.push((Some(known), name.clone(), merged));
+            }
+        }
+        for (known, name, ty) in changed {
+            match known {
+                Some(i) => self.columns[i].1 = ty,
+                None => self.columns.push((name, ty)),
+            }
+        }
+        self.rows.push(value);
+        Ok(())
+    }
+
+    fn table(self) -> Result<Table> {
+        let schema = Arc::new(Schema::new(fields_of(&self.columns)));
+        let reader = arrow::json::ReaderBuilder::new(Arc::clone(&schema)).with_batch_size(BATCH);
+        let mut decoder = reader.build_decoder()?;
+        let mut batches = Vec::new();
+        for chunk in self.rows.chunks(BATCH) {
+            decoder.serialize(chunk)?;
+            batches.extend(decoder.flush()?);
+        }
+        Table::new(&schema, batches)
+    }
+}
+
+pub(super) fn read_lines(from: impl Read, reading: &mut Reading<'_>) -> Result<Table> {
+    let mut lines = BufReader::new(from);
+    let mut rows = Rows::default();
+    let mut line = Vec::new();
+    let mut number = 0;
+    while lines.read_until(b'\n', &mut line)? > 0 {
+        number += 1;
+        let bytes = if number == 1 { unmarked(&line) } else { &line };
+        if !bytes.trim_ascii().is_empty() {
+            match serde_json::from_slice(bytes) {
+                Ok(value) => rows.add(number, value, reading)?,
+                Err(e) => reading.bad(number, None, &syntax(&e, number))?,
+            }
+        }
+        line.clear();
+    }
+    rows.table()
+}
+
+/// serde_json counts lines within what it was given; ours is one line of the file.
+fn syntax(e: &serde_json::Error, line: usize) -> String {
+    let text = e.to_string();
+    let message = text.split(" at line ").next().unwrap_or(&text);
+    format!("not JSON: {message} (line {line}, character {})", e.column())
+}
+
+fn unmarked(bytes: &[u8]) -> &[u8] {
+    bytes.strip_prefix(b"\xef\xbb\xbf").unwrap_or(bytes)
+}
+
+pub(super) fn read_document(mut from: impl Read, reading: &mut Reading<'_>) -> Result<Table> {
+    let mut whole = Vec::new();
+    from.read_to_end(&mut whole)?;
+    let items = match serde_json::from_slice(unmarked(&whole)) {
+        Ok(Json::List(items)) if reading.field.is_none() => items,
+        Ok(Json::Map(fields)) => in_field(fields, reading)?,
+        Ok(other) => {
+            let found = Ty::of(&other).map_or("a list", |ty| ty.noun());
+            bail!("{}: expected a list of objects, found {found}", reading.name)
+        }
+        // Many files named .json hold an object per line.
+        Err(e) if whole.contains(&b'\n') && first_line_is_a_row(&whole) => {
+            return read_lines(whole.as_slice(), reading).context(e);
+        }
+        Err(e) => return Err(e).with_context(|| format!("{} is not JSON", reading.name)),
+    };
+    drop(whole);
+    let mut rows = Rows::default();
+    for (i, item) in items.into_iter().enumerate() {
+        rows.add(i + 1, item, reading)?;
+    }
+    rows.table()
+}
+
+fn first_line_is_a_row(whole: &[u8]) -> bool {
+    let line = unmarked(whole).split(|b| *b == b'\n').next().unwrap_or_default();
+    matches!(serde_json::from_slice(line), Ok(Json::Map(_)))
+}
+
+/// The list in the field that was asked for, else in the only field that holds a list of objects.
+fn in_field(fields: Vec<(String, Json)>, reading: &Reading<'_>) -> Result<Vec<Json>> {
+    let rows = |value: &Json| matches!(value, Json::List(items) if items.iter().all(|i| matches!(i, Json::Map(_))));
+    let names: Vec<String> =
+        fields.iter().filter(|(_, v)| rows(v)).map(|(n, _)| n.clone()).collect();
+    let name = match (reading.field, names.as_slice()) {
+        (Some(field), _) => field.to_owned(),
+        (None, [only]) => only.clone(),
+        (None, _) => {
+            let what = if names.is_empty() { "no field" } else { "more than one field" };
+            let message =
+                format!("{} is an object with {what} that holds a list of rows", reading.name);
+            let fault = Fault::new(message).help(if names.is_empty() {
+                "a list of objects is expected".to_owned()
+            } else {
+                format!("set `field` to one of {}", names.join(", "))
+            });
+            return Err(fault.into());
+        }
+    };
+    let known: Vec<&str> = names.iter().map(String::as_str).collect();
+    let missing = || {
+        let fault = Fault::new(format!("{} has no list of rows in `{name}`", reading.name));
+        fault.help(suggest(&name, &known).unwrap_or_else(|| "it has none at all".into()))
+    };
+    let found = fields.into_iter().find(|(n, v)| *n == name && rows(v));
+    match found.ok_or_else(missing)?.1 {
+        Json::List(items) => Ok(items),
+        _ => Err(missing().into()),
+    }
+}

@@ -1,0 +1,193 @@
+//! Results laid out for people under `outputs/`: writable, swapped in whole, never read back.
+
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context as _, Result};
+use petgraph::graph::NodeIndex;
+use serde::{Deserialize, Serialize};
+
+use super::{RunEvent, Session};
+use crate::digest::Digest;
+use crate::lineage::Record;
+use crate::pipeline::{Output, Plan};
+use crate::source::{Fault, suggest};
+use crate::store::{Entry, FileState, Store, Tree, unique};
+
+/// What was put at a place, so that an edit can be told from what we wrote.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+struct Put {
+    /// Tree digest by port, and how they are laid out.
+    ports: BTreeMap<String, Digest>,
+    flat: bool,
+    /// What lies there then.
+    tree: Tree,
+    /// And its files' states, so that an unchanged copy need not be read.
+    states: BTreeMap<PathBuf, FileState>,
+}
+
+/// Lays out every output that is not there yet.
+pub(super) fn publish(
+    plan: &Plan,
+    session: &Session<'_>,
+    records: &BTreeMap<NodeIndex, Record>,
+) -> Result<Vec<RunEvent>> {
+    let store = &session.store;
+    let dir = session.options.outputs.join(&plan.name);
+    let mut events = Vec::new();
+    for output in &plan.outputs {
+        let Some(record) = records.get(&output.node) else { continue };
+        let name = output.name.replace(['/', '\0'], "_");
+        let placed = place(store, &dir, &name, output, record);
+        let placed = placed.with_context(|| format!("publishing output `{}`", output.name))?;
+        if let Placed::New { kept } = placed {
+            let (name, path) = (output.name.clone(), dir.join(&name));
+            events.push(RunEvent::OutputPublished { name, path, kept });
+        }
+    }
+    Ok(events)
+}
+
+enum Placed {
+    Unchanged,
+    New { kept: Option<PathBuf> },
+}
+
+/// The ports that are laid out, and whether their files lie side by side.
+fn chosen(output: &Output, record: &Record) -> Result<(BTreeMap<String, Digest>, bool)> {
+    if let Some(port) = &output.port {
+        let Some(tree) = record.ports.get(port) else {
+            let known: Vec<&str> = record.ports.keys().map(String::as_str).collect();
+            let help = suggest(port, &known).unwrap_or_else(|| "it made nothing".into());
+            let message = format!("{} made no `{port}`", record.made.step);
+            return Err(Fault::new(message).help(help).into());
+        };
+        return Ok((BTreeMap::from([(port.clone(), *tree)]), true));
+    }
+    match record.ty.flat_ports() {
+        None => Ok((record.ports.clone(), false)),
+        Some(flat) => {
+            let mut ports = record.ports.clone();
+            ports.retain(|name, _| flat.contains(&name.as_str()));
+            Ok((ports, true))
+        }
+    }
+}
+
+fn place(
+    store: &Store,
+    dir: &Path,
+    name: &str,
+    output: &Output,
+    record: &Record,
+) -> Result<Placed> {
+    let dest = dir.join(name);
+    let (ports, flat) = chosen(output, record)?;
+    let note = note_path(store, &dest)?;
+    let put: Option<Put> =
+        std::fs::read(&note).ok().and_then(|text| serde_json::from_slice(&text).ok());
+    let there = dest.symlink_metadata().is_ok();
+    let edited = there && !put.as_ref().is_some_and(|put| is_as_put(store, &dest, put));
+    let wanted = put.as_ref().is_some_and(|p| p.ports == ports && p.flat == flat);
+    if there && !edited && wanted {
+        return Ok(Placed::Unchanged);
+    }
+    let tree = layout(store, &ports, flat)?;
+    if edited && dest.is_dir() && store.tree_of_path(&dest).is_ok_and(|t| t == tree) {
+        // Written by an earlier store or run whose note is gone; the same anyway.
+        remember(store, &note, &dest, Put { ports, flat, tree, states: BTreeMap::new() })?;
+        return Ok(Placed::Unchanged);
+    }
+    let disk = store.disk();
+    disk.create_dir_all(dir)?;
+    let temp = dir.join(format!(".{name}.{}", unique()));
+    let built = build(store, &tree, &temp);
+    let kept = match built.and_then(|()| swap(store, dir, name, &temp, edited)) {
+        Ok(kept) => kept,
+        Err(e) => {
+            let _ = std::fs::remove_dir_all(&temp);
+            return Err(e);
+        }
+    };
+    remember(store, &note, &dest, Put { ports, flat, tree, states: BTreeMap::new() })?;
+    Ok(Placed::New { kept })
+}
+
+/// Where the note about a place is kept. In the store, not beside the output.
+fn note_path(store: &Store, dest: &Path) -> Result<PathBuf> {
+    let place = std::path::absolute(dest)?;
+    let name = Digest::of(place.as_os_str().as_encoded_bytes());
+    Ok(store.root().join("outputs").join(format!("{name}.json")))
+}
+
+fn remember(store: &Store, note: &Path, dest: &Path, put: Put) -> Result<()> {
+    let put = Put { states: store.states(dest)?, ..put };
+    store.write_atomic(note, &serde_json::to_vec(&put)?)?;
+    Ok(())
+}
+
+fn is_as_put(store: &Store, dest: &Path, put: &Put) -> bool {
+    if !dest.is_dir() || dest.is_symlink() {
+        return false;
+    }
+    let same_states = store.states(dest).is_ok_and(|states| states == put.states);
+    same_states || store.tree_of_path(dest).is_ok_and(|tree| tree == put.tree)
+}
+
+/// The files of an output: of several ports side by side, or in a folder each. Where two ports
+/// side by side have a file of one name, the later port's goes into a folder.
+fn layout(store: &Store, ports: &BTreeMap<String, Digest>, flat: bool) -> Result<Tree> {
+    let mut entries: BTreeMap<String, Entry> = BTreeMap::new();
+    for (port, digest) in ports {
+        let tree = store.tree(digest)?;
+        let tree = tree.with_context(|| format!("tree {} of `{port}` is lost", digest.short()))?;
+        for entry in tree.entries {
+            let taken = entries.get(&entry.path).is_some_and(|e| e.digest != entry.digest);
+            let path = match flat && !taken {
+                true => entry.path.clone(),
+                false => format!("{port}/{}", entry.path),
+            };
+            entries.insert(path.clone(), Entry { path, ..entry });
+        }
+    }
+    Tree::new(entries.into_values().collect())
+}
+
+fn build(store: &Store, tree: &Tree, dest: &Path) -> Result<()> {
+    let disk = store.disk();
+    disk.create_dir_all(dest)?;
+    for entry in &tree.entries {
+        store.materialise_entry(entry, &dest.join(&entry.path))?;
+    }
+    Ok(())
+}
+
+/// Puts the new copy in place of the old one, which is removed, or set aside if it was edited.
+fn swap(
+    store: &Store,
+    dir: &Path,
+    name: &str,
+    temp: &Path,
+    edited: bool,
+) -> Result<Option<PathBuf>> {
+    let disk = store.disk();
+    let dest = dir.join(name);
+    if edited {
+        let kept = (1_u32..).map(|n| dir.join(format!("{name}.edited-{n}")));
+        let kept = kept.into_iter().find(|p| p.symlink_metadata().is_err());
+        let kept = kept.context("no free name for the edited copy")?;
+        disk.rename(&dest, &kept)?;
+        disk.rename(temp, &dest)?;
+        return Ok(Some(kept));
+    }
+    if dest.symlink_metadata().is_ok() {
+        let old = dir.join(format!(".{name}.old-{}", unique()));
+        disk.rename(&dest, &old)?;
+        disk.rename(temp, &dest)?;
+        disk.remove_dir_all(&old)?;
+    } else {
+        disk.rename(temp, &dest)?;
+    }
+    disk.sync(dir)?;
+    Ok(None)
+}

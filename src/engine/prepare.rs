@@ -1,0 +1,155 @@
+//! Before anything runs: which steps, and what their outside names stand for.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::fmt;
+use std::path::{Path, PathBuf};
+
+use anyhow::{Result, anyhow};
+use petgraph::graph::NodeIndex;
+use petgraph::visit::{Reversed, Walker};
+
+use super::Session;
+use crate::lineage::{Lock, LockMode};
+use crate::pipeline::Plan;
+use crate::source::{Fault, Span, suggest};
+use crate::step::{BadField, Outside, Step};
+
+/// What is missing outside: every name that could not be resolved, with its step.
+#[derive(Debug)]
+pub struct Unresolved(pub Vec<(String, Span, anyhow::Error)>);
+
+impl fmt::Display for Unresolved {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        for (i, (step, _, error)) in self.0.iter().enumerate() {
+            let newline = if i == 0 { "" } else { "\n" };
+            write!(f, "{newline}{step}: {error:#}")?;
+        }
+        Ok(())
+    }
+}
+
+impl std::error::Error for Unresolved {}
+
+/// A plan whose outside names are pinned.
+pub(super) struct Prepared {
+    /// The instances to run, producers first.
+    pub(super) order: Vec<NodeIndex>,
+    /// Their steps, pinned.
+    pub(super) steps: BTreeMap<NodeIndex, Box<dyn Step>>,
+    /// Those to run even if their result is there.
+    pub(super) force: BTreeSet<NodeIndex>,
+    /// With what was added.
+    pub(super) lock: Lock,
+}
+
+fn lock_path(plan: &Plan, session: &Session<'_>) -> PathBuf {
+    session.options.lock.clone().unwrap_or_else(|| plan.file.with_extension("lock"))
+}
+
+/// Chooses the steps and resolves them; all that is missing is reported together.
+pub(super) fn prepare(plan: &Plan, session: &Session<'_>, update: bool) -> Result<Prepared> {
+    let mode = match (update, session.options.locked) {
+        (true, _) => LockMode::Update,
+        (false, true) => LockMode::Frozen,
+        (false, false) => LockMode::Grow,
+    };
+    let chosen = choose(plan, &session.options.targets)?;
+    let force = named(plan, &session.options.force)?;
+    let mut lock = Lock::load(&lock_path(plan, session), mode)?;
+    let dir = plan.file.parent().unwrap_or(Path::new(""));
+    let order: Vec<NodeIndex> = plan.order().into_iter().filter(|n| chosen.contains(n)).collect();
+    let mut steps = BTreeMap::new();
+    let mut missing = Vec::new();
+    for &node in &order {
+        let instance = &plan.graph[node];
+        let parsed = (instance.kind.parse)(&instance.parsed.params()).map_err(bad_field);
+        let resolved = parsed.and_then(|mut step| {
+            let store = &session.store;
+            let mut outside = Outside { dir, lock: &mut lock, hub: session.hub, store };
+            step.resolve(&mut outside)?;
+            Ok(step)
+        });
+        match resolved {
+            Ok(step) => {
+                steps.insert(node, step);
+            }
+            Err(e) => missing.push((instance.id.0.clone(), instance.span, e)),
+        }
+    }
+    if !missing.is_empty() {
+        return Err(Unresolved(missing).into());
+    }
+    Ok(Prepared { order, steps, force, lock })
+}
+
+/// A step that does not parse once it is bound or resolved, as an error.
+pub(super) fn bad_field(bad: BadField) -> anyhow::Error {
+    let place = if bad.path.is_empty() { String::new() } else { format!("with.{}: ", bad.path) };
+    anyhow!("{place}{}", bad.message)
+}
+
+/// The instances that names mean: a step's name means all of its instances.
+fn named(plan: &Plan, names: &[String]) -> Result<BTreeSet<NodeIndex>> {
+    let mut nodes = BTreeSet::new();
+    for name in names {
+        let means = |n: &NodeIndex| plan.graph[*n].step == *name || plan.graph[*n].id.0 == *name;
+        let meant: Vec<NodeIndex> = plan.graph.node_indices().filter(means).collect();
+        if meant.is_empty() {
+            return Err(unknown(plan, name));
+        }
+        nodes.extend(meant);
+    }
+    Ok(nodes)
+}
+
+fn unknown(plan: &Plan, name: &str) -> anyhow::Error {
+    let instances = plan.graph.node_weights();
+    let known: BTreeSet<&str> =
+        instances.flat_map(|i| [i.step.as_str(), i.id.0.as_str()]).collect();
+    let known: Vec<&str> = known.into_iter().collect();
+    let help = suggest(name, &known).unwrap_or_else(|| "the pipeline has no steps".into());
+    Fault::new(format!("there is no step `{name}`")).help(help).into()
+}
+
+/// The named instances and all that they need; everything if none is named.
+fn choose(plan: &Plan, targets: &[String]) -> Result<BTreeSet<NodeIndex>> {
+    if targets.is_empty() {
+        return Ok(plan.graph.node_indices().collect());
+    }
+    let mut chosen = BTreeSet::new();
+    for node in named(plan, targets)? {
+        let upstream = petgraph::visit::Dfs::new(Reversed(&plan.graph), node);
+        chosen.extend(upstream.iter(Reversed(&plan.graph)));
+    }
+    Ok(chosen)
+}
+
+/// A line of the lock that `flow update` changed.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Updated {
+    /// The outside name.
+    pub name: String,
+    /// Its identity before; absent if it is new.
+    pub old: Option<String>,
+    /// Its identity now.
+    pub new: String,
+}
+
+/// Asks for every outside name again and writes the lock: what `flow update` does.
+///
+/// # Errors
+/// When a name cannot be resolved ([`Unresolved`]) or the lock cannot be written.
+pub fn update(plan: &Plan, session: &Session<'_>) -> Result<Vec<Updated>> {
+    let old = Lock::load(&lock_path(plan, session), LockMode::Grow)?;
+    let mut prepared = prepare(plan, session, true)?;
+    let mut updated = Vec::new();
+    for (name, new) in prepared.lock.entries() {
+        let old = old.entries().get(name);
+        if old != Some(new) {
+            let (name, new) = (name.clone(), new.clone());
+            updated.push(Updated { name, old: old.cloned(), new });
+        }
+    }
+    prepared.lock.save(&session.store)?;
+    Ok(updated)
+}

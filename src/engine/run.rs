@@ -1,0 +1,571 @@
+//! The run: decides, lends slots, starts attempts, and says what happens.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::fs::File;
+use std::path::PathBuf;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::thread::Scope;
+use std::time::{Duration, Instant};
+
+use anyhow::Result;
+use petgraph::Direction;
+use petgraph::graph::NodeIndex;
+
+use super::attempt::{Around, Failure, Reply, Said, Task, attempt, guarded};
+use super::bind::{Bound, Decision, bind, decide};
+use super::prepare::{Prepared, prepare};
+use super::slots::{Grant, Slots};
+use super::worker::attempt_in_worker;
+use super::{Outcome, RunEvent, Session, machine, outputs};
+use crate::digest::Digest;
+use crate::lineage::{
+    Journal, Record, RunInfo, Runs, State, Status, StepSummary, Summary, Why, unix_ms,
+};
+use crate::pipeline::{Instance, Plan};
+use crate::step::{Context, Event, Needs, Produced};
+use crate::store::unique;
+
+/// Lines of a failed step's log that are shown with its failure.
+const TAIL_LINES: usize = 20;
+
+/// Runs a plan.
+///
+/// # Errors
+/// When the plan cannot be resolved ([`Unresolved`](super::Unresolved) in the chain) or the store
+/// cannot be written ([`StoreError`](crate::store::StoreError) in the chain). A failed step is not
+/// an error here: see [`Outcome::status`].
+pub fn run(
+    plan: &Plan,
+    session: &Session<'_>,
+    observe: &mut dyn FnMut(&RunEvent),
+) -> Result<Outcome> {
+    let started = Instant::now();
+    let mut prepared = prepare(plan, session, false)?;
+    prepared.lock.save(&session.store)?;
+    let journal = Runs::of(&session.store).begin(RunInfo {
+        id: String::new(),
+        pipeline: plan.name.clone(),
+        file: plan.file.clone(),
+        command_line: session.options.command_line.clone(),
+        sets: session.options.sets.clone(),
+        started_unix_ms: unix_ms(),
+        host: machine::host(),
+        pid: std::process::id(),
+        build: machine::BUILD.into(),
+    })?;
+    let mut runner = Runner {
+        plan,
+        session,
+        prepared: &prepared,
+        journal,
+        observe,
+        slots: Slots::new(session.options.jobs, &session.options.gpus),
+        records: BTreeMap::new(),
+        ended: BTreeMap::new(),
+        queue: BTreeMap::new(),
+        running: BTreeMap::new(),
+        stop: None,
+        store_failed: false,
+    };
+    let result = runner.work();
+    runner.finish(result, started)
+}
+
+/// A miss that waits for its slots.
+struct Queued {
+    bound: Arc<Bound>,
+    why: Why,
+    needs: Needs,
+    /// The attempt to come, from 1.
+    attempt: u32,
+}
+
+/// An attempt under way.
+struct Running {
+    queued: Queued,
+    grant: Grant,
+    cancel: Arc<AtomicBool>,
+    deadline: Option<Instant>,
+    timed_out: bool,
+    started: Instant,
+    log: File,
+    log_path: PathBuf,
+}
+
+enum Message {
+    Said(NodeIndex, Said),
+    Ended(NodeIndex, Reply),
+}
+
+struct Runner<'a, 's> {
+    plan: &'a Plan,
+    session: &'a Session<'s>,
+    prepared: &'a Prepared,
+    journal: Journal,
+    observe: &'a mut dyn FnMut(&RunEvent),
+    slots: Slots,
+    /// Results so far.
+    records: BTreeMap<NodeIndex, Record>,
+    /// What became of the steps that are through.
+    ended: BTreeMap<NodeIndex, StepSummary>,
+    /// By position in the plan, so that ties are always broken the same way.
+    queue: BTreeMap<usize, (NodeIndex, Queued)>,
+    running: BTreeMap<NodeIndex, Running>,
+    /// Why nothing new is started.
+    stop: Option<String>,
+    store_failed: bool,
+}
+
+impl<'a> Runner<'a, '_> {
+    fn instance(&self, node: NodeIndex) -> &'a Instance {
+        &self.plan.graph[node]
+    }
+
+    fn id(&self, node: NodeIndex) -> String {
+        self.instance(node).id.0.clone()
+    }
+
+    fn emit(&mut self, event: RunEvent) -> Result<()> {
+        let passing = matches!(event, RunEvent::Step { event: Event::Progress { .. }, .. });
+        if !passing {
+            self.journal.event(&event)?;
+        }
+        (self.observe)(&event);
+        Ok(())
+    }
+
+    fn work(&mut self) -> Result<()> {
+        let steps = self.prepared.order.iter().map(|&n| self.id(n)).collect();
+        self.emit(RunEvent::RunStarted {
+            run: self.journal.info.id.clone(),
+            pipeline: self.plan.name.clone(),
+            steps,
+            jobs: self.session.options.jobs,
+        })?;
+        std::thread::scope(|scope| {
+            let (send, receive) = channel();
+            let result = self.drive(scope, &send, &receive);
+            if result.is_err() {
+                // The scope waits for them.
+                for running in self.running.values() {
+                    running.cancel.store(true, Ordering::Relaxed);
+                }
+            }
+            result
+        })?;
+        self.skip_the_rest()?;
+        if self.status() == Status::Done {
+            for event in outputs::publish(self.plan, self.session, &self.records)? {
+                self.emit(event)?;
+            }
+        }
+        Ok(())
+    }
+
+    fn drive<'scope>(
+        &mut self,
+        scope: &'scope Scope<'scope, '_>,
+        send: &Sender<Message>,
+        receive: &Receiver<Message>,
+    ) -> Result<()>
+    where
+        'a: 'scope,
+    {
+        loop {
+            self.heed_clock_and_user();
+            if self.stop.is_none() {
+                self.decide_ready()?;
+            }
+            if self.stop.is_none() {
+                self.start_queued(scope, send)?;
+            }
+            if self.running.is_empty() && (self.stop.is_some() || self.queue.is_empty()) {
+                return Ok(());
+            }
+            match receive.recv_timeout(Duration::from_millis(20)) {
+                Ok(message) => self.take(message)?,
+                Err(RecvTimeoutError::Timeout | RecvTimeoutError::Disconnected) => {}
+            }
+            while let Ok(message) = receive.try_recv() {
+                self.take(message)?;
+            }
+        }
+    }
+
+    fn heed_clock_and_user(&mut self) {
+        let interrupted = self.session.cancel.load(Ordering::Relaxed);
+        if interrupted && self.stop.is_none() {
+            self.stop = Some("the run was stopped".into());
+        }
+        for running in self.running.values_mut() {
+            let late = running.deadline.is_some_and(|d| Instant::now() >= d);
+            running.timed_out |= late && !interrupted;
+            if late || interrupted {
+                running.cancel.store(true, Ordering::Relaxed);
+            }
+        }
+    }
+
+    /// Decides every step whose producers are through, in plan order.
+    fn decide_ready(&mut self) -> Result<()> {
+        for (position, &node) in self.prepared.order.iter().enumerate() {
+            let known = self.ended.contains_key(&node)
+                || self.running.contains_key(&node)
+                || self.queue.contains_key(&position);
+            let mut producers = self.plan.graph.neighbors_directed(node, Direction::Incoming);
+            if known || !producers.all(|p| self.records.contains_key(&p)) {
+                continue;
+            }
+            let step = self.prepared.steps[&node].as_ref();
+            match bind(self.plan, node, step, &self.records, &self.session.options) {
+                Ok(bound) => self.decide(position, node, bound)?,
+                Err(e) => self.fail(node, None, None, Failure::of(&e))?,
+            }
+            if self.stop.is_some() {
+                break;
+            }
+        }
+        Ok(())
+    }
+
+    fn decide(&mut self, position: usize, node: NodeIndex, bound: Bound) -> Result<()> {
+        let forced = self.prepared.force.contains(&node);
+        let (step, key) = (self.id(node), bound.key);
+        let why = match decide(&self.session.store, self.plan, node, &bound, forced)? {
+            Decision::Hit(record) => return self.hit(node, *record),
+            Decision::Miss(why) => why,
+        };
+        self.emit(RunEvent::Miss { step, key, why: why.clone() })?;
+        let needs = self.instance(node).policy.needs.unwrap_or_else(|| bound.step.needs());
+        let fits = self.slots.allows(&needs).map_err(anyhow::Error::from);
+        if let Err(e) = fits.and_then(|()| self.check_inputs(node, &bound)) {
+            return self.fail(node, Some(key), Some(why), Failure::of(&e));
+        }
+        let queued = Queued { bound: Arc::new(bound), why, needs, attempt: 1 };
+        self.queue.insert(position, (node, queued));
+        Ok(())
+    }
+
+    fn hit(&mut self, node: NodeIndex, record: Record) -> Result<()> {
+        let (step, key) = (self.id(node), record.key);
+        let (saved_seconds, warnings) = (record.made.seconds, record.warnings.clone());
+        self.end(node, Some(key), State::Hit, 0.0, None, None);
+        self.records.insert(node, record);
+        self.emit(RunEvent::Hit { step, key, saved_seconds, warnings })
+    }
+
+    /// Lets a step look at its inputs' headers before anything is spent on it.
+    fn check_inputs(&mut self, node: NodeIndex, bound: &Bound) -> Result<()> {
+        let store = &self.session.store;
+        let said = Mutex::new(Vec::new());
+        let emit = |event| said.lock().unwrap_or_else(PoisonError::into_inner).push(event);
+        let attempt_dir = store.root().join("attempts").join(format!("check-{}", unique()));
+        let cx = Context {
+            store: store.clone(),
+            hub: self.session.hub,
+            attempt_dir: attempt_dir.clone(),
+            threads: self.session.options.jobs,
+            device: self.session.options.device,
+            env: set(&self.instance(node).env),
+            cancel: self.session.cancel,
+            emit: &emit,
+            produced: Produced::default(),
+        };
+        let checked = guarded(|| bound.step.check_inputs(&cx));
+        drop(cx);
+        let _ = std::fs::remove_dir_all(attempt_dir);
+        for event in said.into_inner().unwrap_or_else(PoisonError::into_inner) {
+            let step = self.id(node);
+            self.emit(RunEvent::Step { step, event })?;
+        }
+        checked
+    }
+
+    fn start_queued<'scope>(
+        &mut self,
+        scope: &'scope Scope<'scope, '_>,
+        send: &Sender<Message>,
+    ) -> Result<()>
+    where
+        'a: 'scope,
+    {
+        let positions: Vec<usize> = self.queue.keys().copied().collect();
+        for position in positions {
+            let Some((node, queued)) = self.queue.get(&position) else { continue };
+            let (node, key, needs) = (*node, queued.bound.key, queued.needs);
+            // Two steps of one key: the second takes what the first made.
+            if self.running.values().any(|r| r.queued.bound.key == key) {
+                continue;
+            }
+            let twin = self.records.values().find(|r| r.key == key).cloned();
+            if let (Some(twin), false) = (twin, self.prepared.force.contains(&node)) {
+                self.queue.remove(&position);
+                self.hit(node, twin)?;
+                continue;
+            }
+            let Some(grant) = self.slots.take(&needs) else { continue };
+            let Some((_, queued)) = self.queue.remove(&position) else { continue };
+            self.start(node, queued, grant, scope, send)?;
+        }
+        // A hit may have made others ready.
+        if self.running.is_empty() && self.queue.is_empty() { self.decide_ready() } else { Ok(()) }
+    }
+
+    fn start<'scope>(
+        &mut self,
+        node: NodeIndex,
+        queued: Queued,
+        grant: Grant,
+        scope: &'scope Scope<'scope, '_>,
+        send: &Sender<Message>,
+    ) -> Result<()>
+    where
+        'a: 'scope,
+    {
+        let session: &'a Session<'_> = self.session;
+        let (store, options) = (&session.store, &session.options);
+        let instance = self.instance(node);
+        let task = Task {
+            kind: instance.kind.name.into(),
+            version: instance.kind.version,
+            params: queued.bound.step.params(),
+            preimage: queued.bound.preimage.clone(),
+            key: queued.bound.key,
+            env: set(&instance.env),
+            secrets: instance.policy.secrets.clone(),
+            device: options.device,
+            compute: options.compute.clone(),
+            threads: grant.threads,
+            gpus: grant.gpus.clone(),
+            run: self.journal.info.id.clone(),
+            step: instance.id.0.clone(),
+            pipeline: self.plan.name.clone(),
+            attempt: queued.attempt,
+            force: self.prepared.force.contains(&node),
+        };
+        // The log is there before anything can fail.
+        let log_path = self.journal.log_path(&instance.id.0);
+        let log = store.disk().open_append(&log_path)?;
+        let name = format!("{}-{}", task.key.short(), unique());
+        let dir = store.root().join("attempts").join(name);
+        store.disk().create_dir_all(&dir)?;
+        let cancel = Arc::new(AtomicBool::new(false));
+        let bound = Arc::clone(&queued.bound);
+        let (attempt_no, threads, gpus) = (queued.attempt, grant.threads, grant.gpus.clone());
+        let running = Running {
+            queued,
+            grant,
+            cancel: Arc::clone(&cancel),
+            deadline: instance.policy.timeout.map(|t| Instant::now() + t),
+            timed_out: false,
+            started: Instant::now(),
+            log,
+            log_path: log_path.clone(),
+        };
+        self.running.insert(node, running);
+        let step = instance.id.0.clone();
+        self.emit(RunEvent::Started { step, attempt: attempt_no, threads, gpus })?;
+        let send = send.clone();
+        scope.spawn(move || {
+            let say = |said| {
+                // Nobody listens only when the run has given up.
+                let _ = send.send(Message::Said(node, said));
+            };
+            let worker = options.worker.as_ref().filter(|_| bound.step.isolate());
+            let secrets = task.secrets.iter();
+            let secrets = secrets.filter_map(|n| Some((n.clone(), options.environment.get(n)?)));
+            let around = Around {
+                store,
+                hub: session.hub,
+                cancel: &cancel,
+                say: &say,
+                secrets: secrets.map(|(n, v)| (n, v.clone())).collect(),
+                alone: false,
+            };
+            let reply = match worker {
+                Some(command) => {
+                    attempt_in_worker(&task, &dir, &log_path, command, options, &around)
+                }
+                None => attempt(&task, bound.step.as_ref(), &dir, &around),
+            };
+            if !matches!(&reply, Reply::Failed(failure) if failure.keep) {
+                let _ = store.disk().remove_dir_all(&dir);
+            }
+            let _ = send.send(Message::Ended(node, reply));
+        });
+        Ok(())
+    }
+
+    fn take(&mut self, message: Message) -> Result<()> {
+        match message {
+            Message::Said(node, Said::Waiting(holder)) => {
+                let step = self.id(node);
+                self.emit(RunEvent::Waiting { step, holder })
+            }
+            Message::Said(node, Said::Event(event)) => {
+                let line = match &event {
+                    Event::Log { line } => Some(format!("{line}\n")),
+                    Event::Warning { message } => Some(format!("warning: {message}\n")),
+                    Event::Progress { .. } | Event::Metric { .. } => None,
+                };
+                if let (Some(line), Some(running)) = (line, self.running.get_mut(&node)) {
+                    let disk = self.session.store.disk();
+                    disk.append(&mut running.log, line.as_bytes(), &running.log_path)?;
+                }
+                let step = self.id(node);
+                self.emit(RunEvent::Step { step, event })
+            }
+            Message::Ended(node, reply) => self.ended(node, reply),
+        }
+    }
+
+    fn ended(&mut self, node: NodeIndex, reply: Reply) -> Result<()> {
+        let Some(running) = self.running.remove(&node) else { return Ok(()) };
+        let Running { queued, grant, timed_out, started, .. } = running;
+        self.slots.give(grant);
+        let (step, key) = (self.id(node), queued.bound.key);
+        let mut failure = match reply {
+            Reply::Made { record, differs } => {
+                let (seconds, facts) = (started.elapsed().as_secs_f64(), record.facts.clone());
+                self.records.insert(node, *record);
+                self.end(node, Some(key), State::Ran, seconds, Some(queued.why), None);
+                let taken = false;
+                return self.emit(RunEvent::Finished { step, key, seconds, facts, taken, differs });
+            }
+            Reply::Taken { record } => {
+                let facts = record.facts.clone();
+                self.records.insert(node, *record);
+                self.end(node, Some(key), State::Hit, 0.0, Some(queued.why), None);
+                let (seconds, taken, differs) = (0.0, true, Vec::new());
+                return self.emit(RunEvent::Finished { step, key, seconds, facts, taken, differs });
+            }
+            Reply::Failed(failure) => failure,
+        };
+        if timed_out {
+            let limit = self.instance(node).policy.timeout.unwrap_or_default();
+            failure = Failure::plain(format!("it took longer than its timeout ({limit:?})"));
+        } else if self.session.cancel.load(Ordering::Relaxed) {
+            return self.skip(node, Some(key), "the run was stopped".into());
+        }
+        self.store_failed |= failure.store;
+        let again = queued.attempt <= self.instance(node).policy.retry;
+        if again && !failure.store && self.stop.is_none() {
+            let (attempt, message) = (queued.attempt, failure.message);
+            self.emit(RunEvent::Retrying { step, attempt, message })?;
+            let position = self.prepared.order.iter().position(|&n| n == node);
+            let queued = Queued { attempt: attempt + 1, ..queued };
+            self.queue.insert(position.unwrap_or_default(), (node, queued));
+            return Ok(());
+        }
+        self.fail(node, Some(key), Some(queued.why), failure)
+    }
+
+    fn end(
+        &mut self,
+        node: NodeIndex,
+        key: Option<Digest>,
+        state: State,
+        seconds: f64,
+        why: Option<Why>,
+        message: Option<String>,
+    ) {
+        let id = self.id(node);
+        self.ended.insert(node, StepSummary { id, key, state, seconds, why, message });
+    }
+
+    fn fail(
+        &mut self,
+        node: NodeIndex,
+        key: Option<Digest>,
+        why: Option<Why>,
+        failure: Failure,
+    ) -> Result<()> {
+        let step = self.id(node);
+        let message = failure.message.clone();
+        self.end(node, key, State::Failed, 0.0, why, Some(message));
+        let log_path = Some(self.journal.log_path(&step)).filter(|p| p.is_file());
+        let log = log_path.as_ref().and_then(|p| std::fs::read(p).ok()).unwrap_or_default();
+        let log = String::from_utf8_lossy(&log);
+        let lines: Vec<&str> = log.lines().collect();
+        let tail = &lines[lines.len().saturating_sub(TAIL_LINES)..];
+        self.emit(RunEvent::Failed {
+            step: step.clone(),
+            message: failure.message,
+            chain: failure.chain,
+            help: failure.help,
+            log_tail: tail.iter().map(|&l| l.to_owned()).collect(),
+            log_path,
+        })?;
+        // What is downstream can never run now.
+        let mut after = BTreeSet::new();
+        let mut dfs = petgraph::visit::Dfs::new(&self.plan.graph, node);
+        while let Some(next) = dfs.next(&self.plan.graph) {
+            after.insert(next);
+        }
+        for &next in &self.prepared.order {
+            if after.contains(&next) && !self.ended.contains_key(&next) {
+                self.skip(next, None, format!("{step} failed"))?;
+            }
+        }
+        if (!self.session.options.keep_going || failure.store) && self.stop.is_none() {
+            self.stop = Some(format!("the run stopped after {step} failed"));
+        }
+        Ok(())
+    }
+
+    fn skip(&mut self, node: NodeIndex, key: Option<Digest>, because: String) -> Result<()> {
+        self.end(node, key, State::Skipped, 0.0, None, Some(because.clone()));
+        let step = self.id(node);
+        self.emit(RunEvent::Skipped { step, because })
+    }
+
+    fn skip_the_rest(&mut self) -> Result<()> {
+        for &node in &self.prepared.order {
+            if !self.ended.contains_key(&node) {
+                let because = self.stop.clone().unwrap_or_else(|| "the run ended".into());
+                self.skip(node, None, because)?;
+            }
+        }
+        Ok(())
+    }
+
+    fn count(&self, state: State) -> usize {
+        self.ended.values().filter(|s| s.state == state).count()
+    }
+
+    fn status(&self) -> Status {
+        let all = self.count(State::Hit) + self.count(State::Ran) == self.prepared.order.len();
+        match (all, self.session.cancel.load(Ordering::Relaxed)) {
+            (true, _) => Status::Done,
+            (false, true) => Status::Interrupted,
+            (false, false) => Status::Failed,
+        }
+    }
+
+    fn finish(mut self, result: Result<()>, started: Instant) -> Result<Outcome> {
+        let status = if result.is_ok() { self.status() } else { Status::Failed };
+        let seconds = started.elapsed().as_secs_f64();
+        let (ran, hits) = (self.count(State::Ran), self.count(State::Hit));
+        let (failed, skipped) = (self.count(State::Failed), self.count(State::Skipped));
+        let run = self.journal.info.id.clone();
+        let event =
+            RunEvent::RunFinished { run: run.clone(), status, ran, hits, failed, skipped, seconds };
+        let said = self.emit(event);
+        let order = self.prepared.order.iter();
+        let steps: Vec<StepSummary> = order.filter_map(|n| self.ended.remove(n)).collect();
+        let states = steps.iter().map(|s| (s.id.clone(), s.state)).collect();
+        let summary = Summary { status, seconds, ended_unix_ms: unix_ms(), steps };
+        let written = self.journal.finish(&summary);
+        // The first thing that went wrong is the one to report.
+        result.and(said).and(written)?;
+        let (steps, store_failed) = (states, self.store_failed);
+        Ok(Outcome { run, status, steps, ran, hits, failed, skipped, seconds, store_failed })
+    }
+}
+
+/// Declared environment that is set.
+fn set(env: &BTreeMap<String, Option<String>>) -> BTreeMap<String, String> {
+    env.iter().filter_map(|(name, value)| Some((name.clone(), value.clone()?))).collect()
+}

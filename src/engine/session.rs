@@ -1,0 +1,92 @@
+//! What a run is given by the roof.
+
+use std::collections::BTreeMap;
+use std::path::PathBuf;
+use std::sync::atomic::AtomicBool;
+use std::time::Duration;
+
+use crate::hub::Hub;
+use crate::step::Device;
+use crate::store::Store;
+
+/// How to start this program as a worker: `exe args… DIR`.
+#[derive(Debug, Clone)]
+pub struct WorkerCommand {
+    /// The program.
+    pub exe: PathBuf,
+    /// Arguments before the attempt's directory (`["worker"]`).
+    pub args: Vec<String>,
+}
+
+/// Settings of a run.
+#[derive(Debug, Clone)]
+pub struct Options {
+    /// CPU slots; at least 1.
+    pub jobs: usize,
+    /// GPUs that may be lent to steps, by index.
+    pub gpus: Vec<u32>,
+    /// Steps or instances to run, with what they need; all if empty.
+    pub targets: Vec<String>,
+    /// Steps or instances to run even if their result is there.
+    pub force: Vec<String>,
+    /// After a failure, still run what does not depend on it.
+    pub keep_going: bool,
+    /// The lock must not grow.
+    pub locked: bool,
+    /// No network; passed on to workers.
+    pub offline: bool,
+    /// Class of device that models run on.
+    pub device: Device,
+    /// Compute mode that models run in unless a step says otherwise (`f32`, `bf16`).
+    pub compute: String,
+    /// How to start workers; without it every step runs on a thread of this process.
+    pub worker: Option<WorkerCommand>,
+    /// Between SIGTERM and SIGKILL.
+    pub grace: Duration,
+    /// The folder named `outputs`; results appear under `<outputs>/<pipeline>/`.
+    pub outputs: PathBuf,
+    /// The lock's path; beside the pipeline file if absent.
+    pub lock: Option<PathBuf>,
+    /// As typed, for the journal.
+    pub command_line: Vec<String>,
+    /// `--set` values, for the journal.
+    pub sets: BTreeMap<String, String>,
+    /// The environment of this process; workers get an allow-list of it and what a step declares.
+    pub environment: BTreeMap<String, String>,
+}
+
+impl Default for Options {
+    fn default() -> Self {
+        Self {
+            jobs: 1,
+            gpus: Vec::new(),
+            targets: Vec::new(),
+            force: Vec::new(),
+            keep_going: false,
+            locked: false,
+            offline: false,
+            device: Device::Cpu,
+            compute: "f32".into(),
+            worker: None,
+            grace: Duration::from_secs(30),
+            outputs: "outputs".into(),
+            lock: None,
+            command_line: Vec::new(),
+            sets: BTreeMap::new(),
+            environment: BTreeMap::new(),
+        }
+    }
+}
+
+/// A store, a hub and settings: all that a plan needs to be run.
+#[derive(Debug)]
+pub struct Session<'a> {
+    /// Where results and records are.
+    pub store: Store,
+    /// The hub client.
+    pub hub: &'a Hub,
+    /// Raised by the roof when the user interrupts.
+    pub cancel: &'a AtomicBool,
+    /// Settings.
+    pub options: Options,
+}

@@ -1,0 +1,206 @@
+//! Requests with retries, and what can go wrong with them.
+
+use std::fmt::Write as _;
+use std::time::Duration;
+
+use serde_json::Value;
+use ureq::ResponseExt as _;
+
+use super::Token;
+
+/// Tries of one request before giving up.
+pub(super) const TRIES: u32 = 4;
+
+/// Longest pause that a `Retry-After` header can ask for.
+const LONGEST_PAUSE: Duration = Duration::from_secs(20);
+
+/// Longest answer of an API route, in bytes.
+const LONGEST_JSON: u64 = 256 << 20;
+
+/// Why a request failed.
+#[derive(Debug)]
+pub(super) enum Failure {
+    /// No connection: the cause.
+    Unreachable(String),
+    /// An answer that is not a success.
+    Status {
+        /// HTTP status.
+        code: u16,
+        /// `X-Error-Code`, or empty.
+        error: String,
+        /// `X-Error-Message` as ` (…)`, or empty.
+        reason: String,
+    },
+    /// The answer broke off, or is not what was asked for: the cause.
+    Broken(String),
+}
+
+impl Failure {
+    /// Whether asking again may help.
+    pub(super) fn passes(&self) -> bool {
+        match self {
+            Self::Unreachable(_) => false,
+            Self::Status { code, .. } => *code == 408 || *code == 429 || *code >= 500,
+            Self::Broken(_) => true,
+        }
+    }
+}
+
+/// An answer of an API route.
+pub(super) struct Page {
+    /// The body.
+    pub(super) value: Value,
+    /// URL of the next page (`Link: <…>; rel="next"`).
+    pub(super) next: Option<String>,
+}
+
+pub(super) type Response = ureq::http::Response<ureq::Body>;
+
+/// Requests to one hub.
+#[derive(Debug)]
+pub(super) struct Http {
+    agent: ureq::Agent,
+    endpoint: String,
+    token: Option<Token>,
+    backoff: Duration,
+}
+
+impl Http {
+    pub(super) fn new(endpoint: &str, token: Option<Token>, backoff: Duration) -> Self {
+        let agent = ureq::Agent::config_builder()
+            .http_status_as_error(false)
+            .redirect_auth_headers(ureq::config::RedirectAuthHeaders::SameHost)
+            .user_agent(concat!("flow/", env!("CARGO_PKG_VERSION")))
+            .timeout_connect(Some(Duration::from_secs(10)))
+            .timeout_recv_response(Some(Duration::from_secs(60)))
+            .timeout_per_read(Some(Duration::from_secs(60)))
+            .build()
+            .into();
+        Self { agent, endpoint: endpoint.to_owned(), token, backoff }
+    }
+
+    pub(super) fn has_token(&self) -> bool {
+        self.token.is_some()
+    }
+
+    #[cfg(test)]
+    pub(super) fn set_backoff(&mut self, backoff: Duration) {
+        self.backoff = backoff;
+    }
+
+    /// The pause before try `n` (from 1): a third of the next, and at least what the server
+    /// asked for.
+    pub(super) fn pause(&self, n: u32, asked: Option<Duration>) -> Duration {
+        let own = self.backoff * 3u32.pow(n.min(TRIES).saturating_sub(1));
+        asked.map_or(own, |d| d.max(own)).min(LONGEST_PAUSE)
+    }
+
+    /// One GET, of the bytes from `start` on; any status of 400 and above is a failure. The token
+    /// goes to the hub's own routes and nowhere else.
+    pub(super) fn get_once(
+        &self,
+        url: &str,
+        start: u64,
+    ) -> Result<Response, (Failure, Option<Duration>)> {
+        // A body that was packed on the way has another digest.
+        let mut request = self.agent.get(url).header("Accept-Encoding", "identity");
+        let own = url.strip_prefix(&self.endpoint).is_some_and(|rest| rest.starts_with('/'));
+        if let Some(token) = self.token.as_ref().filter(|_| own) {
+            request = request.header("Authorization", format!("Bearer {}", token.reveal()));
+        }
+        if start > 0 {
+            request = request.header("Range", format!("bytes={start}-"));
+        }
+        let response = request.call().map_err(|e| (classify(e), None))?;
+        let code = response.status().as_u16();
+        if code < 400 {
+            return Ok(response);
+        }
+        let error = header(&response, "x-error-code").unwrap_or_default();
+        let reason = header(&response, "x-error-message").map(|m| format!(" ({m})"));
+        let wait = header(&response, "retry-after").and_then(|s| s.trim().parse().ok());
+        let reason = reason.unwrap_or_default();
+        Err((Failure::Status { code, error, reason }, wait.map(Duration::from_secs)))
+    }
+
+    /// An API route.
+    pub(super) fn json(&self, url: &str) -> Result<Page, Failure> {
+        let mut tried = 1;
+        loop {
+            let (failure, wait) = match self.json_once(url) {
+                Ok(page) => return Ok(page),
+                Err(failed) => failed,
+            };
+            if !failure.passes() || tried >= TRIES {
+                return Err(failure);
+            }
+            std::thread::sleep(self.pause(tried, wait));
+            tried += 1;
+        }
+    }
+
+    fn json_once(&self, url: &str) -> Result<Page, (Failure, Option<Duration>)> {
+        let mut response = self.get_once(url, 0)?;
+        let next = header(&response, "link").and_then(|link| next_page(&link));
+        let next = next.map(|to| if to.starts_with('/') { self.host(&response) + &to } else { to });
+        let body = response.body_mut().with_config().limit(LONGEST_JSON).read_to_vec();
+        let body = body.map_err(|e| (Failure::Broken(e.to_string()), None))?;
+        let value = serde_json::from_slice(&body);
+        let value = value.map_err(|e| (Failure::Broken(format!("not JSON: {e}")), None))?;
+        Ok(Page { value, next })
+    }
+
+    fn host(&self, response: &Response) -> String {
+        let uri = response.get_uri();
+        match (uri.scheme_str(), uri.authority()) {
+            (Some(scheme), Some(authority)) => format!("{scheme}://{authority}"),
+            _ => self.endpoint.clone(),
+        }
+    }
+}
+
+/// A header's text.
+pub(super) fn header(response: &Response, name: &str) -> Option<String> {
+    response.headers().get(name).and_then(|v| v.to_str().ok()).map(str::to_owned)
+}
+
+fn next_page(link: &str) -> Option<String> {
+    let next = link.split(',').find(|part| part.contains("rel=\"next\""))?;
+    let (_, rest) = next.split_once('<')?;
+    rest.split_once('>').map(|(url, _)| url.to_owned())
+}
+
+fn classify(error: ureq::Error) -> Failure {
+    use std::io::ErrorKind as K;
+    let text = error.to_string();
+    match error {
+        ureq::Error::HostNotFound
+        | ureq::Error::ConnectionFailed
+        | ureq::Error::Timeout(ureq::Timeout::Connect | ureq::Timeout::Resolve)
+        | ureq::Error::BadUri(_)
+        | ureq::Error::Tls(_)
+        | ureq::Error::Rustls(_)
+        | ureq::Error::InvalidProxyUrl
+        | ureq::Error::ConnectProxyFailed(_) => Failure::Unreachable(text),
+        ureq::Error::Io(e) => match e.kind() {
+            K::ConnectionReset | K::ConnectionAborted | K::BrokenPipe | K::UnexpectedEof => {
+                Failure::Broken(text)
+            }
+            _ => Failure::Unreachable(text),
+        },
+        _ => Failure::Broken(text),
+    }
+}
+
+/// A path segment as it stands in a URL: all but unreserved characters as `%XX`.
+pub(super) fn encode(segment: &str) -> String {
+    let mut out = String::with_capacity(segment.len());
+    for byte in segment.bytes() {
+        if byte.is_ascii_alphanumeric() || b"-._~".contains(&byte) {
+            out.push(char::from(byte));
+        } else {
+            let _ = write!(out, "%{byte:02X}");
+        }
+    }
+    out
+}

@@ -1,0 +1,304 @@
+//! `command`: any program, with declared inputs and outputs.
+
+mod process;
+
+use std::collections::BTreeMap;
+use std::fs;
+use std::os::unix::fs::{PermissionsExt as _, symlink};
+use std::path::{Component, Path, PathBuf};
+
+use anyhow::{Context as _, Result, ensure};
+use schemars::JsonSchema;
+use serde::{Deserialize, Serialize};
+
+use self::process::Job;
+use crate::artifact::{Files, Type};
+use crate::source::{Fault, suggest};
+use crate::step::{
+    Binding, Context, FileInput, Input, Outside, Ports, Problem, StepKind, Text, TextPiece,
+};
+
+/// Runs a command with declared inputs and outputs.
+///
+/// `run` is given to the shell in an empty working directory. In it `${steps.name}` is an edge
+/// and becomes the path of a folder to read from; `${out.name}` is the path to write an output
+/// to, and `${files.name}` that of a staged file. Paths are relative to the working directory, so
+/// that nothing the command notes down depends on the machine. The folder of an input holds a
+/// folder for each port (a dataset's splits), or the port's own files if it is one port; models,
+/// tokenizers and reports are laid out flat, as their programs expect them.
+///
+/// The environment is empty but for `PATH`, `HOME`, `LANG` and `LC_ALL` (`C.UTF-8`), `TMPDIR`,
+/// the step's own `env:`, and absolute paths: `FLOW_INPUT_<name>` for `inputs`, `FLOW_OUT_<name>`
+/// for `outputs`. A status other than 0 fails the step, and so does an output that is not there.
+#[derive(Debug, Clone, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub(super) struct Command {
+    /// What the shell is given.
+    run: Text,
+    /// Edges beside those in `run`, by name; they lie in `inputs/<name>`.
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    inputs: BTreeMap<String, Input<Files>>,
+    /// Outputs by name: the file that `${out.name}` stands for, or a folder if it ends with `/`.
+    outputs: BTreeMap<String, String>,
+    /// Local files or folders by the name under which they lie in the working directory.
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    files: BTreeMap<String, FileInput>,
+    /// The shell; it is given `-c` and the text.
+    #[serde(default = "sh")]
+    shell: String,
+}
+
+fn sh() -> String {
+    "sh".to_owned()
+}
+
+impl StepKind for Command {
+    const NAME: &'static str = "command";
+    const VERSION: u32 = 1;
+
+    fn ports(&self) -> Ports {
+        Ports::named(Type::Files, self.outputs.keys())
+    }
+
+    fn resolve(&mut self, outside: &mut Outside<'_>) -> Result<()> {
+        self.files.values_mut().try_for_each(|file| outside.file(file))
+    }
+
+    fn check(&self) -> Vec<Problem> {
+        let mut problems = Vec::new();
+        for (field, names) in [
+            ("inputs", self.inputs.keys().collect::<Vec<_>>()),
+            ("outputs", self.outputs.keys().collect()),
+        ] {
+            for name in names.into_iter().filter(|n| !is_name(n)) {
+                let message = format!("`{name}` cannot be a name here");
+                let help = "letters, digits and `_`, because it becomes part of a variable's name";
+                problems.push(Problem::error(format!("{field}.{name}"), message).help(help));
+            }
+        }
+        for (name, path) in &self.outputs {
+            if !is_inside(path) {
+                let message = format!("`{path}` is not a name below the output's folder");
+                problems.push(Problem::error(format!("outputs.{name}"), message));
+            }
+        }
+        for name in self.files.keys().filter(|n| !is_inside(n) || is_taken(n)) {
+            let message = format!("`{name}` cannot be a name in the working directory");
+            problems.push(Problem::error(format!("files.{name}"), message));
+        }
+        if self.outputs.is_empty() {
+            let message = "the command declares no output";
+            let help = "what nothing can read is never reused: declare what it writes";
+            problems.push(Problem::error("outputs", message).help(help));
+        }
+        for piece in &self.run.pieces {
+            let TextPiece::Plain(text) = piece else { continue };
+            if let Err(problem) = self.filled(text) {
+                problems.push(problem);
+            }
+        }
+        problems
+    }
+
+    fn isolate(&self) -> bool {
+        false
+    }
+
+    fn run(&self, cx: &mut Context<'_>) -> Result<()> {
+        let work = cx.scratch_dir()?;
+        let mut environment = BTreeMap::new();
+        for (name, input) in &self.inputs {
+            let place = Path::new("inputs").join(name);
+            lay_out(cx, &input.binding, &work.join(&place))
+                .with_context(|| format!("laying out input `{name}`"))?;
+            environment.insert(format!("FLOW_INPUT_{name}"), text(&work.join(&place))?);
+        }
+        for (name, file) in &self.files {
+            stage(&file.path, &work.join(name)).with_context(|| format!("staging `{name}`"))?;
+        }
+        for (name, path) in &self.outputs {
+            let to = cx.out_dir(name)?.join(path);
+            let folder = if path.ends_with('/') { Some(to.as_path()) } else { to.parent() };
+            folder.map(fs::create_dir_all).transpose().context("making an output's folder")?;
+            environment.insert(format!("FLOW_OUT_{name}"), text(&to)?);
+        }
+        let mut script = String::new();
+        let mut edges = 0;
+        for piece in &self.run.pieces {
+            match piece {
+                TextPiece::Plain(text) => {
+                    script += &self.filled(text).map_err(|p| anyhow::anyhow!(p.message))?;
+                }
+                TextPiece::Edge(binding) => {
+                    edges += 1;
+                    let place = format!("inputs/{edges}");
+                    lay_out(cx, binding, &work.join(&place)).context("laying out an input")?;
+                    script += &place;
+                }
+            }
+        }
+        let temporary = cx.attempt_dir.join("tmp");
+        fs::create_dir_all(&temporary).context("making a folder for temporary files")?;
+        environment.insert("TMPDIR".into(), text(&temporary)?);
+        environment.extend(cx.env.clone());
+        let job = Job { shell: &self.shell, script: &script, dir: &work, environment };
+        process::run(&job, cx)?;
+        for (name, path) in &self.outputs {
+            self.require(cx, name, path)?;
+        }
+        Ok(())
+    }
+}
+
+impl Command {
+    /// Text with `${out.name}` and `${files.name}` replaced by paths.
+    fn filled(&self, text: &str) -> Result<String, Problem> {
+        let mut filled = String::with_capacity(text.len());
+        let mut rest = text;
+        while let Some(start) = rest.find("${") {
+            let Some(length) = rest[start..].find('}') else { break };
+            let inner = &rest[start + 2..start + length];
+            filled += &rest[..start];
+            let (root, name) = inner.split_once('.').unwrap_or((inner, ""));
+            let known: Vec<&str> = match root {
+                "out" => self.outputs.keys().map(String::as_str).collect(),
+                "files" => self.files.keys().map(String::as_str).collect(),
+                _ => Vec::new(),
+            };
+            match root {
+                // The attempt's outputs lie beside its working directory.
+                "out" if known.contains(&name) => {
+                    let path = self.outputs[name].trim_end_matches('/');
+                    filled += &format!("../out/{name}/{path}");
+                }
+                "files" if known.contains(&name) => filled += name,
+                "out" | "files" => {
+                    let field = if root == "out" { "outputs" } else { "files" };
+                    let message = format!("`${{{inner}}}` is not declared under `{field}`");
+                    let help = suggest(name, &known);
+                    let problem = Problem::error("run", message);
+                    return Err(problem.help(help.unwrap_or_else(|| "declare it there".into())));
+                }
+                // The shell's own `${VARIABLE}`.
+                _ => filled += &rest[start..=start + length],
+            }
+            rest = &rest[start + length + 1..];
+        }
+        Ok(filled + rest)
+    }
+
+    fn require(&self, cx: &Context<'_>, name: &str, path: &str) -> Result<()> {
+        let to = cx.out_dir(name)?.join(path);
+        let missing = |what: &str| {
+            let fault = Fault::new(format!("the command did not write output `{name}`: {what}"));
+            fault.help(format!("write to `${{out.{name}}}`"))
+        };
+        if path.ends_with('/') {
+            let full = fs::read_dir(&to).is_ok_and(|mut items| items.next().is_some());
+            return if full { Ok(()) } else { Err(missing("its folder is empty").into()) };
+        }
+        ensure!(to.exists(), missing(&format!("there is no `{path}`")));
+        Ok(())
+    }
+}
+
+fn is_name(name: &str) -> bool {
+    let plain = |c: char| c.is_ascii_alphanumeric() || c == '_';
+    !name.is_empty() && name.chars().all(plain)
+}
+
+/// Whether a path stays below its folder and has no character that a shell would take apart.
+fn is_inside(path: &str) -> bool {
+    let plain = |c: char| c.is_alphanumeric() || "/_-.+,=@%".contains(c);
+    let inside = Path::new(path).components().all(|c| matches!(c, Component::Normal(_)));
+    !path.is_empty() && inside && path.chars().all(plain) && !path.starts_with('-')
+}
+
+fn is_taken(name: &str) -> bool {
+    Path::new(name).starts_with("inputs") || name.ends_with('/')
+}
+
+fn text(path: &Path) -> Result<String> {
+    let text = path.to_str().with_context(|| format!("{} is not UTF-8", path.display()))?;
+    Ok(text.to_owned())
+}
+
+/// Puts links to an artifact's files below a folder. The files themselves are read-only.
+fn lay_out(cx: &Context<'_>, binding: &Binding, to: &Path) -> Result<()> {
+    let view = cx.view(binding)?;
+    let flat = view.ty.flat_ports();
+    for port in view.ports.keys() {
+        let folder = match flat {
+            Some(ports) if ports.contains(&port.as_str()) => to.to_path_buf(),
+            _ if view.ports.len() == 1 => to.to_path_buf(),
+            _ => to.join(port),
+        };
+        fs::create_dir_all(&folder)?;
+        for (path, from) in view.files(port)? {
+            let link = folder.join(&path);
+            link.parent().map(fs::create_dir_all).transpose()?;
+            symlink(&from, &link).with_context(|| format!("linking `{path}`"))?;
+        }
+    }
+    Ok(())
+}
+
+/// Copies a file or folder, read-only: a command that writes to it must not change the original.
+fn stage(from: &Path, to: &Path) -> Result<()> {
+    to.parent().map(fs::create_dir_all).transpose()?;
+    if !from.is_dir() {
+        fs::copy(from, to).with_context(|| format!("copying {}", from.display()))?;
+        let executable = fs::metadata(from)?.permissions().mode() & 0o111 != 0;
+        let mode = if executable { 0o555 } else { 0o444 };
+        return Ok(fs::set_permissions(to, fs::Permissions::from_mode(mode))?);
+    }
+    fs::create_dir_all(to)?;
+    let mut items: Vec<PathBuf> =
+        fs::read_dir(from)?.map(|i| Ok(i?.path())).collect::<Result<_>>()?;
+    items.sort_unstable();
+    for item in items {
+        let name = item.file_name().context("an item of a folder has a name")?;
+        stage(&item, &to.join(name))?;
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn command(run: &str) -> Command {
+        let with = serde_json::json!({
+            "run": run,
+            "outputs": { "table": "table.csv", "model": "model/" },
+            "files": { "make.py": "./tools/make.py" },
+        });
+        serde_json::from_value(with).unwrap()
+    }
+
+    #[test]
+    fn references_become_paths() {
+        let run = "python ${files.make.py} --to ${out.table} ${out.model}/x ${HOME} $x";
+        let filled = command(run).filled(run).unwrap();
+        let want = "python make.py --to ../out/table/table.csv ../out/model/model/x ${HOME} $x";
+        assert_eq!(filled, want);
+        assert!(command(run).check().is_empty());
+    }
+
+    #[test]
+    fn undeclared_names_are_refused() {
+        let problems = command("x > ${out.tables}").check();
+        assert_eq!(problems.len(), 1);
+        assert_eq!(problems[0].help.as_deref(), Some("did you mean `table`?"));
+    }
+
+    #[test]
+    fn names_stay_inside() {
+        for bad in ["../x", "/x", "a/../../b", "", "a b", "-rf"] {
+            assert!(!is_inside(bad), "{bad}");
+        }
+        for good in ["a", "a/b.csv", "a/"] {
+            assert!(is_inside(good), "{good}");
+        }
+    }
+}

@@ -1,0 +1,186 @@
+//! `tokenize`: prompts and texts become token ids.
+
+use anyhow::{Context as _, Result};
+use schemars::JsonSchema;
+use serde::{Deserialize, Serialize};
+
+use crate::artifact::{Candidate, Prompts, PromptsInfo, ROWS, TokenizerFiles, TokensInfo, Type};
+use crate::source::Fault;
+use crate::step::{Context, Input, Needs, Ports, Problem, StepKind};
+use crate::text::{
+    Encoder, Limits, Task, Tokenized, Tokenizer, TokenizerSource, TooLong, Truncate, tokenize_file,
+};
+
+/// Turns rendered rows into token ids, in Parquet, with labels on the target only.
+///
+/// The prompt is one string to the tokenizer, as it is in use; the target is encoded by itself
+/// and ends with the end-of-sequence token. The beginning-of-sequence token stands once where
+/// the tokenizer puts one. `truncate: input` shortens the row's input and never the template or
+/// the target, so that a long row keeps its question and its answer; what still does not fit is
+/// left out and counted.
+#[derive(Debug, Clone, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub(super) struct Tokenize {
+    /// The rendered rows.
+    data: Input<Prompts>,
+    /// The tokenizer, `${steps.base.tokenizer}`.
+    tokenizer: Input<TokenizerFiles>,
+    /// Most tokens of a row.
+    max_length: usize,
+    /// What happens to longer rows; `input` for prompts and `right` for classification, if not
+    /// given.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    truncate: Option<Truncate>,
+    /// What happens to rows that are too long even without their input.
+    #[serde(default)]
+    on_too_long: TooLong,
+    /// Whether the end-of-sequence token follows the target.
+    #[serde(default = "yes")]
+    append_eos: bool,
+}
+
+fn yes() -> bool {
+    true
+}
+
+/// The tokenizer of an artifact.
+pub(super) fn load_tokenizer(files: &TokenizerFiles) -> Result<Tokenizer> {
+    let find = |name: &str| files.0.find("tokenizer", name);
+    Tokenizer::load(&TokenizerSource {
+        tokenizer: files.tokenizer()?,
+        config: files.config()?,
+        special_tokens_map: find("special_tokens_map.json")?,
+        chat_template: find("chat_template.jinja")?,
+    })
+}
+
+impl StepKind for Tokenize {
+    const NAME: &'static str = "tokenize";
+    const VERSION: u32 = 1;
+
+    fn ports(&self) -> Ports {
+        Ports::like(Type::Tokens, self.data.names().as_deref())
+    }
+
+    fn check(&self) -> Vec<Problem> {
+        if self.max_length < 2 {
+            let help = "a row needs a token to predict from and one to predict";
+            return vec![Problem::error("max_length", "less than 2 tokens").help(help)];
+        }
+        Vec::new()
+    }
+
+    fn check_inputs(&self, cx: &Context<'_>) -> Result<()> {
+        let data = cx.open(&self.data)?;
+        let tokenizer = load_tokenizer(&cx.open(&self.tokenizer)?)?;
+        for split in data.splits() {
+            let (_, info) = data.split(split)?;
+            let encoder = self.encoder(tokenizer.clone(), &info)?;
+            encoder.candidates(&info.candidates, &info.candidate_targets)?;
+        }
+        Ok(())
+    }
+
+    fn needs(&self) -> Needs {
+        Needs::ALL
+    }
+
+    fn run(&self, cx: &mut Context<'_>) -> Result<()> {
+        let data = cx.open(&self.data)?;
+        let tokenizer = load_tokenizer(&cx.open(&self.tokenizer)?)?;
+        let pool = rayon::ThreadPoolBuilder::new().num_threads(cx.threads.max(1)).build()?;
+        let splits: Vec<String> = data.splits().map(str::to_owned).collect();
+        for name in &splits {
+            let (rows, info) = data.split(name)?;
+            let task = task_of(&info)?;
+            let encoder = self.encoder(tokenizer.clone(), &info)?;
+            let dir = cx.out_dir(name)?;
+            let made = {
+                let cx = &*cx;
+                let (emit, cancelled) = (cx.emit, cx.cancel);
+                let mut progress = |done: u64, total: u64| {
+                    (emit)(crate::step::Event::Progress {
+                        done,
+                        total,
+                        unit: "rows".into(),
+                        message: name.clone(),
+                    });
+                    let stopped = cancelled.load(std::sync::atomic::Ordering::Relaxed);
+                    anyhow::ensure!(!stopped, "interrupted");
+                    Ok(())
+                };
+                let out = dir.join(ROWS);
+                pool.install(|| tokenize_file(&rows, &out, &encoder, task, &mut progress))
+                    .with_context(|| format!("split `{name}`"))?
+            };
+            if made.rows == 0 && info.rows > 0 {
+                let message = format!("no row of `{name}` is left: {}", left_out(&made));
+                return Err(Fault::new(message).help("raise `max_length`").into());
+            }
+            let words = encoder.candidates(&info.candidates, &info.candidate_targets)?;
+            let candidates = info.candidates.iter().zip(words);
+            let tokens = TokensInfo {
+                task: info.task.clone(),
+                rows: made.rows,
+                truncated: made.truncated,
+                dropped: made.too_long + made.no_target,
+                tokens: made.tokens,
+                target_tokens: made.target_tokens,
+                longest: made.longest,
+                max_length: self.max_length as u64,
+                vocab_size: tokenizer.vocab_size() as u64,
+                pad_id: tokenizer.pad_id(),
+                eos_id: tokenizer.eos_id(),
+                bos_id: tokenizer.bos_id().filter(|_| task == Task::CausalLm),
+                tokenizer: Some(cx.open(&self.tokenizer)?.0.port("tokenizer")?),
+                candidates: candidates
+                    .map(|(word, ids)| Candidate { word: word.clone(), ids })
+                    .collect(),
+                classes: info.classes.clone(),
+            };
+            cx.write_json(&dir, "tokens.json", &tokens)?;
+            cx.write_json(&dir, "samples.json", &made.samples)?;
+            report(cx, name, &made);
+        }
+        Ok(())
+    }
+}
+
+impl Tokenize {
+    fn encoder(&self, tokenizer: Tokenizer, info: &PromptsInfo) -> Result<Encoder> {
+        let causal = task_of(info)? == Task::CausalLm;
+        let usual = if causal { Truncate::Input } else { Truncate::Right };
+        let limits = Limits {
+            max_length: self.max_length,
+            truncate: self.truncate.unwrap_or(usual),
+            on_too_long: self.on_too_long,
+            append_eos: self.append_eos && causal,
+            special_tokens: info.special_tokens,
+        };
+        Encoder::new(tokenizer, limits)
+    }
+}
+
+fn task_of(info: &PromptsInfo) -> Result<Task> {
+    Task::of_name(&info.task).with_context(|| format!("`{}` is no task", info.task))
+}
+
+fn left_out(made: &Tokenized) -> String {
+    format!("{} are too long, {} have nothing to learn", made.too_long, made.no_target)
+}
+
+fn report(cx: &mut Context<'_>, split: &str, made: &Tokenized) {
+    cx.fact(&format!("rows.{split}"), made.rows);
+    cx.fact(&format!("tokens.{split}"), made.tokens);
+    if made.target_tokens > 0 {
+        cx.fact(&format!("target_tokens.{split}"), made.target_tokens);
+    }
+    if made.truncated > 0 {
+        cx.fact(&format!("truncated.{split}"), made.truncated);
+        cx.warn(format!("{} of {} rows of `{split}` were shortened", made.truncated, made.rows));
+    }
+    if made.too_long + made.no_target > 0 {
+        cx.fact(&format!("dropped.{split}"), made.too_long + made.no_target);
+        cx.warn(format!("rows of `{split}` were left out: {}", left_out(made)));
+    }
+}

@@ -1,0 +1,330 @@
+//! The journal of a run: `run.json`, `events.jsonl`, `summary.json`, `logs/`.
+
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context as _, Result};
+use serde::{Deserialize, Serialize};
+
+use super::Why;
+use crate::digest::Digest;
+use crate::source::{Fault, suggest};
+use crate::store::{Lease, Store};
+
+/// How a run ended, or that it has not.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Status {
+    /// Every step has its result.
+    Done,
+    /// A step failed.
+    Failed,
+    /// The user stopped it.
+    Interrupted,
+    /// It is running.
+    Running,
+    /// Its process ended without a word.
+    Died,
+}
+
+/// What became of a step in a run.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum State {
+    /// Its result was there.
+    Hit,
+    /// It ran.
+    Ran,
+    /// It failed.
+    Failed,
+    /// It was not run.
+    Skipped,
+}
+
+/// What is known when a run starts (`run.json`).
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct RunInfo {
+    /// Sortable id, `20261124-033012-ab12` (UTC).
+    pub id: String,
+    /// The pipeline's name.
+    pub pipeline: String,
+    /// Its file.
+    pub file: PathBuf,
+    /// As typed.
+    pub command_line: Vec<String>,
+    /// `--set` values.
+    pub sets: BTreeMap<String, String>,
+    /// Unix milliseconds.
+    pub started_unix_ms: u64,
+    /// Host name.
+    pub host: String,
+    /// Process id.
+    pub pid: u32,
+    /// Version of this program.
+    pub build: String,
+}
+
+/// A step in a run's summary.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct StepSummary {
+    /// Instance.
+    pub id: String,
+    /// Its key, where it was reached.
+    pub key: Option<Digest>,
+    /// What became of it.
+    pub state: State,
+    /// Wall-clock seconds; 0 unless it ran.
+    pub seconds: f64,
+    /// Why it ran.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub why: Option<Why>,
+    /// Why it failed or was skipped.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub message: Option<String>,
+}
+
+/// What is known when a run has ended (`summary.json`).
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct Summary {
+    /// How it ended.
+    pub status: Status,
+    /// Wall-clock seconds.
+    pub seconds: f64,
+    /// Unix milliseconds.
+    pub ended_unix_ms: u64,
+    /// Instances, in plan order.
+    pub steps: Vec<StepSummary>,
+}
+
+/// A run as it stands in the journal.
+#[derive(Debug, Clone)]
+pub struct Run {
+    /// From its start.
+    pub info: RunInfo,
+    /// From its end; absent while it runs or if it died.
+    pub summary: Option<Summary>,
+    /// How it ended, or that it has not.
+    pub status: Status,
+    /// Its folder.
+    pub dir: PathBuf,
+}
+
+impl Run {
+    /// The log of an instance; there is none for a hit.
+    pub fn log_path(&self, step: &str) -> PathBuf {
+        log_path(&self.dir, step)
+    }
+
+    /// The lines of its event stream, each a JSON object with `t` (Unix milliseconds) and the
+    /// fields of `engine::RunEvent`. A torn last line is left out.
+    ///
+    /// # Errors
+    /// When the file cannot be read.
+    pub fn events(&self) -> Result<Vec<serde_json::Value>> {
+        let path = self.dir.join("events.jsonl");
+        let text = std::fs::read(&path).with_context(|| format!("reading {}", path.display()))?;
+        Ok(text.split(|&b| b == b'\n').filter_map(|l| serde_json::from_slice(l).ok()).collect())
+    }
+
+    /// The instance in its summary.
+    pub fn step(&self, id: &str) -> Option<&StepSummary> {
+        self.summary.as_ref()?.steps.iter().find(|s| s.id == id)
+    }
+}
+
+/// Where the log of an instance of a run is; characters that file names should not have are
+/// replaced, and a digest keeps such names apart.
+fn log_path(dir: &Path, step: &str) -> PathBuf {
+    let plain = |c: char| c.is_ascii_alphanumeric() || "._-@=,".contains(c);
+    let mut name: String = step.chars().map(|c| if plain(c) { c } else { '_' }).collect();
+    if name != step || name.len() > 120 {
+        name.truncate(120);
+        name.push('-');
+        name.push_str(&Digest::of(step.as_bytes()).short());
+    }
+    dir.join("logs").join(name + ".log")
+}
+
+/// The journals of a store.
+#[derive(Debug, Clone)]
+pub struct Runs {
+    store: Store,
+}
+
+impl Runs {
+    /// The journals of a store.
+    pub fn of(store: &Store) -> Self {
+        Self { store: store.clone() }
+    }
+
+    fn dir(&self) -> PathBuf {
+        self.store.root().join("runs")
+    }
+
+    /// Ids of all runs, newest first.
+    ///
+    /// # Errors
+    /// When the folder cannot be read.
+    pub fn ids(&self) -> Result<Vec<String>> {
+        let dir = self.dir();
+        let mut ids = Vec::new();
+        match std::fs::read_dir(&dir) {
+            Ok(entries) => {
+                for entry in entries {
+                    let name = entry?.file_name();
+                    ids.extend(name.to_str().filter(|n| !n.starts_with('.')).map(str::to_owned));
+                }
+            }
+            Err(e) if e.kind() == std::io::ErrorKind::NotFound => {}
+            Err(e) => return Err(e).with_context(|| format!("reading {}", dir.display())),
+        }
+        ids.sort_unstable_by(|a, b| b.cmp(a));
+        Ok(ids)
+    }
+
+    /// All runs, newest first; a folder without a readable `run.json` is left out.
+    ///
+    /// # Errors
+    /// When the folder cannot be read.
+    pub fn list(&self) -> Result<Vec<Run>> {
+        Ok(self.ids()?.iter().filter_map(|id| self.load(id).ok()).collect())
+    }
+
+    /// A run by id, unique beginning of an id, or `latest`.
+    ///
+    /// # Errors
+    /// When there is none, or several begin so; the message names the nearest.
+    pub fn find(&self, name: &str) -> Result<Run> {
+        let ids = self.ids()?;
+        if name == "latest" {
+            let newest = ids.iter().find_map(|id| self.load(id).ok());
+            return newest.ok_or_else(|| Fault::new("there are no runs yet").into());
+        }
+        if let Some(id) = ids.iter().find(|id| *id == name) {
+            return self.load(id);
+        }
+        let matching: Vec<&String> = ids.iter().filter(|id| id.starts_with(name)).collect();
+        match matching.as_slice() {
+            [id] => self.load(id),
+            [] => {
+                let known: Vec<&str> = ids.iter().take(20).map(String::as_str).collect();
+                let help = suggest(name, &known).unwrap_or_else(|| "there are no runs yet".into());
+                Err(Fault::new(format!("there is no run `{name}`")).help(help).into())
+            }
+            [first, .., last] => {
+                let fault = Fault::new(format!("{} runs begin with `{name}`", matching.len()));
+                Err(fault.help(format!("from {last} to {first}")).into())
+            }
+        }
+    }
+
+    /// A run by its whole id.
+    ///
+    /// # Errors
+    /// When its `run.json` is missing or unreadable.
+    pub fn load(&self, id: &str) -> Result<Run> {
+        let dir = self.dir().join(id);
+        let path = dir.join("run.json");
+        let text = std::fs::read(&path).with_context(|| format!("reading {}", path.display()))?;
+        let info = serde_json::from_slice(&text).with_context(|| path.display().to_string())?;
+        let summary = std::fs::read(dir.join("summary.json")).ok();
+        let summary: Option<Summary> = summary.and_then(|t| serde_json::from_slice(&t).ok());
+        let status = match &summary {
+            Some(summary) => summary.status,
+            None if self.store.is_leased(&lease_name(id)) => Status::Running,
+            None => Status::Died,
+        };
+        Ok(Run { info, summary, status, dir })
+    }
+
+    /// Begins a journal under a new id.
+    ///
+    /// # Errors
+    /// When the disk refuses.
+    pub fn begin(&self, mut info: RunInfo) -> Result<Journal> {
+        let stamp = jiff::Timestamp::from_millisecond(i64::try_from(info.started_unix_ms)?)?
+            .strftime("%Y%m%d-%H%M%S")
+            .to_string();
+        let disk = self.store.disk();
+        disk.create_dir_all(&self.dir())?;
+        for n in 0_u32.. {
+            let seed = format!("{} {} {} {n}", info.host, info.pid, unix_ns());
+            let id = format!("{stamp}-{}", &Digest::of(seed.as_bytes()).short()[..4]);
+            let dir = self.dir().join(&id);
+            if !disk.create_new_dir(&dir)? {
+                continue;
+            }
+            let lease = self.store.lease(&lease_name(&id), &id)?;
+            info.id = id;
+            let mut text = serde_json::to_vec_pretty(&info)?;
+            text.push(b'\n');
+            self.store.write_atomic(&dir.join("run.json"), &text)?;
+            disk.create_dir_all(&dir.join("logs"))?;
+            let events = disk.open_append(&dir.join("events.jsonl"))?;
+            return Ok(Journal { store: self.store.clone(), info, dir, events, _lease: lease });
+        }
+        anyhow::bail!("no free run id")
+    }
+}
+
+fn lease_name(id: &str) -> String {
+    format!("run-{id}")
+}
+
+/// Nanoseconds since 1970.
+fn unix_ns() -> u128 {
+    let since = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH);
+    since.map_or(0, |d| d.as_nanos())
+}
+
+/// Milliseconds since 1970.
+pub fn unix_ms() -> u64 {
+    u64::try_from(unix_ns() / 1_000_000).unwrap_or(u64::MAX)
+}
+
+/// The journal of the run that this process is doing.
+#[derive(Debug)]
+pub struct Journal {
+    store: Store,
+    /// What was known at the start, the id included.
+    pub info: RunInfo,
+    /// Its folder.
+    pub dir: PathBuf,
+    events: std::fs::File,
+    _lease: Lease,
+}
+
+impl Journal {
+    /// Where the log of an instance goes.
+    pub fn log_path(&self, step: &str) -> PathBuf {
+        log_path(&self.dir, step)
+    }
+
+    /// Appends an event with the time.
+    ///
+    /// # Errors
+    /// When the disk refuses.
+    pub fn event(&mut self, event: &impl Serialize) -> Result<()> {
+        #[derive(Serialize)]
+        struct Line<'a, E> {
+            t: u64,
+            #[serde(flatten)]
+            event: &'a E,
+        }
+        let mut line = serde_json::to_vec(&Line { t: unix_ms(), event })?;
+        line.push(b'\n');
+        self.store.disk().append(&mut self.events, &line, &self.dir)?;
+        Ok(())
+    }
+
+    /// Ends the journal.
+    ///
+    /// # Errors
+    /// When the disk refuses.
+    pub fn finish(self, summary: &Summary) -> Result<()> {
+        let mut text = serde_json::to_vec_pretty(summary)?;
+        text.push(b'\n');
+        self.store.write_atomic(&self.dir.join("summary.json"), &text)?;
+        Ok(())
+    }
+}

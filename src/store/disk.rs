@@ -1,0 +1,229 @@
+//! Every write of the store goes through here, so that tests can make any one of them fail.
+
+use std::fs::{File, OpenOptions, Permissions};
+use std::io::{self, Write};
+use std::os::unix::fs::{OpenOptionsExt, PermissionsExt};
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+
+/// A disk that refused. The roof looks for it in an error's chain.
+#[derive(Debug, thiserror::Error)]
+pub enum StoreError {
+    /// No space is left, or a quota is used up.
+    #[error("the disk is full: {doing} {path}")]
+    Full {
+        /// What was being done.
+        doing: &'static str,
+        /// To what.
+        path: PathBuf,
+        /// The system's word.
+        source: io::Error,
+    },
+    /// The store may not be written.
+    #[error("the store cannot be written: {doing} {path}")]
+    ReadOnly {
+        /// What was being done.
+        doing: &'static str,
+        /// To what.
+        path: PathBuf,
+        /// The system's word.
+        source: io::Error,
+    },
+    /// Anything else.
+    #[error("{doing} {path}")]
+    Io {
+        /// What was being done.
+        doing: &'static str,
+        /// To what.
+        path: PathBuf,
+        /// The system's word.
+        source: io::Error,
+    },
+}
+
+impl StoreError {
+    pub(super) fn from_io(doing: &'static str, path: &Path, source: io::Error) -> Self {
+        let path = path.to_path_buf();
+        match source.kind() {
+            io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded => {
+                Self::Full { doing, path, source }
+            }
+            io::ErrorKind::ReadOnlyFilesystem | io::ErrorKind::PermissionDenied => {
+                Self::ReadOnly { doing, path, source }
+            }
+            _ => Self::Io { doing, path, source },
+        }
+    }
+}
+
+/// Makes the nth write of a [`Disk`] fail as a full disk would: for tests.
+#[derive(Debug, Default)]
+pub struct Faults {
+    calls: AtomicU64,
+    fail_at: u64,
+}
+
+impl Faults {
+    /// Fails at the `n`th call, from 1; 0 never fails and only counts.
+    pub fn at(n: u64) -> Arc<Self> {
+        Arc::new(Self { calls: AtomicU64::new(0), fail_at: n })
+    }
+
+    /// Calls so far.
+    pub fn calls(&self) -> u64 {
+        self.calls.load(Ordering::Relaxed)
+    }
+}
+
+/// The disk as the store writes it.
+#[derive(Debug, Clone, Default)]
+pub struct Disk {
+    faults: Option<Arc<Faults>>,
+}
+
+type Done<T> = Result<T, StoreError>;
+
+impl Disk {
+    /// A disk on which a call fails.
+    pub fn faulty(faults: Arc<Faults>) -> Self {
+        Self { faults: Some(faults) }
+    }
+
+    fn call<T>(
+        &self,
+        doing: &'static str,
+        path: &Path,
+        act: impl FnOnce() -> io::Result<T>,
+    ) -> Done<T> {
+        if let Some(faults) = &self.faults
+            && faults.calls.fetch_add(1, Ordering::Relaxed) + 1 == faults.fail_at
+        {
+            let full = io::Error::new(io::ErrorKind::StorageFull, "no space left (injected)");
+            return Err(StoreError::from_io(doing, path, full));
+        }
+        act().map_err(|e| StoreError::from_io(doing, path, e))
+    }
+
+    /// Makes a directory and its parents.
+    ///
+    /// # Errors
+    /// When the disk refuses.
+    pub fn create_dir_all(&self, path: &Path) -> Done<()> {
+        if path.is_dir() {
+            return Ok(());
+        }
+        self.call("making", path, || std::fs::create_dir_all(path))
+    }
+
+    /// Makes a directory; `false` if something is there already.
+    ///
+    /// # Errors
+    /// When the disk refuses.
+    pub fn create_new_dir(&self, path: &Path) -> Done<bool> {
+        self.call("making", path, || match std::fs::create_dir(path) {
+            Ok(()) => Ok(true),
+            Err(e) if e.kind() == io::ErrorKind::AlreadyExists => Ok(false),
+            Err(e) => Err(e),
+        })
+    }
+
+    /// Writes a new file and brings it to the disk.
+    ///
+    /// # Errors
+    /// When the disk refuses.
+    pub fn write_new(&self, path: &Path, bytes: &[u8]) -> Done<()> {
+        let mut file = self
+            .call("making", path, || OpenOptions::new().write(true).create_new(true).open(path))?;
+        self.call("writing", path, || file.write_all(bytes))?;
+        self.call("syncing", path, || file.sync_all())
+    }
+
+    /// Copies a file's content to a new file.
+    ///
+    /// # Errors
+    /// When the disk refuses.
+    pub fn copy(&self, from: &Path, to: &Path) -> Done<()> {
+        self.call("copying to", to, || {
+            let source = File::open(from)?;
+            let target = OpenOptions::new().write(true).create_new(true).open(to)?;
+            clone_or_copy(&source, &target)
+        })
+    }
+
+    /// Brings a file's content, or a directory's names, to the disk.
+    ///
+    /// # Errors
+    /// When the disk refuses.
+    pub fn sync(&self, path: &Path) -> Done<()> {
+        self.call("syncing", path, || File::open(path)?.sync_all())
+    }
+
+    /// Sets permission bits.
+    ///
+    /// # Errors
+    /// When the disk refuses.
+    pub fn set_mode(&self, path: &Path, mode: u32) -> Done<()> {
+        self.call("protecting", path, || {
+            std::fs::set_permissions(path, Permissions::from_mode(mode))
+        })
+    }
+
+    /// Renames within one file system; replaces what is there.
+    ///
+    /// # Errors
+    /// When the disk refuses.
+    pub fn rename(&self, from: &Path, to: &Path) -> Done<()> {
+        self.call("renaming to", to, || std::fs::rename(from, to))
+    }
+
+    /// Makes a symbolic link.
+    ///
+    /// # Errors
+    /// When the disk refuses.
+    pub fn symlink(&self, target: &Path, link: &Path) -> Done<()> {
+        self.call("linking", link, || std::os::unix::fs::symlink(target, link))
+    }
+
+    /// Opens a file for appending, made with its folder if need be.
+    ///
+    /// # Errors
+    /// When the disk refuses.
+    pub fn open_append(&self, path: &Path) -> Done<File> {
+        if let Some(parent) = path.parent() {
+            self.create_dir_all(parent)?;
+        }
+        self.call("opening", path, || {
+            OpenOptions::new().append(true).create(true).mode(0o644).open(path)
+        })
+    }
+
+    /// Appends in one write, so that lines of several writers do not mix.
+    ///
+    /// # Errors
+    /// When the disk refuses.
+    pub fn append(&self, file: &mut File, bytes: &[u8], path: &Path) -> Done<()> {
+        self.call("appending to", path, || file.write_all(bytes))
+    }
+
+    /// Removes a directory and what is in it; fine if there is none.
+    ///
+    /// # Errors
+    /// When the disk refuses.
+    pub fn remove_dir_all(&self, path: &Path) -> Done<()> {
+        self.call("removing", path, || match std::fs::remove_dir_all(path) {
+            Err(e) if e.kind() != io::ErrorKind::NotFound => Err(e),
+            _ => Ok(()),
+        })
+    }
+}
+
+/// Shares the blocks where the file system can, else copies the bytes.
+fn clone_or_copy(source: &File, target: &File) -> io::Result<()> {
+    #[cfg(target_os = "linux")]
+    if rustix::fs::ioctl_ficlone(target, source).is_ok() {
+        return Ok(());
+    }
+    let (mut from, mut to) = (source, target);
+    io::copy(&mut from, &mut to).map(|_| ())
+}

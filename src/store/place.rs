@@ -1,0 +1,65 @@
+//! Trees laid out as files again.
+
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context as _, Result};
+
+use super::{Entry, Store};
+use crate::digest::Digest;
+
+impl Store {
+    /// Writes a tree's files under a directory: shared blocks where the file system can, else
+    /// copies; writable. Files that are there already are an error.
+    ///
+    /// # Errors
+    /// When the tree or its bytes are lost, or the disk refuses.
+    pub fn materialise(&self, tree: &Digest, dest: &Path) -> Result<()> {
+        self.lay_out(tree, dest, &|entry, to| self.materialise_entry(entry, to))
+    }
+
+    /// Writes one file of a tree to a path, making its folder: shared blocks where the file
+    /// system can, else a copy; writable.
+    ///
+    /// # Errors
+    /// When its bytes are lost, or the disk refuses.
+    pub fn materialise_entry(&self, entry: &Entry, to: &Path) -> Result<()> {
+        let from = self.find_entry(entry)?;
+        if let Some(folder) = to.parent() {
+            self.disk().create_dir_all(folder)?;
+        }
+        self.disk().copy(&from, to)?;
+        self.disk().set_mode(to, if entry.executable { 0o755 } else { 0o644 })?;
+        Ok(())
+    }
+
+    fn find_entry(&self, entry: &Entry) -> Result<PathBuf> {
+        let lost = || format!("the store has lost `{}` ({})", entry.path, entry.digest.short());
+        self.locate_entry(entry)?.with_context(lost)
+    }
+
+    /// Lays a tree out as symbolic links to read-only files, for a process that reads it.
+    ///
+    /// # Errors
+    /// When the tree or its bytes are lost, or the disk refuses.
+    pub fn stage(&self, tree: &Digest, dest: &Path) -> Result<()> {
+        self.lay_out(tree, dest, &|entry, to| {
+            let from = self.find_entry(entry)?;
+            if let Some(folder) = to.parent() {
+                self.disk().create_dir_all(folder)?;
+            }
+            Ok(self.disk().symlink(&from, to)?)
+        })
+    }
+
+    fn lay_out(
+        &self,
+        tree: &Digest,
+        dest: &Path,
+        put: &dyn Fn(&Entry, &Path) -> Result<()>,
+    ) -> Result<()> {
+        let manifest = self.tree(tree)?;
+        let manifest = manifest.with_context(|| format!("tree {} is lost", tree.short()))?;
+        self.disk().create_dir_all(dest)?;
+        manifest.entries.iter().try_for_each(|entry| put(entry, &dest.join(&entry.path)))
+    }
+}

@@ -1,0 +1,261 @@
+//! Trees: directories by content.
+
+use std::collections::BTreeMap;
+use std::os::unix::fs::PermissionsExt;
+use std::path::{Component, Path, PathBuf};
+
+use anyhow::{Context as _, Result, bail, ensure};
+
+use super::objects::Dirty;
+use super::{Entry, FileState, Origin, Store, StoreError, Tree};
+use crate::digest::Digest;
+
+impl Tree {
+    /// A tree from entries, sorted.
+    ///
+    /// # Errors
+    /// When a path is not safe (absolute, with `..`), is there twice, or is a file and a folder.
+    pub fn new(mut entries: Vec<Entry>) -> Result<Self> {
+        entries.sort_by(|a, b| a.path.cmp(&b.path));
+        let tree = Self { entries };
+        tree.check()?;
+        Ok(tree)
+    }
+
+    fn check(&self) -> Result<()> {
+        let mut seen: BTreeMap<&str, ()> = BTreeMap::new();
+        for entry in &self.entries {
+            let path = entry.path.as_str();
+            let plain = |c: Component<'_>| matches!(c, Component::Normal(_));
+            let safe = !path.is_empty()
+                && !path.contains(['\0', '\n', '\r', '\\'])
+                && Path::new(path).components().all(plain)
+                && path.split('/').all(|part| !part.is_empty() && part != ".");
+            ensure!(safe, "`{}` is not a path that a tree can hold", path.escape_default());
+            ensure!(seen.insert(path, ()).is_none(), "`{path}` is twice in one tree");
+        }
+        for path in seen.keys() {
+            for (i, _) in path.match_indices('/') {
+                let folder = &path[..i];
+                ensure!(!seen.contains_key(folder), "`{folder}` is a file and a folder");
+            }
+        }
+        ensure!(self.entries.is_sorted_by(|a, b| a.path < b.path), "the tree is not sorted");
+        Ok(())
+    }
+
+    /// Its digest: of paths, executable bits, digests and sizes, never of where bytes lie.
+    ///
+    /// # Errors
+    /// Never for a tree that was checked.
+    pub fn digest(&self) -> Result<Digest> {
+        Ok(Digest::of_value("flow/tree/v1", &serde_json::to_value(self)?)?)
+    }
+
+    /// Bytes in all.
+    pub fn size(&self) -> u64 {
+        self.entries.iter().map(|e| e.size).sum()
+    }
+}
+
+/// A file of a directory that is being read.
+struct Found {
+    /// Relative, with `/`.
+    path: String,
+    /// The file itself; for a link, what it leads to.
+    file: PathBuf,
+    executable: bool,
+    link: bool,
+}
+
+/// All files under a directory, or the one file, sorted. Links are followed.
+fn walk(root: &Path) -> Result<Vec<Found>> {
+    let mut found = Vec::new();
+    let meta = std::fs::metadata(root).map_err(|e| StoreError::from_io("reading", root, e))?;
+    if meta.is_dir() {
+        walk_dir(root, "", &mut Vec::new(), &mut found)?;
+    } else {
+        let name = root.file_name().and_then(|n| n.to_str());
+        let name = name.with_context(|| format!("{} is not a file name", root.display()))?;
+        let executable = meta.permissions().mode() & 0o100 != 0;
+        let (path, file) = (name.to_owned(), root.to_path_buf());
+        found.push(Found { path, file, executable, link: false });
+    }
+    found.sort_by(|a, b| a.path.cmp(&b.path));
+    Ok(found)
+}
+
+fn walk_dir(
+    dir: &Path,
+    prefix: &str,
+    above: &mut Vec<PathBuf>,
+    found: &mut Vec<Found>,
+) -> Result<()> {
+    let read = |e| StoreError::from_io("reading", dir, e);
+    let real = dir.canonicalize().map_err(read)?;
+    ensure!(!above.contains(&real), "{} is a link to a folder above it", dir.display());
+    above.push(real);
+    for entry in std::fs::read_dir(dir).map_err(read)? {
+        let entry = entry.map_err(read)?;
+        let file = entry.path();
+        let name = entry.file_name();
+        let name = name.to_str().with_context(|| format!("{} is not UTF-8", file.display()))?;
+        let path = format!("{prefix}{name}");
+        let link = entry.file_type().map_err(read)?.is_symlink();
+        let meta =
+            std::fs::metadata(&file).map_err(|e| StoreError::from_io("reading", &file, e))?;
+        if meta.is_dir() {
+            walk_dir(&file, &format!("{path}/"), above, found)?;
+        } else if meta.is_file() {
+            let executable = meta.permissions().mode() & 0o100 != 0;
+            found.push(Found { path, file, executable, link });
+        } else {
+            bail!("{} is neither a file nor a folder", file.display());
+        }
+    }
+    above.pop();
+    Ok(())
+}
+
+impl Store {
+    /// The digest of a tree (a directory's or a single file's content), from the stat table where
+    /// nothing has changed. Symbolic links are followed; a single file gives a tree of one entry.
+    ///
+    /// # Errors
+    /// When something in it cannot be read.
+    pub fn tree_of_path(&self, path: &Path) -> Result<Tree> {
+        let mut entries = Vec::new();
+        for Found { path, file, executable, .. } in walk(path)? {
+            let (digest, size) = self.digest_of_file(&file)?;
+            entries.push(Entry { path, digest, size, executable });
+        }
+        Tree::new(entries)
+    }
+
+    /// Imports a directory: every file becomes an object, the manifest is written last.
+    ///
+    /// # Errors
+    /// When the disk refuses.
+    pub fn publish_tree(&self, dir: &Path) -> Result<Digest> {
+        self.publish_tree_with(dir, &[])
+    }
+
+    /// Imports a directory and, beside its files, entries whose bytes stay where they are. Files
+    /// of a directory under `attempts/` are taken over, so the directory is spent afterwards;
+    /// others are copied. A directory that does not exist counts as empty.
+    ///
+    /// # Errors
+    /// When the disk refuses, or a link leads out of the directory.
+    pub fn publish_tree_with(&self, dir: &Path, referenced: &[(Entry, Origin)]) -> Result<Digest> {
+        let found = if dir.exists() { walk(dir)? } else { Vec::new() };
+        let take = dir.starts_with(self.root().join("attempts"));
+        let real = dir.canonicalize().unwrap_or_else(|_| dir.to_path_buf());
+        let mut entries = Vec::new();
+        let mut linked = std::collections::BTreeSet::new();
+        for Found { path, file, executable, .. } in &found {
+            let target = file.canonicalize()?;
+            let inside = target.starts_with(&real);
+            ensure!(inside, "`{path}` leads out of the output; outputs hold their own bytes");
+            if target != real.join(path) {
+                linked.insert(target);
+            }
+            // Hashed afresh: a file that was just written is never in the stat table.
+            let (digest, size) =
+                Digest::of_file(file).map_err(|e| StoreError::from_io("reading", file, e))?;
+            entries.push(Entry { path: path.clone(), digest, size, executable: *executable });
+        }
+        let mut dirty = Dirty::new();
+        let known: Vec<Entry> = entries.clone();
+        for (entry, origin) in referenced {
+            self.refer(entry, origin)?;
+            entries.push(entry.clone());
+        }
+        let tree = Tree::new(entries)?;
+        for (Found { file, link, .. }, entry) in found.iter().zip(&known) {
+            // What other names lead to must stay until they are read too.
+            let take = take && !link && !linked.contains(&real.join(&entry.path));
+            self.import(file, &entry.digest, entry.size, take, &mut dirty)?;
+        }
+        self.settle(dirty)?;
+        self.write_manifest(&tree)
+    }
+
+    fn write_manifest(&self, tree: &Tree) -> Result<Digest> {
+        let digest = tree.digest()?;
+        let path = self.place("trees", &digest);
+        match self.tree(&digest) {
+            Ok(Some(_)) => return Ok(digest),
+            Ok(None) => {}
+            Err(_) => self.quarantine(&path)?,
+        }
+        let mut text = serde_json::to_vec_pretty(tree)?;
+        text.push(b'\n');
+        self.write_atomic(&path, &text)?;
+        Ok(digest)
+    }
+
+    /// The manifest of a published tree, or `None` if the store has no such tree.
+    ///
+    /// # Errors
+    /// When the manifest is unreadable or is not what its digest says.
+    pub fn tree(&self, digest: &Digest) -> Result<Option<Tree>> {
+        let path = self.place("trees", digest);
+        let text = match std::fs::read(&path) {
+            Ok(text) => text,
+            Err(e) if e.kind() == std::io::ErrorKind::NotFound => return Ok(None),
+            Err(e) => return Err(StoreError::from_io("reading", &path, e).into()),
+        };
+        let damaged = || format!("the manifest of tree {} is damaged", digest.short());
+        let tree: Tree = serde_json::from_slice(&text).with_context(damaged)?;
+        ensure!(tree.digest()? == *digest, damaged());
+        tree.check().with_context(damaged)?;
+        Ok(Some(tree))
+    }
+
+    /// What of a tree is not there any more, as a line; `None` if all of it is.
+    ///
+    /// # Errors
+    /// When the store cannot be read.
+    pub fn missing(&self, digest: &Digest) -> Result<Option<String>> {
+        let tree = match self.tree(digest) {
+            Ok(Some(tree)) => tree,
+            Ok(None) => return Ok(Some(format!("tree {} is gone", digest.short()))),
+            Err(e) => return Ok(Some(format!("{e:#}"))),
+        };
+        for entry in &tree.entries {
+            if self.locate_entry(entry)?.is_some() {
+                continue;
+            }
+            let short = entry.digest.short();
+            let origins = self.origins(&entry.digest)?;
+            let hub = origins.iter().rev().find_map(|o| o.hub.as_ref());
+            return Ok(Some(match (hub, origins.last()) {
+                (Some(hub), _) => format!(
+                    "`{}` ({short}) of {} is no longer in the hub cache",
+                    entry.path, hub.repo
+                ),
+                (None, Some(_)) => {
+                    format!("`{}` ({short}) is no longer where it was referenced", entry.path)
+                }
+                (None, None) => format!("`{}` ({short}) is gone or damaged", entry.path),
+            }));
+        }
+        Ok(None)
+    }
+}
+
+impl Store {
+    /// The states (device, inode, size, times) of a file, or of all files under a directory, by
+    /// path: equal states mean that nothing was edited in between.
+    ///
+    /// # Errors
+    /// When something in it cannot be read.
+    pub fn states(&self, path: &Path) -> Result<BTreeMap<PathBuf, FileState>> {
+        let states = walk(path)?.into_iter().map(|found| {
+            let meta = std::fs::metadata(&found.file);
+            let meta = meta.map_err(|e| StoreError::from_io("reading", &found.file, e))?;
+            Ok((found.path.into(), FileState::of(&meta)))
+        });
+        states.collect()
+    }
+}

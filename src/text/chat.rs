@@ -1,0 +1,280 @@
+//! A tokenizer's chat template: Jinja as Hugging Face renders it.
+
+use std::collections::BTreeMap;
+
+use anyhow::{Context as _, Result};
+use minijinja::value::{Kwargs, Value};
+use minijinja::{Environment, Error, ErrorKind, context};
+use serde::Serialize;
+
+use super::piece::{Part, Piece, push};
+use crate::source::Fault;
+
+/// A message of a conversation.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Message {
+    /// `system`, `user`, `assistant`, `tool`.
+    pub role: String,
+    /// Its text.
+    pub content: String,
+    /// Byte offset from which the text is the row's own input (up to its end).
+    pub input_from: Option<usize>,
+}
+
+impl Message {
+    /// A message without input in it.
+    pub fn new(role: impl Into<String>, content: impl Into<String>) -> Self {
+        Self { role: role.into(), content: content.into(), input_from: None }
+    }
+}
+
+#[derive(Serialize)]
+struct Turn<'a> {
+    role: &'a str,
+    content: String,
+}
+
+/// A compiled chat template.
+#[derive(Debug)]
+pub struct ChatTemplate {
+    env: Environment<'static>,
+    specials: BTreeMap<String, String>,
+}
+
+const NAME: &str = "chat_template";
+
+impl ChatTemplate {
+    /// Compiles a template. `specials` are the tokenizer's named tokens (`bos_token`, …), which
+    /// templates print. `date` (`YYYY-MM-DD`) is what `strftime_now` tells; without one the
+    /// function is not defined, since equal inputs must give equal prompts every day.
+    ///
+    /// # Errors
+    /// When the template is not valid Jinja, or the date is not one.
+    pub fn new(
+        source: &str,
+        specials: BTreeMap<String, String>,
+        date: Option<&str>,
+    ) -> Result<Self> {
+        let mut env = Environment::new();
+        env.set_trim_blocks(true);
+        env.set_lstrip_blocks(true);
+        env.set_unknown_method_callback(minijinja_contrib::pycompat::unknown_method_callback);
+        env.add_filter("tojson", to_json);
+        env.add_function("raise_exception", |message: String| -> Result<Value, Error> {
+            Err(Error::new(ErrorKind::InvalidOperation, message))
+        });
+        if let Some(date) = date {
+            let day: jiff::civil::Date =
+                date.parse().with_context(|| format!("`{date}` is not a date like 2026-01-31"))?;
+            env.add_function("strftime_now", move |format: String| -> Result<String, Error> {
+                let time = day.at(0, 0, 0, 0);
+                jiff::fmt::strtime::format(&format, time)
+                    .map_err(|e| Error::new(ErrorKind::InvalidOperation, e.to_string()))
+            });
+        }
+        env.add_template_owned(NAME, without_generation_tags(source))
+            .map_err(|e| anyhow::anyhow!("the chat template does not compile: {e:#}"))?;
+        Ok(Self { env, specials })
+    }
+
+    /// Renders a conversation, with the opening of the assistant's answer if asked for.
+    ///
+    /// # Errors
+    /// When the template fails or refuses the conversation.
+    pub fn render(&self, messages: &[Message], add_generation_prompt: bool) -> Result<String> {
+        let turns = messages.iter().map(|m| (m.role.as_str(), m.content.clone()));
+        self.render_turns(turns, add_generation_prompt)
+    }
+
+    fn render_turns<'a>(
+        &self,
+        turns: impl Iterator<Item = (&'a str, String)>,
+        add_generation_prompt: bool,
+    ) -> Result<String> {
+        let messages: Vec<Turn<'_>> = turns.map(|(role, content)| Turn { role, content }).collect();
+        let named = Value::from_serialize(&self.specials);
+        let values = context! {
+            messages => messages,
+            add_generation_prompt => add_generation_prompt,
+            tools => (),
+            documents => (),
+            ..named
+        };
+        let template = self.env.get_template(NAME)?;
+        template.render(values).map_err(|e| {
+            let text = e.detail().map_or_else(|| e.to_string(), str::to_owned);
+            let fault = Fault::new(format!("the chat template refuses this conversation: {text}"));
+            if text.contains("strftime_now") {
+                return fault
+                    .help("it prints today's date; give one with `date: YYYY-MM-DD`")
+                    .into();
+            }
+            anyhow::Error::from(fault)
+        })
+    }
+
+    /// A conversation as pieces: what the template writes for each assistant message is a
+    /// target (blank space after its end-of-turn token excepted), all else is prompt.
+    ///
+    /// # Errors
+    /// When there is no assistant message, the template fails, or what it writes for the
+    /// messages before an answer is not how it starts when the answer is there: then the prompt
+    /// in training would not be the prompt in use.
+    pub fn pieces(&self, messages: &[Message]) -> Result<Vec<Piece>> {
+        let mut pieces = Vec::new();
+        let mut done = String::new();
+        let mut marked_done = 0;
+        for (at, message) in messages.iter().enumerate() {
+            if message.role != "assistant" {
+                continue;
+            }
+            let prompt = self.render(&messages[..at], true)?;
+            let full = self.render(&messages[..=at], false)?;
+            let opening = prompt.strip_prefix(done.as_str()).ok_or_else(|| not_a_prefix(at))?;
+            let target = full.strip_prefix(&prompt).ok_or_else(|| not_a_prefix(at))?;
+            let marked = self.marked(&messages[..at])?;
+            match marked.get(marked_done..) {
+                Some(marked) => mark(&mut pieces, opening, marked, messages),
+                None => push(&mut pieces, Piece::new(Part::Template, opening)),
+            }
+            let learnt = target.trim_end();
+            push(&mut pieces, Piece::new(Part::Target, learnt));
+            done.push_str(opening);
+            done.push_str(learnt);
+            // same text as `done`, with marks in place of inputs
+            marked_done = marked.len() + learnt.len();
+        }
+        if pieces.is_empty() {
+            let fault = Fault::new("the conversation has no answer to learn");
+            return Err(fault.help("one message needs the role `assistant`").into());
+        }
+        Ok(pieces)
+    }
+
+    /// The prompt with a mark in place of each input.
+    fn marked(&self, messages: &[Message]) -> Result<String> {
+        let turns = messages.iter().enumerate().map(|(i, m)| {
+            let from = m.input_from.and_then(|from| m.content.get(..from));
+            let content = from.map_or_else(|| m.content.clone(), |t| format!("{t}{}", mark_of(i)));
+            (m.role.as_str(), content)
+        });
+        self.render_turns(turns, true)
+    }
+}
+
+fn not_a_prefix(at: usize) -> anyhow::Error {
+    let fault = Fault::new(format!(
+        "the chat template writes the messages before message {} otherwise when it follows",
+        at + 1
+    ));
+    fault.help("train on conversations with one answer, or on another template").into()
+}
+
+/// No text holds this by chance, and no template changes it (no blank, no punctuation).
+fn mark_of(message: usize) -> String {
+    format!("\u{e0f0}input{message}\u{e0f1}")
+}
+
+/// Adds `text` as pieces, input where `marked` (the same text rendered with marks) has marks.
+/// Where the two do not agree the whole is template, and so is never shortened.
+fn mark(pieces: &mut Vec<Piece>, text: &str, marked: &str, messages: &[Message]) {
+    let mut found = Vec::new();
+    let (mut text_left, mut marked_left) = (text, marked);
+    for (i, message) in messages.iter().enumerate() {
+        let Some(input) = message.input_from.and_then(|from| message.content.get(from..)) else {
+            continue;
+        };
+        let Some((before, after)) = marked_left.split_once(&mark_of(i)) else { continue };
+        let Some(rest) = text_left.strip_prefix(before) else { break };
+        // templates trim messages
+        let forms = [input, input.trim_end(), input.trim_start(), input.trim()];
+        let next = after.split('\u{e0f0}').next().unwrap_or_default();
+        let fits = |form: &&&str| rest.strip_prefix(**form).is_some_and(|r| r.starts_with(next));
+        let Some(form) = forms.iter().find(fits) else { break };
+        found.push(Piece::new(Part::Template, before));
+        found.push(Piece::new(Part::Input, *form));
+        (text_left, marked_left) = (&rest[form.len()..], after);
+    }
+    if text_left == marked_left {
+        found.push(Piece::new(Part::Template, text_left));
+        found.into_iter().for_each(|piece| push(pieces, piece));
+    } else {
+        push(pieces, Piece::new(Part::Template, text));
+    }
+}
+
+/// `{% generation %}` marks the answer for loss masks; here masks come from the pieces, so the
+/// tags become comments, which keep the trimming of white space around them.
+fn without_generation_tags(source: &str) -> String {
+    let mut out = String::with_capacity(source.len());
+    let mut rest = source;
+    while let Some(at) = rest.find("{%") {
+        out.push_str(&rest[..at]);
+        rest = &rest[at..];
+        let Some(end) = rest.find("%}") else { break };
+        let (tag, after) = rest.split_at(end + 2);
+        let word = tag[2..end].trim_matches(['-', '+']).trim();
+        if matches!(word, "generation" | "endgeneration") {
+            out.push_str(&tag.replace("{%", "{#").replace("%}", "#}"));
+        } else {
+            out.push_str(tag);
+        }
+        rest = after;
+    }
+    out.push_str(rest);
+    out
+}
+
+/// Python's `json.dumps`, which Hugging Face's `tojson` is: `", "` and `": "`, nothing escaped
+/// for HTML.
+fn to_json(value: &Value, options: Kwargs) -> Result<Value, Error> {
+    let indent: Option<usize> = options.get("indent")?;
+    let _: Option<bool> = options.get("ensure_ascii")?;
+    options.assert_all_used()?;
+    let failed = |e: serde_json::Error| Error::new(ErrorKind::BadSerialization, e.to_string());
+    let value = serde_json::to_value(value).map_err(failed)?;
+    let mut out = String::new();
+    dump(&mut out, &value, indent, 0).map_err(failed)?;
+    Ok(Value::from_safe_string(out))
+}
+
+fn dump(
+    out: &mut String,
+    value: &serde_json::Value,
+    indent: Option<usize>,
+    depth: usize,
+) -> serde_json::Result<()> {
+    let line = |out: &mut String, depth: usize| {
+        if let Some(indent) = indent {
+            out.push('\n');
+            out.extend(std::iter::repeat_n(' ', indent * depth));
+        }
+    };
+    let comma = if indent.is_some() { "," } else { ", " };
+    match value {
+        serde_json::Value::Array(items) if !items.is_empty() => {
+            out.push('[');
+            for (i, item) in items.iter().enumerate() {
+                out.push_str(if i > 0 { comma } else { "" });
+                line(out, depth + 1);
+                dump(out, item, indent, depth + 1)?;
+            }
+            line(out, depth);
+            out.push(']');
+        }
+        serde_json::Value::Object(map) if !map.is_empty() => {
+            out.push('{');
+            for (i, (key, item)) in map.iter().enumerate() {
+                out.push_str(if i > 0 { comma } else { "" });
+                line(out, depth + 1);
+                out.push_str(&serde_json::to_string(key)?);
+                out.push_str(": ");
+                dump(out, item, indent, depth + 1)?;
+            }
+            line(out, depth);
+            out.push('}');
+        }
+        plain => out.push_str(&serde_json::to_string(plain)?),
+    }
+    Ok(())
+}

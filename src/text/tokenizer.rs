@@ -1,0 +1,166 @@
+//! A tokenizer with the special tokens and the chat template that its files name.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::path::PathBuf;
+
+use anyhow::{Context as _, Result};
+use serde_json::Value;
+
+use super::chat::ChatTemplate;
+use crate::source::Fault;
+
+/// The files of a tokenizer; all but the first are optional.
+#[derive(Debug, Clone, Default)]
+pub struct TokenizerSource {
+    /// `tokenizer.json`.
+    pub tokenizer: PathBuf,
+    /// `tokenizer_config.json`.
+    pub config: Option<PathBuf>,
+    /// `special_tokens_map.json`; what `tokenizer_config.json` names wins.
+    pub special_tokens_map: Option<PathBuf>,
+    /// `chat_template.jinja`; it wins over the one in `tokenizer_config.json`.
+    pub chat_template: Option<PathBuf>,
+}
+
+/// A tokenizer, ready to encode.
+#[derive(Debug, Clone)]
+pub struct Tokenizer {
+    pub(super) inner: tokenizers::Tokenizer,
+    /// Named tokens: `bos_token`, `eos_token`, `pad_token`, ….
+    specials: BTreeMap<String, String>,
+    chat_template: Option<String>,
+    special_ids: BTreeSet<u32>,
+    prefix: Vec<u32>,
+    vocab_size: usize,
+}
+
+/// The library's errors are boxed; anyhow wants them named.
+pub(super) fn wrong(what: &str) -> impl Fn(tokenizers::Error) -> anyhow::Error + '_ {
+    move |e| anyhow::anyhow!("{what}: {e}")
+}
+
+fn json(path: Option<&PathBuf>) -> Result<Value> {
+    let Some(path) = path else { return Ok(Value::Null) };
+    let text = std::fs::read(path).with_context(|| format!("reading {}", path.display()))?;
+    serde_json::from_slice(&text).with_context(|| format!("{} is not JSON", path.display()))
+}
+
+impl Tokenizer {
+    /// Loads a tokenizer. Truncation and padding that `tokenizer.json` carries from the last
+    /// program that used it are dropped: they are the step's to decide.
+    ///
+    /// # Errors
+    /// When a file cannot be read or is not what it should be.
+    pub fn load(source: &TokenizerSource) -> Result<Self> {
+        let bytes = std::fs::read(&source.tokenizer)
+            .with_context(|| format!("reading {}", source.tokenizer.display()))?;
+        let mut inner = tokenizers::Tokenizer::from_bytes(bytes)
+            .map_err(wrong("`tokenizer.json` is not a tokenizer"))?;
+        inner.with_truncation(None).map_err(wrong("clearing truncation"))?;
+        inner.with_padding(None);
+
+        let (config, map) =
+            (json(source.config.as_ref())?, json(source.special_tokens_map.as_ref())?);
+        let mut specials = BTreeMap::new();
+        for values in [&map, &config] {
+            for (name, value) in values.as_object().into_iter().flatten() {
+                // an added token is written as its text or as {"content": …}
+                let text = value.as_str().or_else(|| value.get("content")?.as_str());
+                if let (true, Some(text)) = (name.ends_with("_token"), text) {
+                    specials.insert(name.clone(), text.to_owned());
+                }
+            }
+        }
+        let file = source.chat_template.as_ref().map(std::fs::read_to_string).transpose()?;
+        let chat_template = file.or_else(|| chat_template_of(&config["chat_template"]));
+
+        let added = inner.get_added_vocabulary().get_added_tokens_decoder();
+        let special_ids =
+            added.iter().filter(|(_, token)| token.special).map(|(id, _)| *id).collect();
+        let largest = inner.get_vocab(true).into_values().max();
+        let vocab_size = largest.map_or(0, |id| id as usize + 1);
+        let probe = inner.encode("a", true).map_err(wrong("encoding"))?;
+        let added = probe.get_special_tokens_mask().iter().take_while(|m| **m == 1).count();
+        let prefix = probe.get_ids()[..added].to_vec();
+        Ok(Self { inner, specials, chat_template, special_ids, prefix, vocab_size })
+    }
+
+    /// The text of a named token (`eos_token`).
+    pub fn special(&self, name: &str) -> Option<&str> {
+        self.specials.get(name).map(String::as_str)
+    }
+
+    fn special_id(&self, name: &str) -> Option<u32> {
+        self.inner.token_to_id(self.special(name)?)
+    }
+
+    /// The end-of-sequence token, if one is named.
+    pub fn eos_id(&self) -> Option<u32> {
+        self.special_id("eos_token")
+    }
+
+    /// The padding token, if one is named.
+    pub fn pad_id(&self) -> Option<u32> {
+        self.special_id("pad_token")
+    }
+
+    /// The token that the tokenizer puts before a text, if it puts one.
+    pub fn bos_id(&self) -> Option<u32> {
+        self.prefix.first().copied()
+    }
+
+    /// What the tokenizer puts before a text.
+    pub fn prefix(&self) -> &[u32] {
+        &self.prefix
+    }
+
+    /// Whether a token is a special one.
+    pub fn is_special(&self, id: u32) -> bool {
+        self.special_ids.contains(&id)
+    }
+
+    /// Size of the vocabulary, added tokens included: largest id + 1.
+    pub fn vocab_size(&self) -> usize {
+        self.vocab_size
+    }
+
+    /// Token ids of a text, nothing added.
+    ///
+    /// # Errors
+    /// When the tokenizer fails.
+    pub fn encode(&self, text: &str) -> Result<Vec<u32>> {
+        let encoding = self.inner.encode_fast(text, false).map_err(wrong("encoding"))?;
+        Ok(encoding.get_ids().to_vec())
+    }
+
+    /// Text of token ids.
+    ///
+    /// # Errors
+    /// When the tokenizer fails.
+    pub fn decode(&self, ids: &[u32], skip_special_tokens: bool) -> Result<String> {
+        self.inner.decode(ids, skip_special_tokens).map_err(wrong("decoding"))
+    }
+
+    /// A token as the vocabulary writes it.
+    pub fn token(&self, id: u32) -> String {
+        self.inner.id_to_token(id).unwrap_or_else(|| format!("#{id}"))
+    }
+
+    /// The chat template, compiled; `date` is what `strftime_now` tells.
+    ///
+    /// # Errors
+    /// When there is none or it does not compile.
+    pub fn chat_template(&self, date: Option<&str>) -> Result<ChatTemplate> {
+        let source = self.chat_template.as_deref().ok_or_else(|| {
+            let help = "take the tokenizer of a chat model, or another template (`alpaca`)";
+            Fault::new("this tokenizer has no chat template").help(help)
+        })?;
+        ChatTemplate::new(source, self.specials.clone(), date)
+    }
+}
+
+/// A text, or a list of `{name, template}` of which the default one counts.
+fn chat_template_of(value: &Value) -> Option<String> {
+    let named = || value.as_array()?.iter().find(|t| t["name"] == "default")?.get("template");
+    value.as_str().or_else(|| named()?.as_str()).map(str::to_owned)
+}

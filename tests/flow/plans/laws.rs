@@ -1,0 +1,1 @@
+//! Laws: what must not matter to a key does not, and what must does.
