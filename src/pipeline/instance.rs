@@ -190,7 +190,8 @@ impl<'m, 'a> Maker<'m, 'a> {
                 Piece::Ref(reference, span) => (reference, *span),
             };
             let value = self.value(reference, span)?;
-            if value == stand_in(span) {
+            let gather = matches!(reference, Reference::Gather { .. });
+            if gather || value == stand_in(span) {
                 return Some(stand_in(node.span));
             }
             if matches!(reference, Reference::Step { .. }) {
@@ -220,8 +221,10 @@ impl<'m, 'a> Maker<'m, 'a> {
                 if self.names.sweep.read_by(name).is_empty() {
                     return Some(stand_in(span));
                 }
-                let value = self.names.sweep.value(name, &self.point)?;
-                Some(Node::from_value(&value, span))
+                match self.names.sweep.value(name, &self.point) {
+                    None if self.names.sweep.refused => Some(stand_in(span)),
+                    value => Some(Node::from_value(&value?, span)),
+                }
             }
             Reference::Step { step, port } => {
                 let binding = self.step_output(step, port.as_deref(), span);

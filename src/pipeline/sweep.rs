@@ -22,12 +22,14 @@ pub(super) struct Sweep {
     pub(super) axes: BTreeMap<String, Span>,
     /// One, empty, without a sweep.
     pub(super) points: Vec<Point>,
+    /// Something is wrong with it, and reported: what a point lacks may be due to that.
+    pub(super) refused: bool,
 }
 
 impl Sweep {
     /// No sweep at all.
     pub(super) fn none() -> Self {
-        Self { axes: BTreeMap::new(), points: vec![Point::new()] }
+        Self { axes: BTreeMap::new(), points: vec![Point::new()], refused: false }
     }
 
     /// The coordinates that a reference reads: itself, the members of a named zip, or the
@@ -113,9 +115,9 @@ pub(super) fn read(
     out.append(&mut found);
     if refused {
         let point = factors.iter().filter_map(|f| f.first().cloned()).flatten().collect();
-        return Sweep { axes, points: vec![point] };
+        return Sweep { axes, points: vec![point], refused };
     }
-    Sweep { axes, points }
+    Sweep { axes, points, refused }
 }
 
 struct Reader<'a> {
