@@ -115,13 +115,12 @@ fn facts(record: &Record) -> Map<String, Value> {
     facts
 }
 
+/// Fills in one `$input`, given its path.
+type Fill<'f> = dyn FnMut(&str, &mut Map<String, Value>) -> Result<()> + 'f;
+
 /// Calls `bind` for every `$input` of some parameters, with the path that
 /// [`difference`](crate::lineage::difference) gives it.
-fn for_inputs(
-    path: &str,
-    value: &mut Value,
-    bind: &mut dyn FnMut(&str, &mut Map<String, Value>) -> Result<()>,
-) -> Result<()> {
+fn for_inputs(path: &str, value: &mut Value, bind: &mut Fill<'_>) -> Result<()> {
     match value {
         Value::Object(map) => {
             let alone = map.len() == 1;

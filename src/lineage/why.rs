@@ -371,13 +371,15 @@ mod tests {
         let old = json!({
             "kind": "tokenize",
             "with": { "max_length": 512, "lora": { "r": 8 }, "gone": true,
-                "data": { "$input": { "type": "prompts", "ports": { "train": "aa", "test": "bb" } } },
+                "data": { "$input": {
+                    "type": "prompts", "ports": { "train": "aa", "test": "bb" } } },
                 "file": { "$file": { "digest": "cc" } } },
             "env": {}, "salt": null });
         let new = json!({
             "kind": "tokenize",
             "with": { "max_length": 256, "lora": { "r": 8 },
-                "data": { "$input": { "type": "prompts", "ports": { "train": "ax", "test": "bb" } } },
+                "data": { "$input": {
+                    "type": "prompts", "ports": { "train": "ax", "test": "bb" } } },
                 "file": { "$file": { "digest": "cx" } } },
             "env": { "SEED": "1" }, "salt": null });
         let sources = BTreeMap::from([("with.data".to_owned(), "prompts".to_owned())]);
@@ -401,7 +403,10 @@ mod tests {
         let gather = |points: &[(i32, &str)]| {
             let members: Vec<Value> = points
                 .iter()
-                .map(|(r, d)| json!({"point": {"r": r}, "input": {"type": "report", "ports": {"report": d}}}))
+                .map(|(r, d)| {
+                    let input = json!({"type": "report", "ports": {"report": d}});
+                    json!({"point": {"r": r}, "input": input})
+                })
                 .collect();
             json!({ "with": { "scores": { "$gather": members } } })
         };

@@ -1,4 +1,9 @@
 //! Cache decisions: what runs, what does not, and why.
+#![expect(
+    clippy::unwrap_used,
+    clippy::print_stdout,
+    reason = "also outside of `#[test]` functions"
+)]
 
 mod durable;
 mod schedule;
