@@ -80,9 +80,14 @@ pub fn dynamic_map() -> &'static [f32; 256] {
     MAP.get_or_init(|| {
         let mut values = vec![0.0f32, 1.0];
         for i in 0..7 {
-            let n = 1usize << i;
-            let edge = |k: usize| 0.1 + 0.9 * k as f32 / n as f32;
-            let power = 10f32.powi(i - 6);
+            let n = 1i32 << i;
+            // As torch's linspace in f32: from the nearer end, each point rounded once.
+            let step = f64::from((1.0 - 0.1f32) / n as f32);
+            let edge = |k: i32| match k < (n + 1) / 2 {
+                true => (f64::from(0.1f32) + step * f64::from(k)) as f32,
+                false => (1.0 - step * f64::from(n - k)) as f32,
+            };
+            let power = 10f64.powi(i - 6) as f32;
             for k in 0..n {
                 let value = (edge(k) + edge(k + 1)) / 2.0 * power;
                 values.extend([value, -value]);
@@ -100,11 +105,15 @@ fn code(x: f32) -> u8 {
     MIDPOINTS.iter().filter(|m| **m < x).count() as u8
 }
 
-/// The index of the number of the dynamic map that is nearest.
+/// The index of the number of the dynamic map that is nearest, after rounding to one of 65,536
+/// steps of [-1, 1], as bitsandbytes' table look-up on the CPU does.
 fn dynamic_code(x: f32) -> u8 {
+    const STEPS: f64 = 65535.0;
+    let step = ((f64::from(x.clamp(-1.0, 1.0)) + 1.0) / 2.0 * STEPS).round();
+    let x = step / STEPS * 2.0 - 1.0;
     let map = dynamic_map();
-    let upper = map.partition_point(|m| *m < x).clamp(1, 255);
-    let (low, high) = (map[upper - 1], map[upper]);
+    let upper = map.partition_point(|m| f64::from(*m) < x).clamp(1, 255);
+    let (low, high) = (f64::from(map[upper - 1]), f64::from(map[upper]));
     (if x - low <= high - x { upper - 1 } else { upper }) as u8
 }
 
@@ -253,16 +262,58 @@ fn state_text(state: &[(&str, serde_json::Value)]) -> String {
     format!("{{{}}}", items.collect::<Vec<_>>().join(", "))
 }
 
+/// Lanes of one vector in torch's sum, and vectors that are summed side by side.
+const LANES: usize = 8;
+const ROWS: usize = 4;
+
+/// The sum in f32 in the order of torch's on the CPU: 32 sums side by side, cascaded in four
+/// levels, so that `nested_offset` has the same bits.
+fn torch_sum(x: &[f32]) -> f32 {
+    const WIDTH: usize = LANES * ROWS;
+    const LEVELS: usize = 4;
+    let add = |to: &mut [f32], from: &[f32]| to.iter_mut().zip(from).for_each(|(a, b)| *a += b);
+    let blocks = x.len() / WIDTH;
+    let log = if blocks > 1 { (blocks - 1).ilog2() + 1 } else { 0 };
+    let power = (log / LEVELS as u32).max(4);
+    let step = 1usize << power;
+    let mut sums = [[0.0f32; WIDTH]; LEVELS];
+    for (i, block) in x.chunks_exact(WIDTH).enumerate() {
+        add(&mut sums[0], block);
+        let done = i + 1;
+        if done % step != 0 {
+            continue;
+        }
+        for level in 1..LEVELS {
+            let lower = std::mem::replace(&mut sums[level - 1], [0.0; WIDTH]);
+            add(&mut sums[level], &lower);
+            if done & ((step - 1) << (level as u32 * power)) != 0 {
+                break;
+            }
+        }
+    }
+    let [mut total, upper @ ..] = sums;
+    upper.iter().for_each(|level| add(&mut total, level));
+    let (mut lanes, mut rest) = ([0.0; LANES], &x[blocks * WIDTH..]);
+    lanes.copy_from_slice(&total[..LANES]);
+    while rest.len() >= LANES {
+        add(&mut lanes, &rest[..LANES]);
+        rest = &rest[LANES..];
+    }
+    total[LANES..].chunks(LANES).for_each(|row| add(&mut lanes, row));
+    let tail: f32 = rest.iter().fold(0.0, |sum, x| sum + x);
+    lanes.iter().fold(tail, |sum, x| sum + x)
+}
+
 /// Quantizes the scales themselves.
 fn nest(scales: &[f32]) -> Scales {
-    let sum: f64 = scales.iter().copied().map(f64::from).sum();
-    let offset = (sum / scales.len().max(1) as f64) as f32;
+    let offset = torch_sum(scales) / scales.len().max(1) as f32;
     let centred: Vec<f32> = scales.iter().map(|s| s - offset).collect();
     let nested: Vec<f32> = centred.chunks(NESTED_BLOCK).map(absmax).collect();
     let groups = centred.chunks(NESTED_BLOCK).zip(&nested);
     let codes = groups.flat_map(|(group, scale)| {
-        let inverse = inverse(*scale);
-        group.iter().map(move |x| dynamic_code(x * inverse))
+        // A group without spread gets code 0, as bitsandbytes gives it; its scale is 0.
+        let code = |x: f32| if *scale > 0.0 { dynamic_code(x * inverse(*scale)) } else { 0 };
+        group.iter().map(move |x| code(*x))
     });
     Scales::Double { codes: codes.collect(), nested: nested.clone(), offset }
 }
@@ -305,6 +356,15 @@ mod tests {
                 let bound = half_gap * exact + (exact - scales[i / BLOCK]).abs() + 1e-5;
                 prop_assert!((a - b).abs() <= bound, "{a} {b}");
             }
+        }
+    }
+
+    #[test]
+    fn sums_are_sums() {
+        for n in [0, 1, 7, 8, 31, 33, 500, 40_000] {
+            let x: Vec<f32> = (0..n).map(|i| ((i * 37) % 101) as f32).collect();
+            let exact: f64 = x.iter().copied().map(f64::from).sum();
+            assert!((f64::from(torch_sum(&x)) - exact).abs() <= 1e-6 * exact, "{n}");
         }
     }
 
