@@ -22,7 +22,7 @@ use crate::step::{Context, Cpu, Input, Needs, Outside, Ports, Problem, StepKind}
 /// anew.
 #[derive(Debug, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
-pub struct Benchmark {
+pub(super) struct Benchmark {
     /// The model: a base, a merged one, or what training made.
     pub model: Input<AnyModel>,
     /// Rows at a time.
@@ -45,7 +45,7 @@ pub struct Benchmark {
 /// What a measurement depends on beside the model.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
-pub struct Machine {
+pub(super) struct Machine {
     /// Processor model.
     pub cpu: String,
     /// Threads it offers.

@@ -23,7 +23,7 @@ use crate::step::{Context, Gather, Ports, Problem, StepKind};
 /// (rows under `details`) and `report.md`.
 #[derive(Debug, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
-pub struct Compare {
+pub(super) struct Compare {
     /// A row for each of these.
     pub reports: Gather<Report>,
     /// Models whose records have parameters, time, memory and size.
@@ -46,7 +46,7 @@ pub struct Compare {
 /// How far a metric may lie below that of the reference.
 #[derive(Debug, Clone, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
-pub struct Within {
+pub(super) struct Within {
     /// The metric; more is better, and it is a share of 1 (accuracy, F1).
     #[serde(default = "accuracy")]
     pub metric: String,

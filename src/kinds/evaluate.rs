@@ -3,6 +3,7 @@
 use std::collections::BTreeMap;
 use std::fs::File;
 use std::io::{BufWriter, Write as _};
+use std::path::Path;
 use std::time::Instant;
 
 use anyhow::{Result, anyhow};
@@ -30,7 +31,7 @@ use crate::step::{Context, Input, Needs, Ports, Problem, StepKind};
 /// not grow with the number of rows.
 #[derive(Debug, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
-pub struct Evaluate {
+pub(super) struct Evaluate {
     /// The model: a base, or what training made.
     pub model: Input<AnyModel>,
     /// Tokens to score it on.
@@ -107,7 +108,12 @@ impl StepKind for Evaluate {
         }
         let config = ModelConfig::read(&any.base().config()?)?;
         loading::check_fit(&config, &info, &self.split)?;
-        config.check_task(&task_for(&any, &info)?.0)
+        let (task, _) = task_for(&any, &info)?;
+        if self.samples > 0 && task != Task::CausalLm {
+            let fault = Fault::new("only a causal model can continue prompts");
+            return Err(fault.help("leave `samples` out").into());
+        }
+        config.check_task(&task)
     }
 
     fn needs(&self) -> Needs {
@@ -161,7 +167,7 @@ impl StepKind for Evaluate {
             details["classes"] = json!(classes);
         }
         if self.samples > 0 {
-            details["samples"] = self.samples(cx, &any, &model, &task, &info, &rows)?;
+            details["samples"] = self.samples(cx, &any, &model, &info, &rows)?;
         }
         let what = any.trained().map_or("base model", |t| t.info.method.as_str());
         let title = format!("{what} on {}", self.split);
@@ -220,14 +226,9 @@ impl Evaluate {
         cx: &Context<'_>,
         any: &AnyModel,
         model: &learn::Model,
-        task: &Task,
         info: &TokensInfo,
-        rows: &std::path::Path,
+        rows: &Path,
     ) -> Result<Value> {
-        if *task != Task::CausalLm {
-            let fault = Fault::new("only a causal model can continue prompts");
-            return Err(fault.help("leave `samples` out").into());
-        }
         let files = TokenizerFiles::open(any.base().0.clone())?;
         let tokenizer = Tokenizer::from_file(files.tokenizer()?).map_err(|e| anyhow!("{e}"))?;
         let text = |ids: &[u32]| tokenizer.decode(ids, false).map_err(|e| anyhow!("{e}"));

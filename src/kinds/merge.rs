@@ -21,7 +21,7 @@ use crate::step::{Context, Input, Needs, Ports, StepKind};
 /// rounding are in the record. Fully trained weights are taken as they are.
 #[derive(Debug, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
-pub struct Merge {
+pub(super) struct Merge {
     /// What training made.
     pub model: Input<TrainedModel>,
     /// The base to merge into; by default the one that was trained.

@@ -17,7 +17,7 @@ use crate::step::{Context, Gather, Member, Ports, Problem, StepKind};
 /// coordinates come first wins. The result is the model itself, of the type that was gathered.
 #[derive(Debug, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
-pub struct Select {
+pub(super) struct Select {
     /// The models to pick from.
     pub among: Gather<AnyModel>,
     /// Their reports.
@@ -31,7 +31,7 @@ pub struct Select {
 /// Which way is better.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "snake_case")]
-pub enum Goal {
+pub(super) enum Goal {
     /// More is better.
     Maximize,
     /// Less is better.

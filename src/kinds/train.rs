@@ -30,7 +30,7 @@ use crate::step::{Context, Input, Needs, Ports, Problem, StepKind};
 /// together with the adapter (a PEFT directory) or the full weights.
 #[derive(Debug, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
-pub struct Train {
+pub(super) struct Train {
     /// Tokens to learn from.
     pub data: Input<Tokens>,
     /// The base model.
@@ -109,7 +109,7 @@ pub struct Train {
 /// A LoRA adapter, in PEFT's words.
 #[derive(Debug, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
-pub struct Lora {
+pub(super) struct Lora {
     /// Rank; 8 by default.
     #[serde(default)]
     pub r: Option<u64>,
@@ -131,7 +131,7 @@ pub struct Lora {
 /// How a frozen base is stored.
 #[derive(Debug, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
-pub struct Quantize {
+pub(super) struct Quantize {
     /// The data type.
     #[serde(default, rename = "type")]
     pub ty: QuantType,
@@ -143,7 +143,7 @@ pub struct Quantize {
 /// A quantized data type.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "snake_case")]
-pub enum QuantType {
+pub(super) enum QuantType {
     /// 4-bit NormalFloat in blocks of 64, as bitsandbytes does it.
     #[default]
     Nf4,
@@ -152,7 +152,7 @@ pub enum QuantType {
 /// When to evaluate.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "snake_case")]
-pub enum EvalStrategy {
+pub(super) enum EvalStrategy {
     /// After every epoch and at the end.
     #[default]
     Epoch,

@@ -333,9 +333,11 @@ fn explain(bad: &BadField, value: &Value) -> Wrong {
         let text = "expected all points of a sweep, found one".to_owned();
         return wrong(text, "one point", Some("write it as `${steps.name.*}`".into()));
     }
-    let message = message
-        .strip_suffix("found a map")
-        .map_or(message.to_owned(), |m| format!("{m}found {}", describe(&here)));
+    let form = message.split_once(", found ").filter(|_| message.starts_with("expected a"));
+    let message = form.map_or_else(
+        || message.to_owned(),
+        |(want, _)| format!("{want}, found {}", describe(&here)),
+    );
     wrong(message, "not accepted", None)
 }
 

@@ -120,6 +120,9 @@ pub(super) fn read(
     Sweep { axes, points, refused }
 }
 
+/// An axis, where it is written, and a value.
+type Coordinate = (String, Span, Value);
+
 struct Reader<'a> {
     scope: &'a Scope<'a>,
     source: &'a Source,
@@ -360,8 +363,8 @@ impl Reader<'_> {
         if self.factors.is_empty() {
             return Some(Vec::new());
         }
-        let sizes = self.factors.iter().map(Vec::len);
-        let count = sizes.fold(Some(1_usize), |n, m| n?.checked_mul(m));
+        let mut sizes = self.factors.iter().map(Vec::len);
+        let count = sizes.try_fold(1_usize, usize::checked_mul);
         if count.is_none_or(|n| n > TOO_MANY) {
             self.above_cap("more than a million", cap);
             return None;
@@ -378,7 +381,7 @@ impl Reader<'_> {
     }
 
     /// A list of coordinates with values; members of a zip may stand under its name.
-    fn partial_points(&mut self, entry: &Entry) -> Vec<(Span, Vec<(String, Span, Value)>)> {
+    fn partial_points(&mut self, entry: &Entry) -> Vec<(Span, Vec<Coordinate>)> {
         let help = "give a list of points, like `[{ lr: 1e-4, lora.r: 8 }]`";
         let Some(node) = self.resolve(&entry.value) else { return Vec::new() };
         let Some(items) = node.as_list() else {
