@@ -209,7 +209,10 @@ fn a_split_depends_on_its_rows_alone() {
 #[test]
 fn classes_for_encoders() {
     let bench = Bench::new();
-    let with = |data: &Value| json!({ "data": data, "template": "classification", "input": "text", "label": "label" });
+    let with = |data: &Value| {
+        let template = "classification";
+        json!({ "data": data, "template": template, "input": "text", "label": "label" })
+    };
     let plain = bench.run("format", &with(&bench.reviews())).unwrap();
     let info = bench.json(&plain.ports, "test", "prompts.json");
     assert_eq!(
