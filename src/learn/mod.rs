@@ -26,6 +26,7 @@ mod setup;
 pub use batch::{Batch, IGNORE, Labels};
 pub use config::{Family, ModelConfig};
 pub use init::random_weights;
+pub use linear::LoraLinear;
 pub use merge::MergeReport;
 pub use model::{Counts, Model, ModelFiles};
 pub use setup::{LoraConfig, MergeBase, Method, Quantization, Setup, TargetModules, Task};
