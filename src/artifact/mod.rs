@@ -19,7 +19,7 @@ use anyhow::{Context as _, Result};
 use serde::{Deserialize, Serialize};
 
 pub use dataset::{Dataset, Features, Prompts, PromptsInfo, ROWS, Segment, SegmentKind, Split};
-pub use model::{Model, TokenizerFiles, TrainedInfo, TrainedModel};
+pub use model::{AnyModel, Model, TokenizerFiles, TrainedInfo, TrainedModel};
 pub use report::{Report, ReportFile};
 pub use tokens::{Candidate, Tokens, TokensInfo, TokensSplit};
 

@@ -124,3 +124,41 @@ impl TrainedModel {
         self.base.0.files("trained")
     }
 }
+
+/// A base model or a trained one: what can be evaluated, selected and benchmarked.
+#[derive(Debug, Clone)]
+pub enum AnyModel {
+    /// A transformers model.
+    Base(Model),
+    /// A base with what was trained on it.
+    Trained(TrainedModel),
+}
+
+impl Artifact for AnyModel {
+    const ACCEPTS: &'static [Type] = &[Type::TrainedModel, Type::Model];
+
+    fn open(view: View) -> Result<Self> {
+        Ok(match view.ty {
+            Type::TrainedModel => Self::Trained(TrainedModel::open(view)?),
+            _ => Self::Base(Model::open(view)?),
+        })
+    }
+}
+
+impl AnyModel {
+    /// The base: config, weights and tokenizer.
+    pub fn base(&self) -> &Model {
+        match self {
+            Self::Base(model) => model,
+            Self::Trained(trained) => &trained.base,
+        }
+    }
+
+    /// How it was trained, if it was.
+    pub fn trained(&self) -> Option<&TrainedModel> {
+        match self {
+            Self::Base(_) => None,
+            Self::Trained(trained) => Some(trained),
+        }
+    }
+}

@@ -1,14 +1,21 @@
 //! The step kinds: one file and one row each. A kind is a bridge: it reads its inputs through the
 //! context, calls the room that does the work, and writes what comes out.
 
+mod benchmark;
 mod command;
+mod compare;
+mod evaluate;
 mod fetch;
 mod format;
 mod init_model;
+mod loading;
+mod merge;
 mod model;
 mod rows;
 mod sample;
+mod select;
 mod tokenize;
+mod train;
 
 use crate::step::Kind;
 
@@ -20,5 +27,11 @@ pub const ALL: &[Kind] = &[
     Kind::of::<sample::Sample>(),
     Kind::of::<format::Format>(),
     Kind::of::<tokenize::Tokenize>(),
+    Kind::of::<train::Train>(),
+    Kind::of::<evaluate::Evaluate>(),
+    Kind::of::<select::Select>(),
+    Kind::of::<merge::Merge>(),
+    Kind::of::<benchmark::Benchmark>(),
+    Kind::of::<compare::Compare>(),
     Kind::of::<command::Command>(),
 ];

@@ -97,17 +97,9 @@ impl StepKind for Tokenize {
             let dir = cx.out_dir(name)?;
             let made = {
                 let cx = &*cx;
-                let (emit, cancelled) = (cx.emit, cx.cancel);
-                let mut progress = |done: u64, total: u64| {
-                    (emit)(crate::step::Event::Progress {
-                        done,
-                        total,
-                        unit: "rows".into(),
-                        message: name.clone(),
-                    });
-                    let stopped = cancelled.load(std::sync::atomic::Ordering::Relaxed);
-                    anyhow::ensure!(!stopped, "interrupted");
-                    Ok(())
+                let mut progress = |done, total| {
+                    cx.progress(done, total, "rows", name.as_str());
+                    cx.stop()
                 };
                 let out = dir.join(ROWS);
                 pool.install(|| tokenize_file(&rows, &out, &encoder, task, &mut progress))

@@ -9,46 +9,44 @@
 mod adapter;
 mod batch;
 mod config;
+mod doctor;
 mod files;
+mod gate;
+mod generate;
 mod init;
 mod layout;
 mod linear;
 mod load;
 mod matrix;
 mod merge;
+mod metrics;
 mod model;
 mod net;
 pub mod nf4;
 mod ops;
-pub mod random;
-mod setup;
-
-pub use batch::{Batch, IGNORE, Labels};
-pub use config::{Family, ModelConfig};
-pub use init::random_weights;
-pub use linear::LoraLinear;
-pub use merge::MergeReport;
-pub use model::{Counts, Model, ModelFiles};
-pub use setup::{LoraConfig, MergeBase, Method, Quantization, Setup, TargetModules, Task};
-
-mod doctor;
-mod gate;
-mod generate;
-mod metrics;
 mod optimizer;
+pub mod random;
 mod rows;
 mod schedule;
 mod scoring;
+mod setup;
 mod trainer;
 
+pub use batch::{Batch, IGNORE, Labels};
+pub use config::{Family, ModelConfig};
 pub use doctor::check_rows;
 pub use gate::GradientGate;
 pub use generate::{Generation, generate};
+pub use init::random_weights;
+pub use linear::LoraLinear;
+pub use merge::MergeReport;
 pub use metrics::{ClassScores, Confusion};
+pub use model::{Counts, Model, ModelFiles};
 pub use optimizer::{AdamW, AdamWConfig, Decays, clip_factor, global_norm};
 pub use rows::{Row, RowReader, collate, read_rows};
 pub use schedule::{LearningRate, Schedule, warmup_steps};
 pub use scoring::{Measure, Prediction, Scores, score};
+pub use setup::{LoraConfig, MergeBase, Method, Quantization, Setup, TargetModules, Task};
 pub use trainer::{
     Best, Duration, EvaluationLog, History, Observer, StepLog, TrainingArguments, Warmup, train,
 };

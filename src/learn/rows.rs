@@ -112,7 +112,7 @@ fn integers(batch: &RecordBatch, column: &str, row: usize) -> Result<Option<Vec<
 fn unsigned(values: Vec<i32>, column: &str) -> Result<Vec<u32>> {
     let values = values
         .into_iter()
-        .map(|x| u32::try_from(x).with_context(|| format!("column `{column}` holds {x}")));
+        .map(|x| u32::try_from(x).ok().with_context(|| format!("column `{column}` holds {x}")));
     values.collect()
 }
 
@@ -135,7 +135,7 @@ fn row(batch: &RecordBatch, at: usize) -> Result<Row> {
             let values = array.as_primitive_opt::<Int32Type>();
             let values = values.context("column `label` is not int32")?;
             let value = values.is_valid(at).then(|| values.value(at));
-            let value = value.map(|v| u32::try_from(v).with_context(|| format!("label {v}")));
+            let value = value.map(|v| u32::try_from(v).ok().with_context(|| format!("label {v}")));
             value.transpose()?
         }
     };

@@ -242,14 +242,14 @@ impl Runs {
     /// # Errors
     /// When the disk refuses.
     pub fn begin(&self, mut info: RunInfo) -> Result<Journal> {
-        let stamp = jiff::Timestamp::from_millisecond(i64::try_from(info.started_unix_ms)?)?
-            .strftime("%Y%m%d-%H%M%S")
-            .to_string();
+        let started = jiff::Timestamp::from_millisecond(i64::try_from(info.started_unix_ms)?)?;
+        let stamp = started.strftime("%Y%m%d-%H%M%S").to_string();
+        // The fraction of the second in 4 digits, so that ids sort by time; the next one if taken.
+        let fraction = (info.started_unix_ms % 1000) * 65;
         let disk = self.store.disk();
         disk.create_dir_all(&self.dir())?;
-        for n in 0_u32.. {
-            let seed = format!("{} {} {} {n}", info.host, info.pid, unix_ns());
-            let id = format!("{stamp}-{}", &Digest::of(seed.as_bytes()).short()[..4]);
+        for n in 0..65_536 {
+            let id = format!("{stamp}-{:04x}", (fraction + n) % 65_536);
             let dir = self.dir().join(&id);
             if !disk.create_new_dir(&dir)? {
                 continue;

@@ -65,7 +65,17 @@ impl Plan {
                 outputs: checked.outputs,
                 warnings: found,
             }),
-            _ => Err(found),
+            Some(_) => Err(found),
+            None => {
+                if found.iter().all(|d| d.severity == Severity::Warning) {
+                    // Nothing may be refused without a reason.
+                    let message = "this pipeline could not be checked";
+                    let help = "this is a mistake of the program: please report the file";
+                    let start = Span::default();
+                    found.push(Diagnostic::error(start, message, "the whole file").help(help));
+                }
+                Err(found)
+            }
         }
     }
 }

@@ -124,10 +124,11 @@ fn mend(
     path: &str,
     edges: &mut Vec<String>,
 ) -> bool {
-    let mut candidates = Vec::new();
-    for name in named(&bad.message) {
-        candidates.push(json!(name));
-    }
+    // A word that is none makes an enum list its own.
+    let mut probe = value.clone();
+    let asked = put(&mut probe, path, json!("")).then(|| (kind.parse)(&probe).err()).flatten();
+    let words = asked.filter(|e| place(e) == path).map(|e| named(&e.message)).unwrap_or_default();
+    let mut candidates: Vec<Value> = words.into_iter().map(Value::String).collect();
     candidates.extend(Type::ALL.into_iter().flat_map(|ty| [edge(ty), gather(ty)]));
     let plain = [json!("x"), json!(1), json!(0.5), json!(true), json!([]), json!({}), json!(0)];
     candidates.extend(plain);
@@ -320,7 +321,24 @@ fn explain(bad: &BadField, value: &Value) -> Wrong {
         }
         return wrong(format!("expected {expected}, found {found}"), "wrong type", help);
     }
-    wrong(message.to_owned(), "not accepted", None)
+    if let Some(found) = message.strip_prefix("expected `").and_then(|m| m.split_once("found `")) {
+        let label = format!("this yields `{}", found.1);
+        return wrong(message.to_owned(), &label, None);
+    }
+    if message.starts_with("expected a reference") && here.get("$gather").is_some() {
+        let help = "without the `.*` it is the one point that matches";
+        return wrong(message.to_owned(), "all points", Some(help.into()));
+    }
+    if message.starts_with("expected a gather") && here.get("$input").is_some() {
+        let text = "expected all points of a sweep, found one".to_owned();
+        return wrong(text, "one point", Some("write it as `${steps.name.*}`".into()));
+    }
+    let form = message.split_once(", found ").filter(|_| message.starts_with("expected a"));
+    let message = form.map_or_else(
+        || message.to_owned(),
+        |(want, _)| format!("{want}, found {}", describe(&here)),
+    );
+    wrong(message, "not accepted", None)
 }
 
 /// serde's names of types in plain words.
@@ -349,4 +367,71 @@ fn describe(value: &Value) -> String {
     }
     let span = crate::source::Span::default();
     crate::yaml::Node::from_value(value, span).describe()
+}
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::artifact::{Model, Tokens};
+    use crate::step::{Context, Input, StepKind};
+    use schemars::JsonSchema;
+    use serde::{Deserialize, Serialize};
+
+    #[derive(Serialize, Deserialize, JsonSchema)]
+    #[serde(rename_all = "snake_case")]
+    enum Method {
+        Full,
+        Lora,
+    }
+
+    #[derive(Serialize, Deserialize, JsonSchema)]
+    #[serde(deny_unknown_fields)]
+    struct Lora {
+        r: usize,
+        alpha: Option<f64>,
+    }
+
+    #[derive(Serialize, Deserialize, JsonSchema)]
+    #[serde(deny_unknown_fields)]
+    struct Train {
+        data: Input<Tokens>,
+        model: Input<Model>,
+        method: Method,
+        lora: Option<Lora>,
+        rate: f64,
+    }
+
+    impl StepKind for Train {
+        const NAME: &'static str = "train";
+        const VERSION: u32 = 1;
+        fn ports(&self) -> Ports {
+            Ports::of(Type::TrainedModel)
+        }
+        fn run(&self, _: &mut Context<'_>) -> anyhow::Result<()> {
+            Ok(())
+        }
+    }
+
+    #[test]
+    fn every_mistake_is_found() {
+        let with = json!({
+            "data": edge(Type::Dataset), "model": unknown(), "method": "loar",
+            "lora": { "alpha": "16" }, "rte": 1,
+        });
+        let parsed = parse(&Kind::of::<Train>(), &with);
+        let told: Vec<String> =
+            parsed.wrong.iter().map(|w| format!("{}: {}", w.path, w.message)).collect();
+        assert_eq!(
+            told,
+            [
+                "data: expected `tokens`, found `dataset`",
+                "lora.alpha: expected a number, found the text `16`",
+                "lora: missing field `r`",
+                "method: unknown value `loar`",
+                ": unknown field `rte`",
+                ": missing field `rate`",
+            ]
+        );
+        assert_eq!(parsed.ports.map(|p| p.ty), Some(Type::TrainedModel));
+        assert!(parsed.step.is_none());
+    }
 }

@@ -41,6 +41,8 @@ pub(super) struct Maker<'m, 'a> {
     settings: &'m Settings,
     point: Point,
     edges: Vec<Read>,
+    /// References to axes that the point lacks.
+    absent: Vec<String>,
     pub(super) found: Vec<Diagnostic>,
 }
 
@@ -55,8 +57,8 @@ fn stand_in(span: Span) -> Node {
 
 impl<'m, 'a> Maker<'m, 'a> {
     pub(super) fn new(names: &'m Names<'a>, made: &'m [Vec<Made>], settings: &'m Settings) -> Self {
-        let (edges, found) = (Vec::new(), Vec::new());
-        Self { names, made, settings, point: Point::new(), edges, found }
+        let (edges, absent, found) = (Vec::new(), Vec::new(), Vec::new());
+        Self { names, made, settings, point: Point::new(), edges, absent, found }
     }
 
     /// All instances of a step, in the order of the points.
@@ -84,7 +86,7 @@ impl<'m, 'a> Maker<'m, 'a> {
     }
 
     fn instance(&mut self, written: &WrittenStep, kind: Option<&Kind>) -> Made {
-        self.edges = Vec::new();
+        (self.edges, self.absent) = (Vec::new(), Vec::new());
         let before = self.found.len();
         let with = self.node(&written.with).unwrap_or_else(|| stand_in(written.span));
         let salt = written.salt.as_ref().and_then(|salt| self.node(salt)).and_then(|salt| {
@@ -98,7 +100,11 @@ impl<'m, 'a> Maker<'m, 'a> {
         let edges = std::mem::take(&mut self.edges);
         let Some(kind) = kind else { return Made { point, ports: None, instance: None, edges } };
         let parsed = field::parse(kind, &with.to_value());
-        for wrong in parsed.wrong {
+        for mut wrong in parsed.wrong {
+            if let (Some(Field::Missing), Some(axis)) = (&wrong.field, self.absent.first()) {
+                let help = format!("a point that `include` adds has no `{axis}`");
+                wrong.help = wrong.help.or(Some(help));
+            }
             self.found.push(place(wrong, &with, written));
         }
         let mut refused = self.found[before..].iter().any(|d| d.severity == Severity::Error);
@@ -190,7 +196,8 @@ impl<'m, 'a> Maker<'m, 'a> {
                 Piece::Ref(reference, span) => (reference, *span),
             };
             let value = self.value(reference, span)?;
-            if value == stand_in(span) {
+            let gather = matches!(reference, Reference::Gather { .. });
+            if gather || value == stand_in(span) {
                 return Some(stand_in(node.span));
             }
             if matches!(reference, Reference::Step { .. }) {
@@ -220,8 +227,14 @@ impl<'m, 'a> Maker<'m, 'a> {
                 if self.names.sweep.read_by(name).is_empty() {
                     return Some(stand_in(span));
                 }
-                let value = self.names.sweep.value(name, &self.point)?;
-                Some(Node::from_value(&value, span))
+                match self.names.sweep.value(name, &self.point) {
+                    Some(value) => Some(Node::from_value(&value, span)),
+                    None if self.names.sweep.refused => Some(stand_in(span)),
+                    None => {
+                        self.absent.push(name.clone());
+                        None
+                    }
+                }
             }
             Reference::Step { step, port } => {
                 let binding = self.step_output(step, port.as_deref(), span);

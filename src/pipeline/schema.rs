@@ -23,53 +23,6 @@ pub fn schema(kinds: &[Kind]) -> Value {
             },
         }));
     }
-    let names: Vec<&str> = kinds.iter().map(|k| k.name).collect();
-    let summaries: Vec<Value> =
-        kinds.iter().map(|k| json!({ "const": k.name, "description": k.summary() })).collect();
-    let kind =
-        if names.is_empty() { json!({ "type": "string" }) } else { json!({ "oneOf": summaries }) };
-    let scalar = json!({ "type": ["string", "number", "boolean"] });
-    let reference = json!({
-        "type": "string",
-        "pattern": r"^\$\{steps\.[^}]+\}$",
-        "description": "A step or a port of it: `${steps.name}`, `${steps.name.port}`.",
-    });
-    let names_of =
-        |what: &str| json!({ "type": "array", "items": { "type": "string" }, "description": what });
-    let step = json!({
-        "type": "object",
-        "additionalProperties": false,
-        "required": ["kind"],
-        "properties": {
-            "kind": kind,
-            "with": { "type": ["object", "null"], "description": "Parameters; all of them are in the cache key." },
-            "env": names_of("Environment variables whose values are part of the cache key."),
-            "salt": { "description": "Part of the cache key.", "type": ["string", "number", "boolean"] },
-            "needs": {
-                "type": "object",
-                "additionalProperties": false,
-                "description": "Resources, instead of what the kind asks for. Never in the key.",
-                "properties": {
-                    "cpu": { "anyOf": [{ "type": "integer", "minimum": 1 }, { "const": "all" }] },
-                    "memory": { "type": ["integer", "string"], "description": "Bytes, or like `8GiB`." },
-                    "gpu": { "type": "integer", "minimum": 0 },
-                },
-            },
-            "retry": { "type": "integer", "minimum": 0, "description": "How often a failed step is tried again." },
-            "timeout": {
-                "type": "string",
-                "pattern": r"^[0-9.]+\s*(ms|s|m|min|h|d)$",
-                "description": "Like `90s`, `15m` or `2h`.",
-            },
-            "secrets": names_of("Environment variables passed to the step and kept nowhere."),
-        },
-        "allOf": cases,
-    });
-    let list = json!({ "anyOf": [
-        { "type": "array", "minItems": 1 },
-        { "type": "string", "pattern": r"^\$\{params\.[^}]+\}$" },
-    ] });
-    let points = json!({ "type": "array", "items": { "type": "object", "minProperties": 1 } });
     json!({
         "$schema": DRAFT,
         "title": "flow pipeline",
@@ -79,38 +32,121 @@ pub fn schema(kinds: &[Kind]) -> Value {
         "properties": {
             "name": { "type": "string", "pattern": "^[A-Za-z0-9_-]+$" },
             "description": { "type": "string" },
-            "params": { "type": ["object", "null"], "description": "Values to reference as `${params.name}`." },
-            "sweep": {
-                "type": "object",
-                "additionalProperties": false,
-                "minProperties": 1,
-                "properties": {
-                    "grid": { "type": "object", "additionalProperties": list, "description": "Every combination of these axes." },
-                    "zip": {
-                        "type": "object",
-                        "description": "Named axes whose members move together.",
-                        "additionalProperties": { "type": "object", "minProperties": 1, "additionalProperties": list },
-                    },
-                    "exclude": points,
-                    "include": points,
-                    "cap": { "anyOf": [{ "type": "integer", "minimum": 1 }, { "type": "string", "pattern": r"^\$\{" }] },
-                },
+            "params": {
+                "type": ["object", "null"],
+                "description": "Values to reference as `${params.name}`.",
             },
+            "sweep": sweep_schema(),
             "steps": {
                 "type": "object",
                 "minProperties": 1,
                 "propertyNames": { "pattern": "^[a-z][a-z0-9_]*$" },
-                "additionalProperties": step,
+                "additionalProperties": step_schema(kinds, &cases),
             },
-            "outputs": { "type": ["object", "null"], "additionalProperties": reference },
+            "outputs": {
+                "type": ["object", "null"],
+                "description": "What is published under `outputs/` after a run that succeeded.",
+                "additionalProperties": {
+                    "type": "string",
+                    "pattern": r"^\$\{steps\.[^}]+\}$",
+                    "description": "A step or a port of it: `${steps.name}`, `${steps.name.port}`.",
+                },
+            },
         },
         "$defs": Value::Object(defs),
-        "$comment": scalar_note(&scalar),
     })
 }
 
-fn scalar_note(_: &Value) -> &'static str {
-    "any value under `with` may also be a reference like `${params.x}`"
+fn step_schema(kinds: &[Kind], cases: &[Value]) -> Value {
+    let rows = kinds.iter().map(|k| json!({ "const": k.name, "description": k.summary() }));
+    let variables =
+        |what: &str| json!({ "type": "array", "items": { "type": "string" }, "description": what });
+    json!({
+        "type": "object",
+        "additionalProperties": false,
+        "required": ["kind"],
+        "properties": {
+            "kind": { "oneOf": rows.collect::<Vec<_>>() },
+            "with": {
+                "type": ["object", "null"],
+                "description": "Parameters; all of them are in the cache key.",
+            },
+            "env": variables("Environment variables whose values are in the cache key."),
+            "salt": {
+                "type": ["string", "number", "boolean"],
+                "description": "Part of the cache key.",
+            },
+            "needs": {
+                "type": "object",
+                "additionalProperties": false,
+                "description": "Resources, instead of what the kind asks for. Never in the key.",
+                "properties": {
+                    "cpu": { "anyOf": [{ "type": "integer", "minimum": 1 }, { "const": "all" }] },
+                    "memory": {
+                        "type": ["integer", "string"],
+                        "description": "Bytes, or like `8GiB`.",
+                    },
+                    "gpu": { "type": "integer", "minimum": 0 },
+                },
+            },
+            "retry": {
+                "type": "integer",
+                "minimum": 0,
+                "description": "How often a failed step is tried again.",
+            },
+            "timeout": {
+                "type": "string",
+                "pattern": r"^[0-9.]+\s*(ms|s|m|min|h|d)$",
+                "description": "Like `90s`, `15m` or `2h`.",
+            },
+            "secrets": variables("Environment variables passed to the step and kept nowhere."),
+        },
+        "allOf": cases,
+    })
+}
+
+fn sweep_schema() -> Value {
+    let list = json!({ "anyOf": [
+        { "type": "array", "minItems": 1 },
+        { "type": "string", "pattern": r"^\$\{params\.[^}]+\}$" },
+    ] });
+    let points = |what: &str| {
+        json!({
+            "type": "array",
+            "items": { "type": "object", "minProperties": 1 },
+            "description": what,
+        })
+    };
+    json!({
+        "type": "object",
+        "additionalProperties": false,
+        "minProperties": 1,
+        "properties": {
+            "grid": {
+                "type": "object",
+                "description": "Every combination of these axes.",
+                "additionalProperties": list,
+            },
+            "zip": {
+                "type": "object",
+                "description": "Named axes whose members move together.",
+                "additionalProperties": {
+                    "type": "object",
+                    "minProperties": 1,
+                    "additionalProperties": list,
+                },
+            },
+            "exclude": points("Points with all of these coordinates are left out."),
+            "include": points("Points that are added; an axis left out is absent there."),
+            "cap": {
+                "anyOf": [
+                    { "type": "integer", "minimum": 1 },
+                    { "type": "string", "pattern": r"^\$\{" },
+                ],
+                "description": "The largest number of points that is not a mistake (256).",
+            },
+        },
+    })
 }
 
 /// The schema of one kind's `with`.

@@ -5,7 +5,7 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use super::Settings;
 use super::reference::{Piece, Reference, near, pieces, texts};
-use crate::source::{Diagnostic, Source, Span};
+use crate::source::{Diagnostic, Source, Span, nearest};
 use crate::yaml::{self, Entry, Node, Shape};
 
 /// Parameters and environment, checked once, and what was read of them.
@@ -104,7 +104,6 @@ impl<'a> Scope<'a> {
                 match piece {
                     Piece::Ref(Reference::Param(path), span) => self.check_param(&path, span),
                     Piece::Ref(Reference::Env(name), span) => self.check_env(&name, span),
-                    Piece::Ref(..) | Piece::Plain(_) if matches!(piece, Piece::Plain(_)) => {}
                     Piece::Ref(_, span) => {
                         let message = "a parameter cannot depend on steps or on the sweep";
                         let help = "write the reference in the step's `with`";
@@ -129,6 +128,9 @@ impl<'a> Scope<'a> {
             } else {
                 near(path.rsplit('.').next().unwrap_or(path), known.iter().map(String::as_str))
             };
+            // The one that was meant is not unused.
+            let meant = nearest(path, known.iter().map(String::as_str)).map(str::to_owned);
+            self.used.borrow_mut().extend(meant);
             let message = format!("unknown parameter `{path}`");
             self.report(Diagnostic::error(span, message, "not in `params`").maybe_help(help));
         }

@@ -22,12 +22,14 @@ pub(super) struct Sweep {
     pub(super) axes: BTreeMap<String, Span>,
     /// One, empty, without a sweep.
     pub(super) points: Vec<Point>,
+    /// Something is wrong with it, and reported: what a point lacks may be due to that.
+    pub(super) refused: bool,
 }
 
 impl Sweep {
     /// No sweep at all.
     pub(super) fn none() -> Self {
-        Self { axes: BTreeMap::new(), points: vec![Point::new()] }
+        Self { axes: BTreeMap::new(), points: vec![Point::new()], refused: false }
     }
 
     /// The coordinates that a reference reads: itself, the members of a named zip, or the
@@ -113,10 +115,13 @@ pub(super) fn read(
     out.append(&mut found);
     if refused {
         let point = factors.iter().filter_map(|f| f.first().cloned()).flatten().collect();
-        return Sweep { axes, points: vec![point] };
+        return Sweep { axes, points: vec![point], refused };
     }
-    Sweep { axes, points }
+    Sweep { axes, points, refused }
 }
+
+/// An axis, where it is written, and a value.
+type Coordinate = (String, Span, Value);
 
 struct Reader<'a> {
     scope: &'a Scope<'a>,
@@ -358,8 +363,8 @@ impl Reader<'_> {
         if self.factors.is_empty() {
             return Some(Vec::new());
         }
-        let sizes = self.factors.iter().map(Vec::len);
-        let count = sizes.fold(Some(1_usize), |n, m| n?.checked_mul(m));
+        let mut sizes = self.factors.iter().map(Vec::len);
+        let count = sizes.try_fold(1_usize, usize::checked_mul);
         if count.is_none_or(|n| n > TOO_MANY) {
             self.above_cap("more than a million", cap);
             return None;
@@ -376,7 +381,7 @@ impl Reader<'_> {
     }
 
     /// A list of coordinates with values; members of a zip may stand under its name.
-    fn partial_points(&mut self, entry: &Entry) -> Vec<(Span, Vec<(String, Span, Value)>)> {
+    fn partial_points(&mut self, entry: &Entry) -> Vec<(Span, Vec<Coordinate>)> {
         let help = "give a list of points, like `[{ lr: 1e-4, lora.r: 8 }]`";
         let Some(node) = self.resolve(&entry.value) else { return Vec::new() };
         let Some(items) = node.as_list() else {

@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 
 use anyhow::Result;
 
-use crate::source::{Fault, suggest};
+use crate::source::Fault;
 
 /// Class names in class order, and how a cell says which it is.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
@@ -27,10 +27,9 @@ impl Classes {
         if let Some(index) = index.filter(|i| *i < self.0.len()) {
             return Ok(index);
         }
-        let known: Vec<&str> = self.0.iter().map(String::as_str).collect();
         let fault = Fault::new(format!("label `{cell}` is outside the classes"));
         let list: Vec<String> =
-            known.iter().enumerate().map(|(i, name)| format!("{i} `{name}`")).collect();
+            self.0.iter().enumerate().map(|(i, name)| format!("{i} `{name}`")).collect();
         Err(fault.help(format!("the classes are {}", list.join(", "))).into())
     }
 
@@ -96,9 +95,10 @@ impl LabelWords {
         if let Some(at) = find(cell).or_else(named) {
             return Ok((at, &self.entries[at].1));
         }
-        let known: Vec<&str> = self.entries.iter().map(|(value, _)| value.as_str()).collect();
+        let known: Vec<String> =
+            self.entries.iter().map(|(value, _)| format!("`{value}`")).collect();
         let fault = Fault::new(format!("no word is given for label `{cell}`"));
-        Err(fault.help(suggest(cell, &known).unwrap_or_default()).into())
+        Err(fault.help(format!("words are given for {}", known.join(", "))).into())
     }
 }
 

@@ -117,7 +117,8 @@ fn node(raw: Raw, source: &Source, diagnostics: &mut Vec<Diagnostic>) -> Node {
                 let text = &source.text[span.start..span.end];
                 let message = format!("`{text}` is not a finite number");
                 diagnostics.push(Diagnostic::error(span, message, "not finite"));
-                Shape::Null
+                // Still a number, so that what expects one does not complain a second time.
+                Shape::Number(0.into())
             }
         },
         RawShape::Text(text) => Shape::Text(text),

@@ -316,7 +316,17 @@ steps:
   rows: { kind: fetch, with: { dataset: "${sweep.seed}-" } }
 "#;
     let plan = good(text);
-    insta::assert_snapshot!(told(text, &plan.warnings), @"");
+    insta::assert_snapshot!(told(text, &plan.warnings), @r#"
+    2:11 warning: parameter `left` is not used
+      at    "left" (not used)
+    3:1 warning: the point `other=1,seed=1` stands here twice
+      at    "sweep" (taken once)
+    3:32 warning: no step reads the axis `other`
+      at    "other" (not read)
+      help  read it with `${sweep.other}`
+    3:56 warning: this excludes no point
+      at    "{ seed: 9 }" (matches nothing)
+    "#);
     assert_eq!(plan.points.len(), 1);
 }
 
@@ -340,6 +350,44 @@ fn a_part_of_a_plan() {
     let help = |target: &str| flow::source::advice(&only(&[target]).unwrap_err())[0].clone();
     assert_eq!(help("trian"), "did you mean `train`?");
     assert!(help("train@lora.r=9").contains("train@lora."));
+}
+
+#[test]
+fn schemas_stand_on_their_own() {
+    fn each(value: &Value, visit: &mut impl FnMut(&serde_json::Map<String, Value>)) {
+        match value {
+            Value::Array(items) => items.iter().for_each(|v| each(v, visit)),
+            Value::Object(map) => {
+                visit(map);
+                map.values().for_each(|v| each(v, visit));
+            }
+            _ => {}
+        }
+    }
+    let pipeline = flow::pipeline::schema(super::toys::KINDS);
+    let one = |name: &str| {
+        let kind = super::toys::KINDS.iter().find(|k| k.name == name).unwrap();
+        flow::pipeline::kind_schema(kind)
+    };
+    for schema in [&pipeline, &one("train"), &one("fetch")] {
+        each(schema, &mut |map| {
+            if let Some(target) = map.get("$ref").and_then(Value::as_str) {
+                let pointer = target.strip_prefix('#').unwrap();
+                assert!(schema.pointer(pointer).is_some(), "{target}");
+            }
+        });
+    }
+    let train = one("train");
+    let rate = &train["properties"]["learning_rate"]["anyOf"];
+    assert_eq!(rate[0]["type"], json!("number"));
+    assert_eq!(rate[1], json!({ "type": "string", "pattern": r"\$\{" }));
+    assert_eq!(train["properties"]["data"]["type"], json!("string"));
+    assert_eq!(train["additionalProperties"], json!(false));
+    assert_eq!(train["required"], json!(["data", "model", "method", "learning_rate"]));
+    assert_eq!(pipeline["$defs"]["train"]["properties"], train["properties"]);
+    let kinds = pipeline.pointer("/properties/steps/additionalProperties/allOf").unwrap();
+    assert_eq!(kinds.as_array().unwrap().len(), super::toys::KINDS.len());
+    assert_eq!(kinds[0]["then"]["required"], json!(["kind", "with"]));
 }
 
 #[test]
