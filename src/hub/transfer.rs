@@ -4,6 +4,7 @@ use std::fmt;
 use std::fs::{File, OpenOptions};
 use std::io::{Read, Write};
 use std::path::Path;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, ensure};
 use sha1::Digest as _;
@@ -11,6 +12,9 @@ use sha1::Digest as _;
 use super::Progress;
 use super::http::{Failure, Http, TRIES, header};
 use crate::source::Fault;
+
+/// Time between two words of progress.
+const BETWEEN: Duration = Duration::from_millis(100);
 
 /// What a file's content must hash to; hex digits.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -211,6 +215,7 @@ fn receive(
     let mut body = response.into_body().into_reader();
     let mut buffer = vec![0; 1 << 18];
     let mut have = start;
+    let mut told: Option<Instant> = None;
     loop {
         let n = match body.read(&mut buffer) {
             Ok(0) if length.is_some_and(|n| start + n > have) => {
@@ -224,6 +229,9 @@ fn receive(
         let more = want.size.is_some_and(|size| have > size);
         ensure!(!more, "{} is larger than the {total} bytes it should have", want.name);
         file.write_all(&buffer[..n]).context("writing a download to disk")?;
-        progress(have, total)?;
+        if told.is_none_or(|at| at.elapsed() > BETWEEN) || have == total {
+            progress(have, total)?;
+            told = Some(Instant::now());
+        }
     }
 }

@@ -16,7 +16,8 @@ use crate::step::{Context, Cpu, Input, Needs, Outside, Ports, Problem, StepKind}
 
 /// Measures how fast a model answers and how much memory it takes, with nothing else running.
 ///
-/// Random token ids of a fixed length go through the model a number of times: latency (median and
+/// Random token ids of a fixed length go through the model a number of times, as far as the class
+/// of each row or, for a causal model, the logits of its next token: latency (median and
 /// 90th percentile, in milliseconds), rows and tokens per second, seconds to load, peak memory of
 /// the process. The processor and its threads are part of the key, so another machine measures
 /// anew.
@@ -151,7 +152,11 @@ impl StepKind for Benchmark {
         for pass in 0..passes {
             cx.stop()?;
             let start = Instant::now();
-            model.logits(&batch)?;
+            if task == Task::CausalLm {
+                model.next_logits(&batch)?
+            } else {
+                model.logits(&batch)?
+            };
             if pass >= self.warmup {
                 times.push(start.elapsed().as_secs_f64());
             }

@@ -94,7 +94,7 @@ impl StepKind for Compare {
             let problem = Problem::error("within", "there is no `reference` to be within");
             problems.push(problem.help("for example `reference: { method: full }`"));
         }
-        if let Some(within) = self.within.as_ref().filter(|w| !(w.points >= 0.0)) {
+        if let Some(within) = self.within.as_ref().filter(|w| w.points.is_nan() || w.points < 0.0) {
             let message = format!("expected 0 or more, found {}", within.points);
             problems.push(Problem::error("within.points", message));
         }

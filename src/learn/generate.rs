@@ -38,7 +38,7 @@ pub fn generate(model: &Model, prompt: &[u32], how: &Generation) -> Result<Vec<u
     let mut ids = prompt.to_vec();
     let room = model.config().max_positions().saturating_sub(prompt.len());
     for _ in 0..how.max_new_tokens.min(room) {
-        let next = sampler.sample(&last_logits(model, &ids)?)?;
+        let next = sampler.sample(&next_logits(model, &ids)?)?;
         if Some(next) == how.eos {
             break;
         }
@@ -47,7 +47,7 @@ pub fn generate(model: &Model, prompt: &[u32], how: &Generation) -> Result<Vec<u
     Ok(ids.split_off(prompt.len()))
 }
 
-fn last_logits(model: &Model, ids: &[u32]) -> Result<Tensor> {
+fn next_logits(model: &Model, ids: &[u32]) -> Result<Tensor> {
     let n = ids.len();
     let batch = Batch {
         input_ids: ids.to_vec(),
@@ -57,5 +57,5 @@ fn last_logits(model: &Model, ids: &[u32]) -> Result<Tensor> {
         length: n,
         labels: Labels::None,
     };
-    Ok(model.logits(&batch)?.i((0, n - 1))?)
+    Ok(model.next_logits(&batch)?.i(0)?)
 }

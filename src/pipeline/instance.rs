@@ -88,7 +88,10 @@ impl<'m, 'a> Maker<'m, 'a> {
     fn instance(&mut self, written: &WrittenStep, kind: Option<&Kind>) -> Made {
         (self.edges, self.absent) = (Vec::new(), Vec::new());
         let before = self.found.len();
-        let with = self.node(&written.with).unwrap_or_else(|| stand_in(written.span));
+        let with = match &written.with.shape {
+            Shape::Map(entries) => Node::new(Shape::Map(self.entries(entries)), written.with.span),
+            _ => self.node(&written.with).unwrap_or_else(|| stand_in(written.span)),
+        };
         let salt = written.salt.as_ref().and_then(|salt| self.node(salt)).and_then(|salt| {
             let mut text = String::new();
             match interpolate(&salt, salt.span, &mut text) {
@@ -169,15 +172,37 @@ impl<'m, 'a> Maker<'m, 'a> {
                 Shape::List(items.iter().filter_map(|item| self.node(item)).collect())
             }
             Shape::Map(entries) => {
-                let entries = entries.iter().filter_map(|e| {
-                    let value = self.node(&e.value)?;
-                    Some(Entry { key: e.key.clone(), key_span: e.key_span, value })
-                });
-                Shape::Map(entries.collect())
+                let kept = self.entries(entries);
+                // `lora: { r: "${sweep.r}", dropout: 0.1 }` is nothing without its axis
+                let mut left = entries.iter().filter(|e| kept.iter().any(|k| k.key == e.key));
+                if kept.len() < entries.len() && !left.any(|e| self.reads_sweep(&e.value)) {
+                    return None;
+                }
+                Shape::Map(kept)
             }
             plain => plain.clone(),
         };
         Some(Node::new(shape, node.span))
+    }
+
+    /// The entries of a map, without those that read an axis that the point lacks.
+    fn entries(&mut self, entries: &[Entry]) -> Vec<Entry> {
+        let kept = entries.iter().filter_map(|e| {
+            let value = self.node(&e.value)?;
+            Some(Entry { key: e.key.clone(), key_span: e.key_span, value })
+        });
+        kept.collect()
+    }
+
+    fn reads_sweep(&self, node: &Node) -> bool {
+        match &node.shape {
+            Shape::Text(_) => pieces(node, self.names.source).is_ok_and(|found| {
+                found.iter().any(|p| matches!(p, Piece::Ref(Reference::Sweep(_), _)))
+            }),
+            Shape::List(items) => items.iter().any(|item| self.reads_sweep(item)),
+            Shape::Map(entries) => entries.iter().any(|e| self.reads_sweep(&e.value)),
+            _ => false,
+        }
     }
 
     fn text(&mut self, node: &Node) -> Option<Node> {

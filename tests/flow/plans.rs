@@ -65,3 +65,22 @@ fn bad_pipelines() {
         }
     });
 }
+
+#[test]
+fn shipped_pipelines_are_good() {
+    let folder = PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("pipelines");
+    let mut seen = 0;
+    for entry in std::fs::read_dir(folder).unwrap() {
+        let file = entry.unwrap().path();
+        if file.extension().is_none_or(|e| e != "yaml") {
+            continue;
+        }
+        let text = std::fs::read_to_string(&file).unwrap();
+        let source = Source::new(file.display().to_string(), text.clone());
+        let checked = Plan::new(&file, source, flow::kinds::ALL, &Settings::default());
+        let plan = checked.unwrap_or_else(|d| panic!("{}\n{}", file.display(), told(&text, &d)));
+        assert_eq!(plan.order().len(), plan.graph.node_count());
+        seen += 1;
+    }
+    assert!(seen >= 3);
+}

@@ -1,5 +1,7 @@
 //! The trainer, and the kinds around models.
 
+#![allow(clippy::unwrap_used, reason = "a test stops where something is wrong")]
+
 mod kinds; // train, evaluate, select, merge, benchmark, compare through the store
 mod learning; // the loop on tiny random models
 

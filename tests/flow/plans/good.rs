@@ -249,7 +249,10 @@ steps:
 "#;
     let plan = good(text);
     assert_eq!(reads(&plan, "show"), ["rows.train", "rows"]);
-    let edge = |i: usize, names: &[&str]| json!({ "$input": { "type": "dataset", "edge": i, "names": names } });
+    let edge = |i: usize, names: &[&str]| {
+        let inner = json!({ "type": "dataset", "edge": i, "names": names });
+        json!({ "$input": inner })
+    };
     assert_eq!(
         params(&plan, "show")["run"]["$text"],
         json!(["head ", edge(0, &["train"]), "/x ", edge(1, &["train", "test"]), " > ${out.top}"])

@@ -185,7 +185,9 @@ fn yaml(model: &Model, style: &Style) -> String {
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig { cases: 48, failure_persistence: None, ..Default::default() })]
+    #![proptest_config(ProptestConfig {
+        cases: 48, failure_persistence: None, ..Default::default()
+    })]
 
     #[test]
     fn how_it_is_written_does_not_matter(model in model(), a in style(), b in style()) {
@@ -207,7 +209,8 @@ proptest! {
         };
         let of = |m: &Model| {
             let all = keys(&yaml(m, &style)).into_iter();
-            all.filter(|(id, _)| id.split('@').next() == Some(step)).map(|(_, k)| k).collect::<Vec<_>>()
+            let of_step = all.filter(|(id, _)| id.split('@').next() == Some(step));
+            of_step.map(|(_, key)| key).collect::<Vec<_>>()
         };
         prop_assert_ne!(of(&model), of(&other));
     }
