@@ -4,7 +4,6 @@ use std::time::Duration;
 
 use super::arguments::{PipelineOptions, PlanOptions};
 use super::error::{Exit, Failure, diagnostics_json, show_diagnostics};
-use super::run::unresolved;
 use super::session::{ground, load, shortages};
 use super::{Stage, table};
 use crate::engine::{self, Prospect};
@@ -48,18 +47,18 @@ pub(super) fn plan(stage: &Stage, options: &PlanOptions) -> Result<Exit, Failure
     for warning in shortages(&plan, &session) {
         eprintln!("warning: {warning}");
     }
-    let forecasts =
-        engine::forecast(&plan, &session).map_err(|error| unresolved(&plan.source, error))?;
+    let forecasts = engine::forecast(&plan, &session)?;
     if stage.json {
         println!("{}", serde_json::to_value(&forecasts).map_err(anyhow::Error::from)?);
         return Ok(Exit::Done);
     }
-    let mut tally = [0; 3];
+    let mut tally = [0; 4];
     let rows = forecasts.iter().map(|f| {
         let (which, state, because) = match &f.prospect {
             Prospect::Cached { key } => (0, "cached", key.short()),
             Prospect::WillRun { why, .. } => (1, "will run", why.to_string()),
             Prospect::WaitsOn { steps } => (2, "waits", format!("for {}", steps.join(", "))),
+            Prospect::Unresolved { reason } => (3, "unresolved", reason.clone()),
         };
         tally[which] += 1;
         let before = f.last_seconds.map(table::seconds).unwrap_or_default();
@@ -67,8 +66,11 @@ pub(super) fn plan(stage: &Stage, options: &PlanOptions) -> Result<Exit, Failure
     });
     let rows: Vec<Vec<String>> = rows.collect();
     print!("{}", table::render(&["step", "state", "last time", "because"], &rows));
-    let [cached, to_run, waiting] = tally;
+    let [cached, to_run, waiting, unresolved] = tally;
     println!("\n{}: {cached} cached, {to_run} to run, {waiting} waiting for those", counts(&plan));
+    if unresolved > 0 {
+        println!("{unresolved} could not be resolved: `flow run` would stop before it starts");
+    }
     Ok(Exit::Done)
 }
 

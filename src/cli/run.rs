@@ -37,7 +37,7 @@ pub(super) fn run(stage: &Stage, options: &RunOptions) -> Result<Exit, Failure> 
 }
 
 /// Failures to resolve outside names, shown at the steps that name them.
-pub(super) fn unresolved(source: &crate::source::Source, error: anyhow::Error) -> Failure {
+fn unresolved(source: &crate::source::Source, error: anyhow::Error) -> Failure {
     let Some(Unresolved(list)) = error.downcast_ref::<Unresolved>() else {
         return error.into();
     };

@@ -9,7 +9,7 @@ use serde::Serialize;
 
 use super::Session;
 use super::bind::{Decision, bind, decide};
-use super::prepare::prepare;
+use super::prepare::prepare_what_can;
 use crate::digest::Digest;
 use crate::lineage::{Past, Record, Runs, State, Why};
 use crate::pipeline::Plan;
@@ -36,6 +36,12 @@ pub enum Prospect {
         /// Those steps.
         steps: Vec<String>,
     },
+    /// An outside name could not be resolved now (no network, no such repository): a run would
+    /// stop here before anything starts.
+    Unresolved {
+        /// Why not.
+        reason: String,
+    },
 }
 
 /// What would become of a step, and what is known about its cost.
@@ -54,26 +60,29 @@ pub struct Forecast {
     pub last_seconds: Option<f64>,
 }
 
-/// What a run would do, in plan order. Outside names are resolved; nothing is run, and neither
-/// the lock nor the store is written.
+/// What a run would do, in plan order. Outside names are resolved where they can be; nothing is
+/// run, and neither the lock nor the store is written.
 ///
 /// # Errors
-/// When an outside name cannot be resolved ([`Unresolved`](super::Unresolved)), an input names a
-/// port that its producer did not make, or the store cannot be read.
+/// When an input names a port that its producer did not make, or the store cannot be read.
 pub fn forecast(plan: &Plan, session: &Session<'_>) -> Result<Vec<Forecast>> {
-    let prepared = prepare(plan, session, false)?;
+    let (prepared, missing) = prepare_what_can(plan, session, false)?;
+    let reasons: BTreeMap<&str, String> =
+        missing.0.iter().map(|(step, _, error)| (step.as_str(), format!("{error:#}"))).collect();
     let past = Past::of(&session.store, &plan.name);
     let mut records: BTreeMap<NodeIndex, Record> = BTreeMap::new();
     let mut forecasts = Vec::new();
     for &node in &prepared.order {
         let instance = &plan.graph[node];
-        let step = &prepared.steps[&node];
+        let step = prepared.steps.get(&node);
         let producers = plan.graph.neighbors_directed(node, Direction::Incoming);
         let waits: BTreeSet<String> = producers
             .filter(|p| !records.contains_key(p))
             .map(|p| plan.graph[p].id.0.clone())
             .collect();
-        let prospect = if waits.is_empty() {
+        let prospect = if let Some(reason) = reasons.get(instance.id.0.as_str()) {
+            Prospect::Unresolved { reason: reason.clone() }
+        } else if let (true, Some(step)) = (waits.is_empty(), step) {
             let bound = bind(plan, node, step.as_ref(), &records, &session.options)?;
             let forced = prepared.force.contains(&node);
             match decide(&session.store, &past, instance, &bound, forced)? {
@@ -91,7 +100,7 @@ pub fn forecast(plan: &Plan, session: &Session<'_>) -> Result<Vec<Forecast>> {
             step: instance.id.0.clone(),
             kind: instance.kind.name.to_owned(),
             prospect,
-            needs: instance.policy.needs.unwrap_or_else(|| step.needs()),
+            needs: instance.policy.needs.unwrap_or_else(|| instance.parsed.needs()),
             last_seconds,
         });
     }

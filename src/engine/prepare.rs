@@ -48,6 +48,16 @@ fn lock_path(plan: &Plan, session: &Session<'_>) -> PathBuf {
 
 /// Chooses the steps and resolves them; all that is missing is reported together.
 pub(super) fn prepare(plan: &Plan, session: &Session<'_>, update: bool) -> Result<Prepared> {
+    let (prepared, missing) = prepare_what_can(plan, session, update)?;
+    if missing.0.is_empty() { Ok(prepared) } else { Err(missing.into()) }
+}
+
+/// Chooses the steps and resolves those that can be, beside what is missing.
+pub(super) fn prepare_what_can(
+    plan: &Plan,
+    session: &Session<'_>,
+    update: bool,
+) -> Result<(Prepared, Unresolved)> {
     let mode = match (update, session.options.locked) {
         (true, _) => LockMode::Update,
         (false, true) => LockMode::Frozen,
@@ -76,10 +86,7 @@ pub(super) fn prepare(plan: &Plan, session: &Session<'_>, update: bool) -> Resul
             Err(e) => missing.push((instance.id.0.clone(), instance.span, e)),
         }
     }
-    if !missing.is_empty() {
-        return Err(Unresolved(missing).into());
-    }
-    Ok(Prepared { order, steps, force, lock })
+    Ok((Prepared { order, steps, force, lock }, Unresolved(missing)))
 }
 
 /// A step that does not parse once it is bound or resolved, as an error.
