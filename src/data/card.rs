@@ -132,17 +132,39 @@ pub(super) fn names(value: &Value) -> Option<Vec<String>> {
 mod tests {
     use super::*;
 
+    const CARD: &str = r"---
+license: mit
+dataset_info:
+- config_name: plain_text
+  features:
+  - name: text
+    dtype: string
+  - name: label
+    dtype:
+      class_label:
+        names:
+          '0': neg
+          '1': pos
+configs:
+- config_name: plain_text
+  default: true
+  data_files:
+  - split: train
+    path: plain_text/train-*
+  - split: test
+    path: [a.csv, b.csv]
+- config_name: other
+  data_files: o/*.csv
+  data_dir: o
+---
+# Title
+---
+x: [
+";
+
     #[test]
     fn a_card_says_configs_and_classes() {
-        let card = Card::parse(
-            "---\nlicense: mit\ndataset_info:\n- config_name: plain_text\n  features:\n  \
-             - name: text\n    dtype: string\n  - name: label\n    dtype:\n      class_label:\n        \
-             names:\n          '0': neg\n          '1': pos\nconfigs:\n- config_name: plain_text\n  \
-             default: true\n  data_files:\n  - split: train\n    path: plain_text/train-*\n  \
-             - split: test\n    path: [a.csv, b.csv]\n- config_name: other\n  data_files: o/*.csv\n  \
-             data_dir: o\n---\n# Title\n---\nx: [\n",
-        )
-        .unwrap();
+        let card = Card::parse(CARD).unwrap();
         assert_eq!(card.configs.len(), 2);
         assert!(card.configs[0].default && !card.configs[1].default);
         assert_eq!(card.configs[0].data_files[0].1, ["plain_text/train-*"]);

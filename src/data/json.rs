@@ -311,7 +311,10 @@ fn first_line_is_a_row(whole: &[u8]) -> bool {
 
 /// The list in the field that was asked for, else in the only field that holds a list of objects.
 fn in_field(fields: Vec<(String, Json)>, reading: &Reading<'_>) -> Result<Vec<Json>> {
-    let rows = |value: &Json| matches!(value, Json::List(items) if items.iter().all(|i| matches!(i, Json::Map(_))));
+    let rows = |value: &Json| {
+        let Json::List(items) = value else { return false };
+        items.iter().all(|item| matches!(item, Json::Map(_)))
+    };
     let names: Vec<String> =
         fields.iter().filter(|(_, v)| rows(v)).map(|(n, _)| n.clone()).collect();
     let name = match (reading.field, names.as_slice()) {

@@ -205,10 +205,9 @@ impl StepKind for Fetch {
                 problems.push(Problem::error(field, format!("`{field}` belongs to `{owner}`")));
             }
         }
-        if let Some(sha256) = &self.sha256 {
-            if sha256.len() != 64 || !sha256.bytes().all(|b| b.is_ascii_hexdigit()) {
-                problems.push(Problem::error("sha256", "a SHA-256 has 64 hex digits"));
-            }
+        let hex = |s: &String| s.len() == 64 && s.bytes().all(|b| b.is_ascii_hexdigit());
+        if !self.sha256.as_ref().is_none_or(hex) {
+            problems.push(Problem::error("sha256", "a SHA-256 has 64 hex digits"));
         }
         if let Some(url) = &self.url {
             if Format::of_name(url_name(url)).is_none() {
@@ -232,9 +231,9 @@ impl StepKind for Fetch {
 
     fn run(&self, cx: &mut Context<'_>) -> Result<()> {
         let (splits, classes) = match (&self.dataset, &self.files, &self.url) {
-            (Some(dataset), _, _) => self.from_hub(cx, dataset)?,
-            (None, Some(files), _) => (self.from_files(files)?, BTreeMap::new()),
-            (None, None, Some(url)) => (self.from_url(cx, url)?, BTreeMap::new()),
+            (Some(dataset), _, _) => self.parts_of_hub(cx, dataset)?,
+            (None, Some(files), _) => (self.parts_of_files(files)?, BTreeMap::new()),
+            (None, None, Some(url)) => (self.parts_of_url(cx, url)?, BTreeMap::new()),
             (None, None, None) => bail!("nothing says where the rows come from"),
         };
         let total = splits.len() as u64;
@@ -333,7 +332,7 @@ impl Fetch {
         Ok(splits)
     }
 
-    fn from_hub(
+    fn parts_of_hub(
         &self,
         cx: &mut Context<'_>,
         dataset: &str,
@@ -374,7 +373,7 @@ impl Fetch {
         Ok((parts, card.classes(&config)))
     }
 
-    fn from_files(&self, files: &Sources) -> Result<Parts> {
+    fn parts_of_files(&self, files: &Sources) -> Result<Parts> {
         let parts = match files {
             Sources::One(input) if input.path.is_dir() => {
                 let found = parts_below(&input.path)?;
@@ -416,7 +415,7 @@ impl Fetch {
         self.chosen(parts)
     }
 
-    fn from_url(&self, cx: &Context<'_>, url: &str) -> Result<Parts> {
+    fn parts_of_url(&self, cx: &Context<'_>, url: &str) -> Result<Parts> {
         let progress = |have, all| {
             cx.progress(have, all, "bytes", url);
             cx.stop()

@@ -227,18 +227,17 @@ impl Sample {
     fn doubt(&self, split: &str, rows: &[u64], labels: &Labels) -> Result<()> {
         let column = &labels.column;
         let n = data::grouped(rows.len());
-        if let Some(class) = labels.only_class(rows).filter(|_| rows.len() > 1) {
-            if !self.allow_one_class {
-                let class = labels.show(class);
-                let message = format!("all {n} rows of `{split}` have {column} {class}");
-                let help = if self.shuffle {
-                    "draw from data with more classes, or set `allow_one_class: true`"
-                } else {
-                    "the data is stored class by class: leave `shuffle` on and set `stratify`, \
-                     or set `allow_one_class: true`"
-                };
-                return Err(Fault::new(message).help(help).into());
-            }
+        let one = labels.only_class(rows).filter(|_| rows.len() > 1 && !self.allow_one_class);
+        if let Some(class) = one {
+            let class = labels.show(class);
+            let message = format!("all {n} rows of `{split}` have {column} {class}");
+            let help = if self.shuffle {
+                "draw from data with more classes, or set `allow_one_class: true`"
+            } else {
+                "the data is stored class by class: leave `shuffle` on and set `stratify`, or set \
+                 `allow_one_class: true`"
+            };
+            return Err(Fault::new(message).help(help).into());
         }
         let classes = rows.iter().map(|r| labels.rows[*r as usize]);
         if !self.shuffle && !self.allow_sorted && data::looks_sorted(classes) {

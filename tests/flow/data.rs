@@ -1,25 +1,17 @@
-//! Readers and the kinds that bring data and models in: fetch, model, sample, command.
+//! Readers of rows; below, the kinds that bring data and models in.
 
-use std::collections::BTreeMap;
+#![allow(clippy::unwrap_used, reason = "helpers of tests fail by panicking")]
+
+mod kinds;
+
 use std::io::Write as _;
 use std::path::{Path, PathBuf};
-use std::sync::Mutex;
-use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 
 use anyhow::Result;
-use arrow::array::{Array as _, AsArray as _, Int64Array, StringArray};
+use arrow::array::{AsArray as _, Int64Array, StringArray};
 use arrow::datatypes::{DataType, Int64Type};
 use flow::data::{self, OnError, Reading, Table};
-use flow::digest::Digest;
-use flow::hub::{Hub, HubSettings};
-use flow::kinds;
-use flow::lineage::Lock;
 use flow::source::advice;
-use flow::step::{Context, Device, Event, Outside, Step};
-use flow::store::Store;
-use serde_json::{Value, json};
-
-// --- readers ---------------------------------------------------------------------------------
 
 fn write(dir: &Path, name: &str, content: impl AsRef<[u8]>) -> PathBuf {
     let path = dir.join(name);
@@ -215,6 +207,7 @@ fn parquet_of_another_program_with_class_names() {
     assert_eq!(texts(&table, "source"), ["web", "web", "print"]);
     assert_eq!(ints(&table, "label"), [Some(1), Some(0), None]);
 }
+<<<<<<< HEAD
 
 // --- kinds -----------------------------------------------------------------------------------
 
@@ -667,3 +660,5 @@ fn the_local_hub_gives_imdb_and_a_model() {
     room.hub = Hub::new(settings);
     assert_eq!(room.run("fetch", fetch).unwrap().ports, data.ports);
 }
+=======
+>>>>>>> hubdata

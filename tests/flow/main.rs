@@ -1,5 +1,7 @@
 //! The one integration-test binary.
+#![expect(clippy::unwrap_used, reason = "a test that cannot go on fails")]
 
+mod cli; // the program as a user types it
 mod data; // fetch, sample, hub cache
 mod engine; // cache decisions, workers, faults
 mod learn; // parity with PyTorch and PEFT
