@@ -149,7 +149,8 @@ fn serve(mut stream: TcpStream, shared: &Mutex<State>) {
         return send(404, "X-Error-Code: EntryNotFound\r\n", b"", 0);
     };
     let fault = (!state.faults.is_empty()).then(|| state.faults.remove(0));
-    let from: Option<usize> = range.strip_prefix("bytes=").and_then(|r| r.trim_end_matches('-').parse().ok());
+    let from: Option<usize> =
+        range.strip_prefix("bytes=").and_then(|r| r.trim_end_matches('-').parse().ok());
     let (mut code, mut more) = (200, String::new());
     if let Some(from) = from {
         let all = body.len();

@@ -51,9 +51,10 @@ fn texts(table: &Table, column: &str) -> Vec<String> {
 
 fn ints(table: &Table, column: &str) -> Vec<Option<i64>> {
     let i = table.index_of(column).unwrap();
-    let all = table.batches.iter().flat_map(|b| {
-        b.column(i).as_primitive::<Int64Type>().iter().collect::<Vec<_>>()
-    });
+    let all = table
+        .batches
+        .iter()
+        .flat_map(|b| b.column(i).as_primitive::<Int64Type>().iter().collect::<Vec<_>>());
     all.collect()
 }
 
@@ -597,9 +598,8 @@ fn a_command_reads_and_writes_what_it_declares() {
             }),
         )
         .unwrap();
-    let text = |port: &str, path: &str| {
-        std::fs::read_to_string(&room.files(&ran, port)[path]).unwrap()
-    };
+    let text =
+        |port: &str, path: &str| std::fs::read_to_string(&room.files(&ran, port)[path]).unwrap();
     assert_eq!(text("list", "list.txt"), "test\ntrain\n");
     assert_eq!(text("list", "list.txt.count"), "2\n");
     assert!(text("copy", "copy/f.json").contains("1000"));
