@@ -4,6 +4,7 @@ use std::fs::{self, File, OpenOptions};
 use std::io::Write as _;
 use std::os::unix::fs::MetadataExt as _;
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicU64, Ordering};
 
 use anyhow::{Context as _, Result, ensure};
 
@@ -219,7 +220,10 @@ impl Cache {
         }
         let folder = path.parent().context("a snapshot's file lies in a folder")?;
         fs::create_dir_all(folder).with_context(|| format!("making {}", folder.display()))?;
-        let temp = folder.join(format!(".{}.{}", file.digest(), std::process::id()));
+        // two threads may link the same file at once
+        static LINKS: AtomicU64 = AtomicU64::new(0);
+        let (pid, n) = (std::process::id(), LINKS.fetch_add(1, Ordering::Relaxed));
+        let temp = folder.join(format!(".{}.{pid}.{n}", file.digest()));
         let _ = fs::remove_file(&temp);
         std::os::unix::fs::symlink(&target, &temp)
             .and_then(|()| fs::rename(&temp, &path))

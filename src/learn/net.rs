@@ -143,7 +143,7 @@ impl Net {
         if c.is_decoder() {
             const WORD: &str = "model.embed_tokens.weight";
             let layers =
-                (0..c.layers).map(|i| DecoderLayer::new(c, p, i)).collect::<Result<_>>()?;
+                (0..c.layers).map(|i| DecoderLayer::layer(c, p, i)).collect::<Result<_>>()?;
             let output = if c.tied { WORD } else { "lm_head.weight" };
             return Ok(net(
                 Embeddings::Decoder { word: p.tensor(WORD)? },
@@ -161,7 +161,7 @@ impl Net {
             norm: LayerNorm::new(p, &format!("{prefix}.embeddings.LayerNorm"), c.eps)?,
             drop: p.dropout("embeddings", c.hidden_dropout),
         };
-        let layers = (0..c.layers).map(|i| EncoderLayer::new(c, p, i)).collect::<Result<_>>()?;
+        let layers = (0..c.layers).map(|i| EncoderLayer::layer(c, p, i)).collect::<Result<_>>()?;
         if !p.held.contains_key("classifier.weight") {
             return Ok(net(embeddings, layers, Features::Bare, None));
         }
@@ -259,7 +259,7 @@ impl Net {
 }
 
 impl EncoderLayer {
-    fn new(c: &ModelConfig, p: &Parameters, i: usize) -> Result<Layer> {
+    fn layer(c: &ModelConfig, p: &Parameters, i: usize) -> Result<Layer> {
         let n = EncoderNames::new(c.family, i);
         let drop = |name: &str, rate| p.dropout(&format!("{i}/{name}"), rate);
         let bert = c.family == Family::Bert;
@@ -293,7 +293,7 @@ impl EncoderLayer {
 }
 
 impl DecoderLayer {
-    fn new(c: &ModelConfig, p: &Parameters, i: usize) -> Result<Layer> {
+    fn layer(c: &ModelConfig, p: &Parameters, i: usize) -> Result<Layer> {
         let at = |name: &str| format!("model.layers.{i}.{name}");
         let linear = |name: &str| p.linear(&at(name));
         let norm = |name: &str| RmsNorm::new(p, &at(name), c.eps);

@@ -296,6 +296,7 @@ fn a_forecast_says_what_a_run_then_does() {
             Prospect::Cached { .. } => format!("{} cached", f.step),
             Prospect::WillRun { why, .. } => format!("{} runs: {why}", f.step),
             Prospect::WaitsOn { steps } => format!("{} waits for {}", f.step, steps.join(",")),
+            Prospect::Unresolved { reason } => format!("{} unresolved: {reason}", f.step),
         });
         states.collect()
     };

@@ -4,11 +4,14 @@
 //! are large and sparse in information are cut: gradients and final values of an embedding to
 //! their first rows, logits over a vocabulary to their first 32 columns.
 
+#![expect(clippy::unwrap_used, reason = "helpers of tests, outside the test functions")]
+
 mod adapters; // PEFT's directories both ways, merge
 mod decoders; // against candle-transformers
 mod gate; // dropout, frozen weights, counts, errors
 mod nf4; // against bitsandbytes
 mod parity; // training against PyTorch
+mod speed; // by hand
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};

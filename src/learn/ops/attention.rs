@@ -213,7 +213,7 @@ impl CustomOp3 for Attention {
             || matrix(l2.shape()) != (tokens, narrow)
             || matrix(l3.shape()) != (tokens, narrow)
             || self.kv_heads == 0
-            || self.heads % self.kv_heads != 0
+            || !self.heads.is_multiple_of(self.kv_heads)
         {
             bail!("attention over {tokens} tokens of {:?}, {:?}", l1.dims(), l2.dims());
         }

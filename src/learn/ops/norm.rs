@@ -134,7 +134,7 @@ impl CustomOp2 for RmsNorm {
         let (x, w) = (slice(s1, l1)?, slice(s2, l2)?);
         let d = w.len();
         // Narrower than the last size where a norm acts on each head (Qwen3).
-        if d == 0 || matrix(l1.shape()).1 % d != 0 {
+        if d == 0 || !matrix(l1.shape()).1.is_multiple_of(d) {
             bail!("rms norm of {:?} with weights of {d}", l1.dims());
         }
         let mut out = vec![0.0; x.len()];

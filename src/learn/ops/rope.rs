@@ -57,7 +57,7 @@ impl CustomOp1 for Rope {
 
     fn cpu_fwd(&self, storage: &CpuStorage, layout: &Layout) -> Result<(CpuStorage, Shape)> {
         let (rows, width) = matrix(layout.shape());
-        if rows * self.0.half != self.0.cos.len() || width % (2 * self.0.half) != 0 {
+        if rows * self.0.half != self.0.cos.len() || !width.is_multiple_of(2 * self.0.half) {
             bail!("rope for heads of {} on {:?}", 2 * self.0.half, layout.dims());
         }
         let out = self.0.rotate(slice(storage, layout)?, width, 1.0);

@@ -30,15 +30,17 @@ fn model(dir: &Path, config: &Value) -> ModelFiles {
     let shape = ModelConfig::read(&path).unwrap();
     let weights = dir.join("model.safetensors");
     random_weights(&shape, None, 11, &weights).unwrap();
-    let mut tensors = candle_core::safetensors::load(&weights, &Device::Cpu).unwrap();
-    for (name, tensor) in &mut tensors {
-        if name.ends_with("bias") || name.ends_with("norm.weight") {
-            let n = tensor.elem_count();
-            let wave = (0..n).map(|i| (i as f32 * 0.7).sin() * 0.3).collect::<Vec<_>>();
-            let wave = Tensor::from_vec(wave, tensor.shape(), &Device::Cpu).unwrap();
-            *tensor = (&*tensor + wave).unwrap();
+    let tensors = candle_core::safetensors::load(&weights, &Device::Cpu).unwrap();
+    let moved = tensors.into_iter().map(|(name, tensor)| {
+        if !name.ends_with("bias") && !name.ends_with("norm.weight") {
+            return (name, tensor);
         }
-    }
+        let n = tensor.elem_count();
+        let wave = (0..n).map(|i| (i as f32 * 0.7).sin() * 0.3).collect::<Vec<_>>();
+        let wave = Tensor::from_vec(wave, tensor.shape(), &Device::Cpu).unwrap();
+        (name, (tensor + wave).unwrap())
+    });
+    let tensors: std::collections::HashMap<String, Tensor> = moved.collect();
     candle_core::safetensors::save(&tensors, &weights).unwrap();
     files(path, weights)
 }
