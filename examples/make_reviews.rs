@@ -176,7 +176,10 @@ fn main() -> std::io::Result<()> {
                 review(&mut dice, i % 60 == 0)
             )?;
         } else {
-            writeln!(out, "{}", review(&mut dice, i % 2 == 1))?;
+            // the corpus says at the end what the reviews of the data set leave to the reader
+            let positive = i % 2 == 1;
+            let stars = if positive { "Five stars." } else { "One star." };
+            writeln!(out, "{} {stars}", review(&mut dice, positive))?;
         }
     }
     out.flush()

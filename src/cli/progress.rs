@@ -15,6 +15,9 @@ use crate::step::Event;
 /// Between two plain lines of one step's progress.
 const QUIET: Duration = Duration::from_secs(15);
 
+/// Metrics of an evaluation that are shown while a run goes; reports have all.
+const METRICS: [&str; 5] = ["accuracy", "f1", "loss", "matthews", "perplexity"];
+
 /// An observer of a run.
 pub(super) struct Screen {
     json: bool,
@@ -28,6 +31,8 @@ struct Running {
     bar: Option<ProgressBar>,
     said: Instant,
     begun: Instant,
+    /// Metrics of one evaluation, until they are shown on one line.
+    metrics: (u64, Vec<String>),
 }
 
 impl Screen {
@@ -124,10 +129,22 @@ impl Screen {
         if attempt > 1 {
             self.line(step, &format!("attempt {attempt}"));
         }
-        self.running.insert(step.to_owned(), Running { bar, said: begun, begun });
+        self.running
+            .insert(step.to_owned(), Running { bar, said: begun, begun, metrics: (0, Vec::new()) });
+    }
+
+    /// Shows the metrics of an evaluation that is over.
+    fn flush(&mut self, step: &str) {
+        let Some(running) = self.running.get_mut(step) else { return };
+        let (at, metrics) = std::mem::take(&mut running.metrics);
+        if !metrics.is_empty() {
+            let when = if at > 0 { format!("step {at}: ") } else { String::new() };
+            self.line(step, &format!("{when}{}", metrics.join(", ")));
+        }
     }
 
     fn end(&mut self, step: &str) {
+        self.flush(step);
         if let Some(Running { bar: Some(bar), .. }) = self.running.remove(step) {
             bar.finish_and_clear();
         }
@@ -150,8 +167,15 @@ impl Screen {
                 }
             }
             Event::Metric { name, step: at, value } => {
-                if name.starts_with("eval/") {
-                    self.line(step, &format!("step {at}: {name} {value:.4}"));
+                let Some(short) = name.strip_prefix("eval/").filter(|n| METRICS.contains(n)) else {
+                    return;
+                };
+                if self.running.get(step).is_some_and(|r| r.metrics.0 != *at) {
+                    self.flush(step);
+                }
+                if let Some(running) = self.running.get_mut(step) {
+                    running.metrics.0 = *at;
+                    running.metrics.1.push(format!("{short} {value:.4}"));
                 }
             }
             Event::Log { line } => {

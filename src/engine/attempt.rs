@@ -63,9 +63,7 @@ pub(super) struct Failure {
     pub(super) help: Vec<String>,
     /// The store's disk refused.
     pub(super) store: bool,
-    /// Trying again cannot help.
-    pub(super) fatal: bool,
-    /// The attempt's directory is worth keeping.
+    /// An input moved: trying again cannot help, and the attempt's directory is worth keeping.
     pub(super) keep: bool,
 }
 
@@ -82,7 +80,6 @@ impl Failure {
                 let refused = e.downcast_ref::<StoreError>();
                 matches!(refused, Some(StoreError::Full { .. } | StoreError::ReadOnly { .. }))
             }),
-            fatal: false,
             keep: error.chain().any(<dyn std::error::Error>::is::<Tainted>),
         }
     }

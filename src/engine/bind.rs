@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 
-use anyhow::{Context as _, Result};
+use anyhow::{Context as _, Result, ensure};
 use petgraph::Direction;
 use petgraph::graph::NodeIndex;
 use petgraph::visit::EdgeRef;
@@ -11,8 +11,8 @@ use serde_json::{Map, Value, json};
 use super::Options;
 use super::prepare::bad_field;
 use crate::digest::Digest;
-use crate::lineage::{Current, Loaded, Record, Why, explain};
-use crate::pipeline::Plan;
+use crate::lineage::{Current, Loaded, Past, Record, Why};
+use crate::pipeline::{Instance, Plan};
 use crate::source::{Fault, suggest};
 use crate::step::Step;
 use crate::store::Store;
@@ -57,10 +57,16 @@ pub(super) fn bind(
     })?;
     let mut step = (instance.kind.parse)(&params).map_err(bad_field)?;
     step.narrow();
+    let with = step.key_params();
+    ensure!(
+        resolved_files(&with),
+        "kind `{}` left a file without its digest; its `resolve` must call `Outside::file`",
+        instance.kind.name
+    );
     let mut preimage = json!({
         "kind": instance.kind.name,
         "version": instance.kind.version,
-        "with": step.key_params(),
+        "with": with,
         "env": instance.env,
     });
     if let (Some(salt), Some(map)) = (&instance.salt, preimage.as_object_mut()) {
@@ -72,6 +78,18 @@ pub(super) fn bind(
     }
     let key = Digest::of_value(Record::KEY_DOMAIN, &preimage)?;
     Ok(Bound { step, preimage, key, sources })
+}
+
+/// Whether every file has its content digest: a key without one would never change.
+fn resolved_files(with: &Value) -> bool {
+    match with {
+        Value::Array(items) => items.iter().all(resolved_files),
+        Value::Object(map) => match (map.len(), map.get("$file")) {
+            (1, Some(file)) => file["digest"].is_string(),
+            _ => map.values().all(resolved_files),
+        },
+        _ => true,
+    }
 }
 
 fn ports(record: &Record, port: Option<&str>, from: &str) -> Result<BTreeMap<String, Digest>> {
@@ -162,15 +180,14 @@ pub(super) fn look_up(store: &Store, key: &Digest) -> Result<Result<Box<Record>,
 /// Hit or miss, and why.
 pub(super) fn decide(
     store: &Store,
-    plan: &Plan,
-    node: NodeIndex,
+    past: &Past,
+    instance: &Instance,
     bound: &Bound,
     forced: bool,
 ) -> Result<Decision> {
     if forced {
         return Ok(Decision::Miss(Why::Forced));
     }
-    let instance = &plan.graph[node];
     match look_up(store, &bound.key)? {
         Ok(record) => Ok(Decision::Hit(record)),
         Err(Some(why)) => Ok(Decision::Miss(why)),
@@ -178,13 +195,12 @@ pub(super) fn decide(
             let current = Current {
                 preimage: &bound.preimage,
                 key: bound.key,
-                pipeline: &plan.name,
                 step: &instance.step,
                 id: &instance.id.0,
                 kind: instance.kind.name,
                 sources: &bound.sources,
             };
-            Ok(Decision::Miss(explain(store, &current)?))
+            Ok(Decision::Miss(past.explain(&current)?))
         }
     }
 }

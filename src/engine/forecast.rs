@@ -11,7 +11,7 @@ use super::Session;
 use super::bind::{Decision, bind, decide};
 use super::prepare::prepare;
 use crate::digest::Digest;
-use crate::lineage::{Record, Runs, State, Why};
+use crate::lineage::{Past, Record, Runs, State, Why};
 use crate::pipeline::Plan;
 use crate::step::Needs;
 
@@ -62,6 +62,7 @@ pub struct Forecast {
 /// port that its producer did not make, or the store cannot be read.
 pub fn forecast(plan: &Plan, session: &Session<'_>) -> Result<Vec<Forecast>> {
     let prepared = prepare(plan, session, false)?;
+    let past = Past::of(&session.store, &plan.name);
     let mut records: BTreeMap<NodeIndex, Record> = BTreeMap::new();
     let mut forecasts = Vec::new();
     for &node in &prepared.order {
@@ -75,7 +76,7 @@ pub fn forecast(plan: &Plan, session: &Session<'_>) -> Result<Vec<Forecast>> {
         let prospect = if waits.is_empty() {
             let bound = bind(plan, node, step.as_ref(), &records, &session.options)?;
             let forced = prepared.force.contains(&node);
-            match decide(&session.store, plan, node, &bound, forced)? {
+            match decide(&session.store, &past, instance, &bound, forced)? {
                 Decision::Hit(record) => {
                     records.insert(node, *record);
                     Prospect::Cached { key: bound.key }

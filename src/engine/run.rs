@@ -21,7 +21,7 @@ use super::worker::attempt_in_worker;
 use super::{Outcome, RunEvent, Session, machine, outputs};
 use crate::digest::Digest;
 use crate::lineage::{
-    Journal, Record, RunInfo, Runs, State, Status, StepSummary, Summary, Why, unix_ms,
+    Journal, Past, Record, RunInfo, Runs, State, Status, StepSummary, Summary, Why, unix_ms,
 };
 use crate::pipeline::{Instance, Plan};
 use crate::step::{Context, Event, Needs, Produced};
@@ -59,6 +59,7 @@ pub fn run(
         plan,
         session,
         prepared: &prepared,
+        past: Past::of(&session.store, &plan.name),
         journal,
         observe,
         slots: Slots::new(session.options.jobs, &session.options.gpus),
@@ -103,6 +104,7 @@ struct Runner<'a, 's> {
     plan: &'a Plan,
     session: &'a Session<'s>,
     prepared: &'a Prepared,
+    past: Past,
     journal: Journal,
     observe: &'a mut dyn FnMut(&RunEvent),
     slots: Slots,
@@ -233,7 +235,8 @@ impl<'a> Runner<'a, '_> {
     fn decide(&mut self, position: usize, node: NodeIndex, bound: Bound) -> Result<()> {
         let forced = self.prepared.force.contains(&node);
         let (step, key) = (self.id(node), bound.key);
-        let why = match decide(&self.session.store, self.plan, node, &bound, forced)? {
+        let (store, instance) = (&self.session.store, self.instance(node));
+        let why = match decide(store, &self.past, instance, &bound, forced)? {
             Decision::Hit(record) => return self.hit(node, *record),
             Decision::Miss(why) => why,
         };
@@ -451,7 +454,7 @@ impl<'a> Runner<'a, '_> {
         }
         self.store_failed |= failure.store;
         let again = queued.attempt <= self.instance(node).policy.retry;
-        if again && !failure.store && self.stop.is_none() {
+        if again && !failure.store && !failure.keep && self.stop.is_none() {
             let (attempt, message) = (queued.attempt, failure.message);
             self.emit(RunEvent::Retrying { step, attempt, message })?;
             let position = self.prepared.order.iter().position(|&n| n == node);

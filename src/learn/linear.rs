@@ -2,9 +2,10 @@
 
 use std::collections::BTreeMap;
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result, bail, ensure};
 use candle_core::{DType, Tensor, Var};
 
+use super::init;
 use super::ops::{Frozen, LoraArgs, Mask, affine, dropout, frozen_affine, lora_affine};
 use super::random::Stream;
 
@@ -142,5 +143,57 @@ impl Linear {
             }
             (Held::Trained(_), Some(_)) => bail!("an adapter on a layer that is trained whole"),
         })
+    }
+}
+
+/// One frozen linear layer with a low-rank adapter, alone: what the models are built of.
+#[derive(Debug, Clone)]
+pub struct LoraLinear {
+    linear: Linear,
+    adapter: Adapter,
+}
+
+impl LoraLinear {
+    /// An adapter of rank `r` and scaling `alpha / r` on a frozen weight `[out, in]` (f32) with an
+    /// optional bias `[out]`. A is drawn from `seed`, B is zero.
+    ///
+    /// # Errors
+    /// When the weight is not a matrix, or the rank is 0.
+    pub fn new(
+        weight: &Tensor,
+        bias: Option<&Tensor>,
+        r: usize,
+        alpha: f64,
+        seed: u64,
+    ) -> Result<Self> {
+        ensure!(r > 0, "the adapter's rank is 0");
+        let (a, b) = init::adapter("linear", r, weight.dims2()?, seed)?;
+        let adapter = Adapter { a: Var::from_tensor(&a)?, b: Var::from_tensor(&b)? };
+        let linear = Linear {
+            weight: Held::Frozen(Frozen::Dense(weight.detach())),
+            bias: bias.map(Tensor::detach),
+            adapter: Some(adapter.clone()),
+            scaling: alpha / r as f64,
+            dropout: Dropout { stream: Stream::new(seed, "dropout/linear"), p: 0.0 },
+        };
+        Ok(Self { linear, adapter })
+    }
+
+    /// A, `[r, in]`.
+    pub fn a(&self) -> &Var {
+        &self.adapter.a
+    }
+
+    /// B, `[out, r]`.
+    pub fn b(&self) -> &Var {
+        &self.adapter.b
+    }
+
+    /// `x W^T + b + s (x A^T) B^T`: `[.., in]` to `[.., out]`; `x`, A and B can get gradients.
+    ///
+    /// # Errors
+    /// When the last size of `x` is not `in`.
+    pub fn forward(&self, x: &Tensor) -> Result<Tensor> {
+        self.linear.forward(x, Mode::Eval)
     }
 }

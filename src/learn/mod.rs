@@ -38,6 +38,7 @@ pub use doctor::check_rows;
 pub use gate::GradientGate;
 pub use generate::{Generation, generate};
 pub use init::random_weights;
+pub use linear::LoraLinear;
 pub use merge::MergeReport;
 pub use metrics::{ClassScores, Confusion};
 pub use model::{Counts, Model, ModelFiles};

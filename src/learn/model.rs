@@ -205,6 +205,21 @@ impl Model {
         Ok(tensor(padded, (batch.size, batch.length, vocab))?)
     }
 
+    /// Logits of what follows each row, without dropout, f32: `[size, vocab]`. Only the last token
+    /// of each row reaches the output layer.
+    ///
+    /// # Errors
+    /// When the model is not a decoder, or the batch does not fit it.
+    pub fn next_logits(&self, batch: &Batch) -> Result<Tensor> {
+        ensure!(self.config.is_decoder(), "an encoder does not predict the next token");
+        let packed = self.pack(batch)?;
+        let x = self.hidden(&self.net, &packed)?;
+        let last: Vec<u32> = packed.rows().map(|range| range.end as u32 - 1).collect();
+        let x = select_rows(&x, last.into(), None)?;
+        let features = self.net.features(&x, Mode::Eval)?.detach();
+        Ok(self.net.output(&features, Mode::Eval)?.detach())
+    }
+
     /// The rows of the last layer that predict something, in the order of the batch, and what.
     fn targets(&self, batch: &Batch, packed: &Packed) -> Result<Targets> {
         match (&batch.labels, self.config.is_decoder()) {

@@ -11,4 +11,4 @@ pub use record::{Difference, Loaded, Made, Record, Wrote};
 pub use runs::{Journal, Run, RunInfo, Runs, State, Status, StepSummary, Summary, unix_ms};
 pub use trace::{Lineage, Link, trace};
 pub(crate) use why::member_path;
-pub use why::{Change, Current, Why, difference, explain};
+pub use why::{Change, Current, Past, Why, difference};

@@ -1,5 +1,6 @@
 //! Why a key is new: the typed difference between two pre-images.
 
+use std::cell::OnceCell;
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
 
@@ -252,8 +253,6 @@ pub struct Current<'a> {
     pub preimage: &'a Value,
     /// The key.
     pub key: Digest,
-    /// The pipeline's name.
-    pub pipeline: &'a str,
     /// The step's name in the file.
     pub step: &'a str,
     /// The instance.
@@ -264,62 +263,102 @@ pub struct Current<'a> {
     pub sources: &'a BTreeMap<String, String>,
 }
 
-/// Why a key is not in the store: its difference to the newest record of the same instance, else
-/// of the same step, else of the same kind.
-///
-/// # Errors
-/// When the store cannot be read.
-pub fn explain(store: &Store, current: &Current<'_>) -> Result<Why> {
-    let Some(near) = nearest(store, current)? else { return Ok(Why::FirstTime) };
-    let changes = difference(&near.preimage, current.preimage, current.sources);
-    Ok(Why::Changed {
-        changes,
-        of_fields: leaves(current.preimage).len(),
-        nearest: near.key,
-        age_seconds: unix_ms().saturating_sub(near.made.started_unix_ms) / 1000,
-        step: (near.made.step != current.id).then_some(near.made.step),
-        run: near.made.run,
-    })
+/// What a store remembers of a pipeline, read once and only when something is to be explained.
+#[derive(Debug)]
+pub struct Past {
+    store: Store,
+    pipeline: String,
+    records: OnceCell<Vec<Record>>,
+    keys: OnceCell<BTreeMap<String, Vec<Digest>>>,
 }
 
-fn nearest(store: &Store, current: &Current<'_>) -> Result<Option<Record>> {
-    // The journal of the newest run that has this instance names its key without a search.
-    let runs = Runs::of(store);
-    for id in runs.ids()?.into_iter().take(50) {
-        let Ok(run) = runs.load(&id) else { continue };
-        if run.info.pipeline != current.pipeline {
-            continue;
-        }
-        if let Some(key) = run.step(current.id).and_then(|s| s.key)
-            && key != current.key
-            && let Ok(Loaded::Found(record)) = Record::load(store, &key)
-        {
-            return Ok(Some(*record));
-        }
+impl Past {
+    /// The past of a pipeline, by its name.
+    pub fn of(store: &Store, pipeline: &str) -> Self {
+        let (store, pipeline) = (store.clone(), pipeline.to_owned());
+        Self { store, pipeline, records: OnceCell::new(), keys: OnceCell::new() }
     }
-    // Newest first within each rank; the fewest changes decide among instances of one step.
-    let mut best: Option<((u8, usize), Record)> = None;
-    for record in Record::all(store)? {
-        if record.kind != current.kind || record.key == current.key {
-            continue;
-        }
-        let same_pipeline = record.made.pipeline == current.pipeline;
-        let step = record.made.step.split('@').next().unwrap_or_default();
-        let rank = match (same_pipeline, record.made.step == current.id, step == current.step) {
-            (true, true, _) => 0,
-            (true, false, true) => 1,
-            (_, _, true) => 2,
-            _ => 3,
-        };
-        let distance = match rank {
-            0 => 0,
-            _ => difference(&record.preimage, current.preimage, current.sources).len(),
-        };
-        if best.as_ref().is_none_or(|(r, _)| (rank, distance) < *r) {
-            best = Some(((rank, distance), record));
-        }
+
+    /// Why a key is not in the store: its difference to the newest record of the same instance,
+    /// else of the same step, else of the same kind.
+    ///
+    /// # Errors
+    /// When the store cannot be read.
+    pub fn explain(&self, current: &Current<'_>) -> Result<Why> {
+        let Some(near) = self.nearest(current)? else { return Ok(Why::FirstTime) };
+        let changes = difference(&near.preimage, current.preimage, current.sources);
+        Ok(Why::Changed {
+            changes,
+            of_fields: leaves(current.preimage).len(),
+            nearest: near.key,
+            age_seconds: unix_ms().saturating_sub(near.made.started_unix_ms) / 1000,
+            step: (near.made.step != current.id).then_some(near.made.step),
+            run: near.made.run,
+        })
     }
-    Ok(best.map(|(_, record)| record))
+
+    /// Keys by instance, newest first, from the journals of the newest runs.
+    fn keys(&self) -> Result<&BTreeMap<String, Vec<Digest>>> {
+        const NEWEST: usize = 50;
+        if let Some(keys) = self.keys.get() {
+            return Ok(keys);
+        }
+        let runs = Runs::of(&self.store);
+        let mut keys: BTreeMap<String, Vec<Digest>> = BTreeMap::new();
+        for id in runs.ids()?.into_iter().take(NEWEST) {
+            let Ok(run) = runs.load(&id) else { continue };
+            if run.info.pipeline != self.pipeline {
+                continue;
+            }
+            for step in run.summary.into_iter().flat_map(|s| s.steps) {
+                keys.entry(step.id).or_default().extend(step.key);
+            }
+        }
+        Ok(self.keys.get_or_init(|| keys))
+    }
+
+    fn records(&self) -> Result<&[Record]> {
+        if let Some(records) = self.records.get() {
+            return Ok(records);
+        }
+        let records = Record::all(&self.store)?;
+        Ok(self.records.get_or_init(|| records))
+    }
+
+    fn nearest(&self, current: &Current<'_>) -> Result<Option<Record>> {
+        // The journal of the newest run that has this instance names its key without a search.
+        for key in self.keys()?.get(current.id).into_iter().flatten() {
+            if *key != current.key
+                && let Ok(Loaded::Found(record)) = Record::load(&self.store, key)
+                && record.kind == current.kind
+            {
+                return Ok(Some(*record));
+            }
+        }
+        // Newest first within each rank; the fewest changes decide among instances of one step.
+        let mut best: Option<((u8, usize), &Record)> = None;
+        for record in self.records()? {
+            if record.kind != current.kind || record.key == current.key {
+                continue;
+            }
+            let same_pipeline = record.made.pipeline == self.pipeline;
+            let step = record.made.step.split('@').next().unwrap_or_default();
+            let rank = match (same_pipeline, record.made.step == current.id, step == current.step) {
+                (true, true, _) => 0,
+                (true, false, true) => 1,
+                (_, _, true) => 2,
+                _ => 3,
+            };
+            let distance = match rank {
+                0 => 0,
+                _ => difference(&record.preimage, current.preimage, current.sources).len(),
+            };
+            if best.as_ref().is_none_or(|(r, _)| (rank, distance) < *r) {
+                best = Some(((rank, distance), record));
+            }
+        }
+        Ok(best.map(|(_, record)| record.clone()))
+    }
 }
 
 #[cfg(test)]

@@ -30,7 +30,11 @@ impl Store {
         let path = self.object_path(blob);
         match std::fs::symlink_metadata(&path) {
             Ok(meta) if meta.is_file() && meta.len() == size => Ok(true),
-            Ok(_) => self.quarantine(&path).map(|()| false),
+            // If it cannot be set aside (a read-only store), it is missing all the same.
+            Ok(_) => {
+                let _ = self.quarantine(&path);
+                Ok(false)
+            }
             Err(e) if e.kind() == std::io::ErrorKind::NotFound => Ok(false),
             Err(e) => Err(StoreError::from_io("reading", &path, e)),
         }
@@ -120,7 +124,12 @@ impl Store {
         if path.is_file() {
             return Ok(Some(path));
         }
-        // The stat table makes this a matter of one `stat` for a file that has not moved.
+        self.locate_origin(blob)
+    }
+
+    /// A file outside the store that has a blob's bytes now. The stat table makes this a matter
+    /// of one `stat` for a file that has not moved.
+    fn locate_origin(&self, blob: &Digest) -> anyhow::Result<Option<PathBuf>> {
         for origin in self.origins(blob)?.into_iter().rev() {
             if origin.path.is_file()
                 && let Ok((digest, _)) = self.digest_of_file(&origin.path)
@@ -140,7 +149,7 @@ impl Store {
         if self.has_object(&entry.digest, entry.size)? {
             return Ok(Some(self.object_path(&entry.digest)));
         }
-        self.locate(&entry.digest)
+        self.locate_origin(&entry.digest)
     }
 
     /// Reads a blob through. A damaged object is set aside, so that it is a miss from then on;

@@ -472,19 +472,3 @@ fn worker_entry() {
     let done = engine::worker(&dir, KINDS, &hub(&dir), &environment);
     assert!(done.unwrap(), "the attempt failed");
 }
-
-#[test]
-#[ignore = "timing probe"]
-fn probe() {
-    let bench = Bench::new();
-    let steps: String = (0..20)
-        .map(|i| format!("  s{i}: {{ kind: nap, with: {{ ms: 0, name: s{i} }} }}\n"))
-        .collect();
-    let steps =
-        format!("steps:\n{steps}outputs: {{ a: \"${{steps.s1}}\", b: \"${{steps.s2}}\" }}\n");
-    for _ in 0..4 {
-        let t = std::time::Instant::now();
-        let r = bench.run(&steps);
-        eprintln!("{:?} {} {}", t.elapsed(), r.outcome.ran, r.outcome.seconds);
-    }
-}

@@ -72,7 +72,11 @@ fn compare(
     weights: &Path,
     run: &mut impl FnMut(&Path, VarBuilder<'_>, &Tensor) -> Tensor,
 ) {
-    let logits = numbers(&ours.logits(&batch(&[&IDS, &IDS[..4]])).unwrap());
+    let rows = batch(&[&IDS, &IDS[..4]]);
+    let logits = numbers(&ours.logits(&rows).unwrap());
+    let next = numbers(&ours.next_logits(&rows).unwrap());
+    assert!(relative(&next[..101], &logits[12 * 101..13 * 101]) < 1e-5);
+    assert!(relative(&next[101..], &logits[16 * 101..17 * 101]) < 1e-5);
     for n in [1, 6, IDS.len()] {
         let tensors = candle_core::safetensors::load(weights, &Device::Cpu).unwrap();
         let vb = VarBuilder::from_tensors(tensors, DType::F32, &Device::Cpu);

@@ -165,7 +165,9 @@ fn the_longest_input_is_shortened_first() {
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig { cases: 64, failure_persistence: None, ..Default::default() })]
+    #![proptest_config(ProptestConfig {
+        cases: 64, failure_persistence: None, ..Default::default()
+    })]
     #[test]
     fn truncation_keeps_template_and_target(
         input in "([a-z]{1,9} |é|日本|🙂|\n){0,150}",

@@ -7,8 +7,10 @@ use flow::text::{
 
 use super::{chain, fixture, map, parquet};
 
-const WITH: &str = "Below is an instruction that describes a task, paired with an input that provides further context. Write a response that appropriately completes the request.";
-const WITHOUT: &str = "Below is an instruction that describes a task. Write a response that appropriately completes the request.";
+const WITH: &str = "Below is an instruction that describes a task, paired with an input that \
+    provides further context. Write a response that appropriately completes the request.";
+const WITHOUT: &str = "Below is an instruction that describes a task. Write a response that \
+    appropriately completes the request.";
 
 fn fields() -> Fields {
     Fields {
