@@ -10,11 +10,13 @@
 //!
 //! | floor | modules | what they do |
 //! |---|---|---|
-//! | 7 roof | `cli`, `main.rs` | arguments, colours, tables, exit codes; the only floor that prints or reads the environment |
-//! | 5 engine | `engine` | Plan in, Run out: scheduler, cache decision, attempts, workers, events |
+//! | 7 roof | `cli`, `main.rs` | arguments, colours, exit codes; alone prints and reads the environment |
+//! | 5 engine | `engine` | Plan in, Run out: scheduler, cache decision, workers, events |
 //! | 4 rooms | `pipeline`, `kinds` | YAML to Pipeline to Plan; one file per step kind |
 //! | 3 contract | `step` | all that floors 4 and 5 agree on |
-//! | 2 rooms | `artifact`, `lineage`, `hub`, `data`, `text`, `learn` | typed views of stored trees; records, runs, lock; hub client; readers and samplers; templates and tokenizers; tensors and training |
+//! | 2 rooms | `artifact`, `lineage` | typed views of stored trees; records, runs, the lock |
+//! | 2 rooms | `hub`, `data`, `text` | hub client; readers and samplers; templates, tokenizers |
+//! | 2 rooms | `learn` | tensors and training: operations, models, LoRA, NF4, the trainer |
 //! | 1 cellar | `store` | content-addressed objects, atomic publish, leases |
 //! | 0 ground | `digest`, `source`, `yaml` | hashes, spans and diagnostics, the spanned YAML tree |
 
