@@ -10,7 +10,7 @@
 //!
 //! | floor | modules | what they do |
 //! |---|---|---|
-//! | 7 roof | `cli`, `main.rs` | arguments, colours, exit codes; alone prints and reads the environment |
+//! | 7 roof | `cli`, `main.rs` | arguments, colours, exit codes; reads the environment, prints |
 //! | 5 engine | `engine` | Plan in, Run out: scheduler, cache decision, workers, events |
 //! | 4 rooms | `pipeline`, `kinds` | YAML to Pipeline to Plan; one file per step kind |
 //! | 3 contract | `step` | all that floors 4 and 5 agree on |

@@ -69,8 +69,16 @@ pub(crate) struct Net {
 
 #[derive(Debug)]
 enum Embeddings {
-    Encoder { word: Tensor, position: Tensor, kind: Option<Tensor>, norm: LayerNorm, drop: Dropout },
-    Decoder { word: Tensor },
+    Encoder {
+        word: Tensor,
+        position: Tensor,
+        token_type: Option<Tensor>,
+        norm: LayerNorm,
+        drop: Dropout,
+    },
+    Decoder {
+        word: Tensor,
+    },
 }
 
 #[derive(Debug)]
@@ -157,7 +165,7 @@ impl Net {
         let embeddings = Embeddings::Encoder {
             word: embedding("word")?,
             position: embedding("position")?,
-            kind: (c.type_vocab > 0).then(|| embedding("token_type")).transpose()?,
+            token_type: (c.type_vocab > 0).then(|| embedding("token_type")).transpose()?,
             norm: LayerNorm::new(p, &format!("{prefix}.embeddings.LayerNorm"), c.eps)?,
             drop: p.dropout("embeddings", c.hidden_dropout),
         };
@@ -196,11 +204,11 @@ impl Net {
         let ids: Arc<[u32]> = batch.ids.as_slice().into();
         match &self.embeddings {
             Embeddings::Decoder { word } => Ok(select_rows(word, ids, self.pad)?),
-            Embeddings::Encoder { word, position, kind, norm, drop } => {
+            Embeddings::Encoder { word, position, token_type, norm, drop } => {
                 let mut x = select_rows(word, ids, self.pad)?;
                 x = (x + select_rows(position, batch.positions().into(), None)?)?;
-                if let Some(kind) = kind {
-                    x = (x + select_rows(kind, batch.types.as_slice().into(), None)?)?;
+                if let Some(kinds) = token_type {
+                    x = (x + select_rows(kinds, batch.types.as_slice().into(), None)?)?;
                 }
                 drop.forward(&norm.forward(&x)?, mode)
             }
