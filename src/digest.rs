@@ -5,7 +5,8 @@
 //! depends on map order, float formatting or a dependency's `preserve_order` switch.
 
 use std::fmt;
-use std::io;
+use std::fs::File;
+use std::io::{self, Read};
 use std::path::Path;
 use std::str::FromStr;
 
@@ -27,8 +28,22 @@ impl Digest {
     /// # Errors
     /// When the file cannot be opened or read.
     pub fn of_file(path: &Path) -> io::Result<(Self, u64)> {
+        // Read, not mapped: a file that is cut while it is mapped ends the process.
+        const CHUNK: u64 = 8 << 20;
+        const PARALLEL: usize = 256 << 10;
+        let mut file = File::open(path)?;
+        let size = file.metadata()?.len();
         let mut hasher = blake3::Hasher::new();
-        hasher.update_mmap_rayon(path)?;
+        let mut chunk = Vec::with_capacity(usize::try_from(size.min(CHUNK) + 1).unwrap_or(1));
+        loop {
+            chunk.clear();
+            file.by_ref().take(CHUNK).read_to_end(&mut chunk)?;
+            match chunk.len() {
+                0 => break,
+                PARALLEL.. => hasher.update_rayon(&chunk),
+                _ => hasher.update(&chunk),
+            };
+        }
         Ok((Self(*hasher.finalize().as_bytes()), hasher.count()))
     }
 

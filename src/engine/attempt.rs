@@ -3,6 +3,7 @@
 
 use std::any::Any;
 use std::collections::{BTreeMap, BTreeSet};
+use std::io::ErrorKind;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -30,6 +31,8 @@ pub(super) struct Task {
     pub(super) params: Value,
     pub(super) preimage: Value,
     pub(super) key: Digest,
+    /// Keys of the steps behind the inputs, by path in the pre-image.
+    pub(super) sources: BTreeMap<String, Digest>,
     /// Declared environment that is set.
     pub(super) env: BTreeMap<String, String>,
     /// Names only: values are never written down.
@@ -78,7 +81,9 @@ impl Failure {
             help: advice(error),
             store: error.chain().any(|e| {
                 let refused = e.downcast_ref::<StoreError>();
+                let full = e.downcast_ref::<std::io::Error>().map(std::io::Error::kind);
                 matches!(refused, Some(StoreError::Full { .. } | StoreError::ReadOnly { .. }))
+                    || matches!(full, Some(ErrorKind::StorageFull | ErrorKind::QuotaExceeded))
             }),
             keep: error.chain().any(<dyn std::error::Error>::is::<Tainted>),
         }
@@ -155,10 +160,9 @@ fn try_attempt(task: &Task, step: &dyn Step, dir: &Path, around: &Around<'_>) ->
         emit: &|event| (around.say)(Said::Event(event)),
         produced: Produced::default(),
     };
+    // A body that is stopped gives an error; one that came to its end is finished work.
     guarded(|| step.run(&mut cx))?;
     let produced = std::mem::take(&mut cx.produced);
-    // What a stopped step leaves may be half of its work.
-    ensure!(!around.cancel.load(Ordering::Relaxed), "interrupted");
     outside.unchanged(store)?;
     let ports = publish(store, step, dir, &produced)?;
     let record = Record {
@@ -174,6 +178,7 @@ fn try_attempt(task: &Task, step: &dyn Step, dir: &Path, around: &Around<'_>) ->
             run: task.run.clone(),
             step: task.step.clone(),
             pipeline: task.pipeline.clone(),
+            sources: task.sources.clone(),
             started_unix_ms,
             seconds: started.elapsed().as_secs_f64(),
             cpu_seconds: around.alone.then(machine::cpu_seconds).flatten(),
@@ -252,6 +257,8 @@ fn publish(
     let out = dir.join("out");
     let mut written = BTreeSet::new();
     if out.is_dir() {
+        // A command may have taken its own right to write away.
+        store.disk().open_folders(&out)?;
         for entry in std::fs::read_dir(&out)? {
             let entry = entry?;
             let name = entry.file_name().to_string_lossy().into_owned();
@@ -302,7 +309,8 @@ struct Outsiders {
 }
 
 impl Outsiders {
-    /// Notes their state, after checking that file inputs still have the bytes in the key.
+    /// Notes their state, after checking that file inputs still have the bytes in the key, and
+    /// that what is read from the store is undamaged.
     fn of(store: &Store, params: &Value) -> Result<Self> {
         let mut files = Vec::new();
         let mut found = Vec::new();
@@ -321,10 +329,14 @@ impl Outsiders {
                 }
                 Read::Tree(tree) => {
                     for entry in store.tree(&tree)?.into_iter().flat_map(|t| t.entries) {
-                        let path = store.locate_entry(&entry)?;
-                        if let Some(path) = path.filter(|p| !p.starts_with(store.root())) {
+                        let Some(path) = store.locate_entry(&entry)? else { continue };
+                        if !path.starts_with(store.root()) {
                             let states = store.states(&path)?;
                             files.push((path, states));
+                        } else if !store.verify(&entry.digest)? {
+                            let damaged = format!("`{}` in the store is damaged", entry.path);
+                            let help = "it is set aside now: run again, and it is made again";
+                            return Err(Fault::new(damaged).help(help).into());
                         }
                     }
                 }

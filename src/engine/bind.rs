@@ -24,6 +24,8 @@ pub(super) struct Bound {
     pub(super) key: Digest,
     /// The step behind each input, by path in the pre-image.
     pub(super) sources: BTreeMap<String, String>,
+    /// Its key.
+    pub(super) source_keys: BTreeMap<String, Digest>,
 }
 
 /// Binds a step to the records of its producers, all of which are there.
@@ -39,7 +41,7 @@ pub(super) fn bind(
     for edge in plan.graph.edges_directed(node, Direction::Incoming) {
         feeds.insert(edge.weight().index, (edge.source(), edge.weight().port.as_deref()));
     }
-    let mut sources = BTreeMap::new();
+    let (mut sources, mut source_keys) = (BTreeMap::new(), BTreeMap::new());
     let mut params = resolved.params();
     for_inputs("with", &mut params, &mut |path, binding| {
         let index = binding.get("edge").and_then(Value::as_u64);
@@ -49,6 +51,7 @@ pub(super) fn bind(
         let from = &plan.graph[*producer].id.0;
         let record = records.get(producer).with_context(|| format!("{from} has no result"))?;
         sources.insert(path.to_owned(), from.clone());
+        source_keys.insert(path.to_owned(), record.key);
         binding.insert("ports".into(), serde_json::to_value(ports(record, *port, from)?)?);
         if instance.kind.reads_records {
             binding.insert("facts".into(), Value::Object(facts(record)));
@@ -77,7 +80,7 @@ pub(super) fn bind(
         map.insert("compute".into(), options.compute.as_str().into());
     }
     let key = Digest::of_value(Record::KEY_DOMAIN, &preimage)?;
-    Ok(Bound { step, preimage, key, sources })
+    Ok(Bound { step, preimage, key, sources, source_keys })
 }
 
 /// Whether every file has its content digest: a key without one would never change.

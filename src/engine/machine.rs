@@ -1,9 +1,18 @@
 //! What goes into a record about the machine. Nothing here is ever part of a key.
 
+use std::path::{Path, PathBuf};
+
 use crate::step::Device;
 
 /// Version of this program.
 pub(super) const BUILD: &str = env!("CARGO_PKG_VERSION");
+
+/// The file of the program that runs now: on Linux the very file, even if another has taken its
+/// path since.
+pub(super) fn program() -> std::io::Result<PathBuf> {
+    let own = Path::new("/proc/self/exe");
+    if own.exists() { Ok(own.to_path_buf()) } else { std::env::current_exe() }
+}
 
 /// Host name.
 pub(super) fn host() -> String {

@@ -31,6 +31,7 @@ pub(super) fn publish(
     plan: &Plan,
     session: &Session<'_>,
     records: &BTreeMap<NodeIndex, Record>,
+    run: &str,
 ) -> Result<Vec<RunEvent>> {
     let store = &session.store;
     let dir = session.options.outputs.join(&plan.name);
@@ -38,6 +39,9 @@ pub(super) fn publish(
     for output in &plan.outputs {
         let Some(record) = records.get(&output.node) else { continue };
         let name = output.name.replace(['/', '\0'], "_");
+        // One writer a place: runs of one pipeline at once publish one after the other.
+        let lease = format!("outputs-{}", place_name(&dir.join(&name))?);
+        let _lease = store.lease(&lease, run)?;
         let placed = place(store, &dir, &name, output, record);
         let placed = placed.with_context(|| format!("publishing output `{}`", output.name))?;
         if let Placed::New { kept } = placed {
@@ -115,9 +119,13 @@ fn place(
 
 /// Where the note about a place is kept. In the store, not beside the output.
 fn note_path(store: &Store, dest: &Path) -> Result<PathBuf> {
+    Ok(store.root().join("outputs").join(format!("{}.json", place_name(dest)?)))
+}
+
+/// A name of a place that can be a file's.
+fn place_name(dest: &Path) -> Result<Digest> {
     let place = std::path::absolute(dest)?;
-    let name = Digest::of(place.as_os_str().as_encoded_bytes());
-    Ok(store.root().join("outputs").join(format!("{name}.json")))
+    Ok(Digest::of(place.as_os_str().as_encoded_bytes()))
 }
 
 fn remember(store: &Store, note: &Path, dest: &Path, put: Put) -> Result<()> {

@@ -65,6 +65,12 @@ pub(super) fn prepare_what_can(
     };
     let chosen = choose(plan, &session.options.targets)?;
     let force = named(plan, &session.options.force)?;
+    if let Some(node) = force.iter().find(|n| !chosen.contains(n)) {
+        let id = &plan.graph[*node].id.0;
+        let fault =
+            Fault::new(format!("`{id}` is to be forced, but the steps asked for need it not"));
+        return Err(fault.help("name it among the steps too").into());
+    }
     let mut lock = Lock::load(&lock_path(plan, session), mode)?;
     let dir = plan.file.parent().unwrap_or(Path::new(""));
     let order: Vec<NodeIndex> = plan.order().into_iter().filter(|n| chosen.contains(n)).collect();

@@ -10,22 +10,21 @@ use std::thread::Scope;
 use std::time::{Duration, Instant};
 
 use anyhow::Result;
-use petgraph::Direction;
 use petgraph::graph::NodeIndex;
 
 use super::attempt::{Around, Failure, Reply, Said, Task, attempt, guarded};
 use super::bind::{Bound, Decision, bind, decide};
 use super::prepare::{Prepared, prepare};
+use super::ready::Ready;
 use super::slots::{Grant, Slots};
-use super::worker::attempt_in_worker;
-use super::{Outcome, RunEvent, Session, machine, outputs};
+use super::worker::{Program, attempt_in_worker};
+use super::{Outcome, RunEvent, Session, machine, outputs, scratch};
 use crate::digest::Digest;
 use crate::lineage::{
     Journal, Past, Record, RunInfo, Runs, State, Status, StepSummary, Summary, Why, unix_ms,
 };
 use crate::pipeline::{Instance, Plan};
 use crate::step::{Context, Event, Needs, Produced};
-use crate::store::unique;
 
 /// Lines of a failed step's log that are shown with its failure.
 const TAIL_LINES: usize = 20;
@@ -55,15 +54,21 @@ pub fn run(
         pid: std::process::id(),
         build: machine::BUILD.into(),
     })?;
+    scratch::sweep(&session.store);
+    let program = session.options.worker.as_ref();
+    let program = program.map(|command| Program::of(command, &session.store)).transpose()?;
     let mut runner = Runner {
         plan,
+        program: program.as_ref(),
         session,
         prepared: &prepared,
         past: Past::of(&session.store, &plan.name),
         journal,
         observe,
         slots: Slots::new(session.options.jobs, &session.options.gpus),
+        ready: Ready::new(plan, &prepared.order),
         records: BTreeMap::new(),
+        by_key: BTreeMap::new(),
         ended: BTreeMap::new(),
         queue: BTreeMap::new(),
         running: BTreeMap::new(),
@@ -102,14 +107,18 @@ enum Message {
 
 struct Runner<'a, 's> {
     plan: &'a Plan,
+    program: Option<&'a Program<'a>>,
     session: &'a Session<'s>,
     prepared: &'a Prepared,
     past: Past,
     journal: Journal,
     observe: &'a mut dyn FnMut(&RunEvent),
     slots: Slots,
+    ready: Ready,
     /// Results so far.
     records: BTreeMap<NodeIndex, Record>,
+    /// A step that has the result of a key.
+    by_key: BTreeMap<Digest, NodeIndex>,
     /// What became of the steps that are through.
     ended: BTreeMap<NodeIndex, StepSummary>,
     /// By position in the plan, so that ties are always broken the same way.
@@ -159,7 +168,8 @@ impl<'a> Runner<'a, '_> {
         })?;
         self.skip_the_rest()?;
         if self.status() == Status::Done {
-            for event in outputs::publish(self.plan, self.session, &self.records)? {
+            let run = &self.journal.info.id;
+            for event in outputs::publish(self.plan, self.session, &self.records, run)? {
                 self.emit(event)?;
             }
         }
@@ -182,6 +192,10 @@ impl<'a> Runner<'a, '_> {
             }
             if self.stop.is_none() {
                 self.start_queued(scope, send)?;
+            }
+            if self.stop.is_none() && self.ready.any() {
+                // A twin's result made others ready.
+                continue;
             }
             if self.running.is_empty() && (self.stop.is_some() || self.queue.is_empty()) {
                 return Ok(());
@@ -212,14 +226,8 @@ impl<'a> Runner<'a, '_> {
 
     /// Decides every step whose producers are through, in plan order.
     fn decide_ready(&mut self) -> Result<()> {
-        for (position, &node) in self.prepared.order.iter().enumerate() {
-            let known = self.ended.contains_key(&node)
-                || self.running.contains_key(&node)
-                || self.queue.contains_key(&position);
-            let mut producers = self.plan.graph.neighbors_directed(node, Direction::Incoming);
-            if known || !producers.all(|p| self.records.contains_key(&p)) {
-                continue;
-            }
+        while let Some(position) = self.ready.next() {
+            let node = self.prepared.order[position];
             let step = self.prepared.steps[&node].as_ref();
             match bind(self.plan, node, step, &self.records, &self.session.options) {
                 Ok(bound) => self.decide(position, node, bound)?,
@@ -255,8 +263,15 @@ impl<'a> Runner<'a, '_> {
         let (step, key) = (self.id(node), record.key);
         let (saved_seconds, warnings) = (record.made.seconds, record.warnings.clone());
         self.end(node, Some(key), State::Hit, 0.0, None, None);
-        self.records.insert(node, record);
+        self.keep(node, record);
         self.emit(RunEvent::Hit { step, key, saved_seconds, warnings })
+    }
+
+    /// Remembers a step's result.
+    fn keep(&mut self, node: NodeIndex, record: Record) {
+        self.by_key.insert(record.key, node);
+        self.records.insert(node, record);
+        self.ready.produced(self.plan, node);
     }
 
     /// Lets a step look at its inputs' headers before anything is spent on it.
@@ -264,7 +279,7 @@ impl<'a> Runner<'a, '_> {
         let store = &self.session.store;
         let said = Mutex::new(Vec::new());
         let emit = |event| said.lock().unwrap_or_else(PoisonError::into_inner).push(event);
-        let attempt_dir = store.root().join("attempts").join(format!("check-{}", unique()));
+        let attempt_dir = scratch::path(store, &self.journal.info.id, &bound.key);
         let cx = Context {
             store: store.clone(),
             hub: self.session.hub,
@@ -294,15 +309,18 @@ impl<'a> Runner<'a, '_> {
     where
         'a: 'scope,
     {
-        let positions: Vec<usize> = self.queue.keys().copied().collect();
-        for position in positions {
-            let Some((node, queued)) = self.queue.get(&position) else { continue };
+        let mut from = 0;
+        while let Some((&position, (node, queued))) = self.queue.range(from..).next() {
+            if self.slots.is_full() {
+                break;
+            }
+            from = position + 1;
             let (node, key, needs) = (*node, queued.bound.key, queued.needs);
             // Two steps of one key: the second takes what the first made.
             if self.running.values().any(|r| r.queued.bound.key == key) {
                 continue;
             }
-            let twin = self.records.values().find(|r| r.key == key).cloned();
+            let twin = self.by_key.get(&key).and_then(|n| self.records.get(n)).cloned();
             if let (Some(twin), false) = (twin, self.prepared.force.contains(&node)) {
                 self.queue.remove(&position);
                 self.hit(node, twin)?;
@@ -312,8 +330,7 @@ impl<'a> Runner<'a, '_> {
             let Some((_, queued)) = self.queue.remove(&position) else { continue };
             self.start(node, queued, grant, scope, send)?;
         }
-        // A hit may have made others ready.
-        if self.running.is_empty() && self.queue.is_empty() { self.decide_ready() } else { Ok(()) }
+        Ok(())
     }
 
     fn start<'scope>(
@@ -336,6 +353,7 @@ impl<'a> Runner<'a, '_> {
             params: queued.bound.step.params(),
             preimage: queued.bound.preimage.clone(),
             key: queued.bound.key,
+            sources: queued.bound.source_keys.clone(),
             env: set(&instance.env),
             secrets: instance.policy.secrets.clone(),
             device: options.device,
@@ -351,8 +369,7 @@ impl<'a> Runner<'a, '_> {
         // The log is there before anything can fail.
         let log_path = self.journal.log_path(&instance.id.0);
         let log = store.disk().open_append(&log_path)?;
-        let name = format!("{}-{}", task.key.short(), unique());
-        let dir = store.root().join("attempts").join(name);
+        let dir = scratch::path(store, &task.run, &task.key);
         store.disk().create_dir_all(&dir)?;
         let cancel = Arc::new(AtomicBool::new(false));
         let bound = Arc::clone(&queued.bound);
@@ -368,6 +385,7 @@ impl<'a> Runner<'a, '_> {
             log_path: log_path.clone(),
         };
         self.running.insert(node, running);
+        let program = self.program;
         let step = instance.id.0.clone();
         self.emit(RunEvent::Started { step, attempt: attempt_no, threads, gpus })?;
         let send = send.clone();
@@ -376,7 +394,7 @@ impl<'a> Runner<'a, '_> {
                 // Nobody listens only when the run has given up.
                 let _ = send.send(Message::Said(node, said));
             };
-            let worker = options.worker.as_ref().filter(|_| bound.step.isolate());
+            let worker = program.filter(|_| bound.step.isolate());
             let secrets = task.secrets.iter();
             let secrets = secrets.filter_map(|n| Some((n.clone(), options.environment.get(n)?)));
             let around = Around {
@@ -388,13 +406,16 @@ impl<'a> Runner<'a, '_> {
                 alone: false,
             };
             let reply = match worker {
-                Some(command) => {
-                    attempt_in_worker(&task, &dir, &log_path, command, options, &around)
+                Some(program) => {
+                    attempt_in_worker(&task, &dir, &log_path, program, options, &around)
                 }
                 None => attempt(&task, bound.step.as_ref(), &dir, &around),
             };
-            if !matches!(&reply, Reply::Failed(failure) if failure.keep) {
-                let _ = store.disk().remove_dir_all(&dir);
+            match &reply {
+                Reply::Failed(failure) if failure.keep => scratch::keep(&dir),
+                _ => {
+                    let _ = store.disk().remove_dir_all(&dir);
+                }
             }
             let _ = send.send(Message::Ended(node, reply));
         });
@@ -432,14 +453,14 @@ impl<'a> Runner<'a, '_> {
         let mut failure = match reply {
             Reply::Made { record, differs } => {
                 let (seconds, facts) = (started.elapsed().as_secs_f64(), record.facts.clone());
-                self.records.insert(node, *record);
+                self.keep(node, *record);
                 self.end(node, Some(key), State::Ran, seconds, Some(queued.why), None);
                 let taken = false;
                 return self.emit(RunEvent::Finished { step, key, seconds, facts, taken, differs });
             }
             Reply::Taken { record } => {
                 let facts = record.facts.clone();
-                self.records.insert(node, *record);
+                self.keep(node, *record);
                 self.end(node, Some(key), State::Hit, 0.0, Some(queued.why), None);
                 let (seconds, taken, differs) = (0.0, true, Vec::new());
                 return self.emit(RunEvent::Finished { step, key, seconds, facts, taken, differs });
@@ -457,9 +478,8 @@ impl<'a> Runner<'a, '_> {
         if again && !failure.store && !failure.keep && self.stop.is_none() {
             let (attempt, message) = (queued.attempt, failure.message);
             self.emit(RunEvent::Retrying { step, attempt, message })?;
-            let position = self.prepared.order.iter().position(|&n| n == node);
             let queued = Queued { attempt: attempt + 1, ..queued };
-            self.queue.insert(position.unwrap_or_default(), (node, queued));
+            self.queue.insert(self.ready.position(node), (node, queued));
             return Ok(());
         }
         self.fail(node, Some(key), Some(queued.why), failure)

@@ -56,6 +56,11 @@ impl Slots {
         Some(Grant { threads, gpus: self.gpus.drain(..needs.gpu).collect() })
     }
 
+    /// Whether nothing is free, so that no step could start.
+    pub(super) fn is_full(&self) -> bool {
+        self.cpu == 0
+    }
+
     /// Takes back what was lent.
     pub(super) fn give(&mut self, grant: Grant) {
         self.cpu += grant.threads;

@@ -20,9 +20,11 @@ use rustix::process::{Pid, Signal, WaitId, WaitIdOptions, kill_process_group, wa
 use serde::{Deserialize, Serialize};
 
 use super::attempt::{Around, Failure, Reply, Said, Task, attempt};
-use super::machine::BUILD;
+use super::bind::look_up;
+use super::machine::{self, BUILD};
 use super::prepare::bad_field;
 use super::{Options, WorkerCommand};
+use crate::digest::Digest;
 use crate::hub::Hub;
 use crate::source::Fault;
 use crate::step::{Device, Kind};
@@ -30,6 +32,9 @@ use crate::store::Store;
 
 /// Raised when the files in an attempt's directory change their meaning.
 const PROTOCOL: u32 = 1;
+
+/// Exit code of a worker that could not write its result.
+const REFUSED: i32 = 3;
 
 const REQUEST: &str = "request.json";
 const EVENTS: &str = "events.jsonl";
@@ -39,6 +44,8 @@ const RESULT: &str = "result.json";
 struct Request {
     protocol: u32,
     build: String,
+    /// Content of the program.
+    program: Digest,
     store: PathBuf,
     grace_ms: u64,
     task: Task,
@@ -100,17 +107,30 @@ fn environment(task: &Task, options: &Options) -> BTreeMap<String, String> {
     env
 }
 
+/// The program that workers run, as it was when the run began.
+pub(super) struct Program<'a> {
+    command: &'a WorkerCommand,
+    content: Digest,
+}
+
+impl<'a> Program<'a> {
+    /// Notes its content, from the stat table where it has not changed.
+    pub(super) fn of(command: &'a WorkerCommand, store: &Store) -> Result<Self> {
+        Ok(Self { command, content: store.digest_of_file(&command.exe)?.0 })
+    }
+}
+
 /// Does an attempt in a worker and waits for it.
 pub(super) fn attempt_in_worker(
     task: &Task,
     dir: &Path,
     log: &Path,
-    command: &WorkerCommand,
+    program: &Program<'_>,
     options: &Options,
     around: &Around<'_>,
 ) -> Reply {
-    match start(task, dir, log, command, options, around.store) {
-        Ok(child) => follow(child, dir, options.grace, around),
+    match start(task, dir, log, program, options, around.store) {
+        Ok(child) => follow(child, dir, (&task.key, task.force), options.grace, around),
         Err(e) => Reply::Failed(Failure::of(&e.context("starting a worker"))),
     }
 }
@@ -119,14 +139,21 @@ fn start(
     task: &Task,
     dir: &Path,
     log: &Path,
-    command: &WorkerCommand,
+    program: &Program<'_>,
     options: &Options,
     store: &Store,
 ) -> Result<Child> {
+    let command = program.command;
     let grace_ms = u64::try_from(options.grace.as_millis())?;
     let root = store.root().to_path_buf();
-    let (build, task_copy) = (BUILD.into(), task.clone());
-    let request = Request { protocol: PROTOCOL, build, store: root, grace_ms, task: task_copy };
+    let request = Request {
+        protocol: PROTOCOL,
+        build: BUILD.into(),
+        program: program.content,
+        store: root,
+        grace_ms,
+        task: task.clone(),
+    };
     store.write_atomic(&dir.join(REQUEST), &serde_json::to_vec_pretty(&request)?)?;
     let log_file = store.disk().open_append(log)?;
     let child = Command::new(&command.exe)
@@ -143,7 +170,13 @@ fn start(
 }
 
 /// Follows a worker to its end; asks it to stop, and ends its process group, when it must.
-fn follow(mut child: Child, dir: &Path, grace: Duration, around: &Around<'_>) -> Reply {
+fn follow(
+    mut child: Child,
+    dir: &Path,
+    (key, force): (&Digest, bool),
+    grace: Duration,
+    around: &Around<'_>,
+) -> Reply {
     let group = i32::try_from(child.id()).ok().and_then(Pid::from_raw);
     let stdin = child.stdin.take();
     let mut tail = Tail::new(dir.join(EVENTS));
@@ -181,7 +214,9 @@ fn follow(mut child: Child, dir: &Path, grace: Duration, around: &Around<'_>) ->
     let status = child.wait();
     drop(stdin);
     tail.read(&mut |said| (around.say)(said));
-    match (read_reply(dir), status) {
+    // A worker may die between its record and its reply.
+    let made = || look_up(around.store, key).ok().and_then(Result::ok).filter(|_| !force);
+    match (read_reply(dir).or_else(|| made().map(|record| Reply::Taken { record })), status) {
         (Some(reply), _) => reply,
         (None, Ok(status)) => Reply::Failed(died(status, killed, around)),
         (None, Err(e)) => Reply::Failed(Failure::plain(format!("waiting for the worker: {e}"))),
@@ -209,6 +244,11 @@ fn died(status: ExitStatus, killed: bool, around: &Around<'_>) -> Failure {
         (Some(signal), _) => {
             Failure::plain(format!("its process was ended by signal {signal} ({})", name(signal)))
         }
+        (None, Some(REFUSED)) => Failure {
+            store: true,
+            help: vec!["its log says more; make room, or give the store's folder back".into()],
+            ..Failure::plain("its process could not write to the store")
+        },
         (None, code) => {
             let code = code.map_or_else(String::new, |c| format!(" with code {c}"));
             Failure::plain(format!("its process exited{code} and left no result"))
@@ -278,7 +318,7 @@ pub fn worker(
     let text = std::fs::read(&path).with_context(|| format!("reading {}", path.display()))?;
     let request: Request =
         serde_json::from_slice(&text).with_context(|| format!("reading {}", path.display()))?;
-    let Request { protocol, build, store, grace_ms, task } = request;
+    let Request { protocol, build, program, store, grace_ms, task } = request;
     if (protocol, build.as_str()) != (PROTOCOL, BUILD) {
         let message = format!("the request is of flow {build}, this is {BUILD}");
         return Err(Fault::new(message).help("use one version of flow on all machines").into());
@@ -293,6 +333,11 @@ pub fn worker(
         task.version
     );
     let store = Store::open(&store)?;
+    let own = machine::program().context("finding this program's own path")?;
+    if store.digest_of_file(&own)?.0 != program {
+        let fault = Fault::new("flow was built anew while the run was going on");
+        return Err(fault.help("start the run again; finished work is kept").into());
+    }
     let cancel = Arc::new(AtomicBool::new(false));
     signal_hook::flag::register(signal_hook::consts::SIGTERM, Arc::clone(&cancel))?;
     watch_stdin(Arc::clone(&cancel), Duration::from_millis(grace_ms));

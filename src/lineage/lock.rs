@@ -5,6 +5,7 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Context as _, Result};
 
+use crate::digest::Digest;
 use crate::source::Fault;
 use crate::store::Store;
 
@@ -121,6 +122,9 @@ impl Lock {
         if !self.changed {
             return Ok(());
         }
+        let place = std::path::absolute(&self.path)?;
+        let place = Digest::of(place.as_os_str().as_encoded_bytes()).short();
+        let _lease = store.lease(&format!("lock-{place}"), "")?;
         for (name, identity) in Self::load(&self.path, self.mode)?.entries {
             if !self.asked.contains_key(&name) {
                 self.entries.entry(name).or_insert(identity);

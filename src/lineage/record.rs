@@ -20,6 +20,9 @@ pub struct Made {
     pub step: String,
     /// The pipeline's name.
     pub pipeline: String,
+    /// Keys of the steps behind the inputs, by path in the pre-image (`with.data`).
+    #[serde(default)]
+    pub sources: BTreeMap<String, Digest>,
     /// Unix milliseconds.
     pub started_unix_ms: u64,
     /// Wall-clock seconds.

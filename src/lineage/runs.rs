@@ -231,10 +231,15 @@ impl Runs {
         let summary: Option<Summary> = summary.and_then(|t| serde_json::from_slice(&t).ok());
         let status = match &summary {
             Some(summary) => summary.status,
-            None if self.store.is_leased(&lease_name(id)) => Status::Running,
+            None if self.is_alive(id) => Status::Running,
             None => Status::Died,
         };
         Ok(Run { info, summary, status, dir })
+    }
+
+    /// Whether the process of a run is there.
+    pub fn is_alive(&self, id: &str) -> bool {
+        self.store.is_leased(&lease_name(id))
     }
 
     /// Begins a journal under a new id.

@@ -54,10 +54,13 @@ pub fn trace(store: &Store, name: &str) -> Result<Lineage> {
         let mut links = Vec::new();
         inputs("", &record.preimage, &mut links);
         for link in &mut links {
-            // A selected model is made by the step that trained it and again by `select`, which
-            // reads it: a record never counts as the maker of its own input.
-            let maker = records.iter().rev().find(|r| {
-                r.key != record.key && r.ports.values().any(|digest| *digest == link.digest)
+            // A record names the steps that it read from. Where that step's record is lost, the
+            // oldest other one that made the same bytes stands for it.
+            let named = by_key.get(&source(record, &link.input).unwrap_or(record.key)).copied();
+            let maker = named.filter(|r| r.key != record.key).or_else(|| {
+                records.iter().rev().find(|r| {
+                    r.key != record.key && r.ports.values().any(|digest| *digest == link.digest)
+                })
             });
             if let Some(maker) = maker {
                 link.from = Some(maker.key);
@@ -70,6 +73,12 @@ pub fn trace(store: &Store, name: &str) -> Result<Lineage> {
         found.records.push(record.clone());
     }
     Ok(found)
+}
+
+/// The key of the step behind an input (`data.train`), as the record has it.
+fn source(record: &Record, input: &str) -> Option<Digest> {
+    let edge = input.rsplit_once('.').map_or(input, |(edge, _)| edge);
+    record.made.sources.get(&format!("with.{edge}")).copied()
 }
 
 fn find<'a>(

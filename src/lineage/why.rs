@@ -108,11 +108,12 @@ impl fmt::Display for Why {
             Self::Forced => f.write_str("forced"),
             Self::Changed { changes, of_fields, run, step, age_seconds, .. } => {
                 const SHOWN: usize = 3;
-                for change in changes.iter().take(SHOWN) {
-                    write!(f, "{change}; ")?;
+                let lines = lines(changes);
+                for line in lines.iter().take(SHOWN) {
+                    write!(f, "{line}; ")?;
                 }
-                if changes.len() > SHOWN {
-                    write!(f, "and {} more; ", changes.len() - SHOWN)?;
+                if lines.len() > SHOWN {
+                    write!(f, "and {} more; ", lines.len() - SHOWN)?;
                 }
                 let fields = if *of_fields == 1 { "field" } else { "fields" };
                 write!(f, "{} of {of_fields} {fields}; nearest ", changes.len())?;
@@ -123,6 +124,32 @@ impl fmt::Display for Why {
             }
         }
     }
+}
+
+/// Changes as people read them: the step's own first, and the ports of one input together.
+fn lines(changes: &[Change]) -> Vec<String> {
+    let own = changes.iter().filter(|c| !c.input).map(ToString::to_string);
+    let mut lines: Vec<String> = own.collect();
+    let mut inputs: Vec<(&str, Vec<&Change>)> = Vec::new();
+    for change in changes.iter().filter(|c| c.input) {
+        let name = change.path.rsplit_once('.').map_or(change.path.as_str(), |(name, _)| name);
+        match inputs.last_mut() {
+            Some((last, ports)) if *last == name && ports[0].from == change.from => {
+                ports.push(change);
+            }
+            _ => inputs.push((name, vec![change])),
+        }
+    }
+    for (name, ports) in inputs {
+        let is_alike = |c: &&Change| c.old.is_some() == ports[0].old.is_some();
+        let one = (ports.len() > 1 && ports.iter().all(is_alike))
+            .then(|| Change { path: name.to_owned(), ..ports[0].clone() });
+        match one {
+            Some(all) => lines.push(all.to_string()),
+            None => lines.extend(ports.iter().map(ToString::to_string)),
+        }
+    }
+    lines
 }
 
 fn age(seconds: u64) -> String {
@@ -203,7 +230,8 @@ fn flatten_input(path: &str, binding: &Value, out: &mut BTreeMap<String, Leaf>) 
         out.insert(join(path, port), leaf);
     }
     if let Some(ty) = binding.get("type") {
-        out.insert(join(path, "$type"), Leaf { value: ty.clone(), input: false, edge: None });
+        let leaf = Leaf { value: ty.clone(), input: true, edge: edge.clone() };
+        out.insert(join(path, "type"), leaf);
     }
     if let Some(facts) = binding.get("facts").filter(|f| !f.is_null()) {
         let leaf = Leaf { value: facts.clone(), input: true, edge };
@@ -246,6 +274,13 @@ pub fn difference(old: &Value, new: &Value, sources: &BTreeMap<String, String>) 
     changes
 }
 
+/// Fields that either of two pre-images has.
+fn fields(old: &Value, new: &Value) -> usize {
+    let (mut all, new) = (leaves(old), leaves(new));
+    all.extend(new);
+    all.len()
+}
+
 /// A key that is to be explained.
 #[derive(Debug, Clone, Copy)]
 pub struct Current<'a> {
@@ -280,7 +315,7 @@ impl Past {
     }
 
     /// Why a key is not in the store: its difference to the newest record of the same instance,
-    /// else of the same step, else of the same kind.
+    /// else of the same step, else of a step of the same kind that is much the same.
     ///
     /// # Errors
     /// When the store cannot be read.
@@ -289,7 +324,7 @@ impl Past {
         let changes = difference(&near.preimage, current.preimage, current.sources);
         Ok(Why::Changed {
             changes,
-            of_fields: leaves(current.preimage).len(),
+            of_fields: fields(&near.preimage, current.preimage),
             nearest: near.key,
             age_seconds: unix_ms().saturating_sub(near.made.started_unix_ms) / 1000,
             step: (near.made.step != current.id).then_some(near.made.step),
@@ -336,6 +371,8 @@ impl Past {
             }
         }
         // Newest first within each rank; the fewest changes decide among instances of one step.
+        const COMPARED: usize = 200;
+        let mut compared = 0;
         let mut best: Option<((u8, usize), &Record)> = None;
         for record in self.records()? {
             if record.kind != current.kind || record.key == current.key {
@@ -349,10 +386,18 @@ impl Past {
                 (_, _, true) => 2,
                 _ => 3,
             };
+            if best.as_ref().is_some_and(|((r, _), _)| rank > *r) || compared >= COMPARED {
+                continue;
+            }
+            compared += usize::from(rank > 0);
             let distance = match rank {
                 0 => 0,
                 _ => difference(&record.preimage, current.preimage, current.sources).len(),
             };
+            // Another pipeline's step explains something only if it is much the same step.
+            if rank >= 2 && 2 * distance > fields(&record.preimage, current.preimage) {
+                continue;
+            }
             if best.as_ref().is_none_or(|(r, _)| (rank, distance) < *r) {
                 best = Some(((rank, distance), record));
             }
@@ -412,9 +457,22 @@ mod tests {
         };
         let sources = BTreeMap::from([("with.scores@r=16".to_owned(), "score@r=16".to_owned())]);
         let changes = difference(&gather(&[(8, "a")]), &gather(&[(8, "a"), (16, "b")]), &sources);
-        let lines: Vec<String> =
-            changes.iter().filter(|c| c.input).map(ToString::to_string).collect();
-        assert_eq!(lines, ["input scores@r=16.report is new (from step score@r=16)"]);
+        assert_eq!(lines(&changes), ["input scores@r=16 is new (from step score@r=16)"]);
+    }
+
+    #[test]
+    fn ports_of_one_input_are_one_line() {
+        let input = |digest: &str| {
+            let ports = json!({ "config": digest, "weights": digest });
+            json!({ "with": { "model": { "$input": { "type": "model", "ports": ports } },
+                "r": digest.len() } })
+        };
+        let sources = BTreeMap::from([("with.model".to_owned(), "base".to_owned())]);
+        let changes = difference(&input("a"), &input("bb"), &sources);
+        assert_eq!(changes.len(), 3);
+        assert_eq!(lines(&changes), ["with.r 1 -> 2", "input model changed (from step base)"]);
+        let changes = difference(&json!({ "with": { "r": 2 } }), &input("bb"), &sources);
+        assert_eq!(lines(&changes), ["input model is new (from step base)"]);
     }
 
     #[test]

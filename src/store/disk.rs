@@ -42,6 +42,9 @@ pub enum StoreError {
     },
 }
 
+/// What reads say that they do.
+const READING: &str = "reading";
+
 impl StoreError {
     pub(super) fn from_io(doing: &'static str, path: &Path, source: io::Error) -> Self {
         let path = path.to_path_buf();
@@ -49,7 +52,10 @@ impl StoreError {
             io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded => {
                 Self::Full { doing, path, source }
             }
-            io::ErrorKind::ReadOnlyFilesystem | io::ErrorKind::PermissionDenied => {
+            // A file that may not be read says nothing about the store.
+            io::ErrorKind::ReadOnlyFilesystem | io::ErrorKind::PermissionDenied
+                if doing != READING =>
+            {
                 Self::ReadOnly { doing, path, source }
             }
             _ => Self::Io { doing, path, source },
@@ -206,16 +212,44 @@ impl Disk {
         self.call("appending to", path, || file.write_all(bytes))
     }
 
-    /// Removes a directory and what is in it; fine if there is none.
+    /// Removes a directory and what is in it, folders that may not be written included; fine if
+    /// there is none.
     ///
     /// # Errors
     /// When the disk refuses.
     pub fn remove_dir_all(&self, path: &Path) -> Done<()> {
         self.call("removing", path, || match std::fs::remove_dir_all(path) {
+            Err(e) if e.kind() == io::ErrorKind::PermissionDenied => {
+                open_folders(path)?;
+                std::fs::remove_dir_all(path)
+            }
             Err(e) if e.kind() != io::ErrorKind::NotFound => Err(e),
             _ => Ok(()),
         })
     }
+
+    /// Lets the owner write into a directory and all folders below it; links are not followed.
+    ///
+    /// # Errors
+    /// When the disk refuses.
+    pub fn open_folders(&self, path: &Path) -> Done<()> {
+        self.call("opening", path, || open_folders(path))
+    }
+}
+
+fn open_folders(dir: &Path) -> io::Result<()> {
+    const OWNER: u32 = 0o700;
+    let mode = std::fs::symlink_metadata(dir)?.permissions().mode();
+    if mode & OWNER != OWNER {
+        std::fs::set_permissions(dir, Permissions::from_mode(mode | OWNER))?;
+    }
+    for entry in std::fs::read_dir(dir)? {
+        let entry = entry?;
+        if entry.file_type()?.is_dir() {
+            open_folders(&entry.path())?;
+        }
+    }
+    Ok(())
 }
 
 /// Shares the blocks where the file system can, else copies the bytes.

@@ -49,7 +49,7 @@ impl Store {
         take: bool,
         dirty: &mut Dirty,
     ) -> anyhow::Result<()> {
-        if self.has_object(blob, size)? {
+        if self.has_object(blob, size)? && self.verify(blob)? {
             return Ok(());
         }
         let path = self.object_path(blob);
@@ -152,20 +152,22 @@ impl Store {
         self.locate_origin(&entry.digest)
     }
 
-    /// Reads a blob through. A damaged object is set aside, so that it is a miss from then on;
-    /// `false` if no undamaged bytes are left.
+    /// Whether the object has the bytes that its name says. A damaged one is set aside, so that
+    /// it is a miss from then on. The stat table makes this one `stat` for an object that was
+    /// read through before.
     ///
     /// # Errors
     /// When the disk refuses.
     pub fn verify(&self, blob: &Digest) -> anyhow::Result<bool> {
         let path = self.object_path(blob);
-        match Digest::of_file(&path) {
-            Ok((actual, _)) if actual == *blob => return Ok(true),
-            Ok(_) => self.quarantine(&path)?,
-            Err(e) if e.kind() == std::io::ErrorKind::NotFound => {}
-            Err(e) => return Err(StoreError::from_io("reading", &path, e).into()),
+        if !path.is_file() {
+            return Ok(false);
         }
-        Ok(self.locate(blob)?.is_some())
+        let (actual, _) = self.digest_of_file(&path)?;
+        if actual != *blob {
+            self.quarantine(&path)?;
+        }
+        Ok(actual == *blob)
     }
 
     /// Moves a damaged file of the store out of the way; never deletes it.

@@ -34,7 +34,9 @@ impl Store {
 
     fn find_entry(&self, entry: &Entry) -> Result<PathBuf> {
         let lost = || format!("the store has lost `{}` ({})", entry.path, entry.digest.short());
-        self.locate_entry(entry)?.with_context(lost)
+        let path = self.locate_entry(entry)?.with_context(lost)?;
+        let sound = !path.starts_with(self.root()) || self.verify(&entry.digest)?;
+        sound.then_some(path).with_context(lost)
     }
 
     /// Lays a tree out as symbolic links to read-only files, for a process that reads it.

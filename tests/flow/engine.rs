@@ -335,6 +335,17 @@ fn runs_are_on_record() {
 }
 
 #[test]
+fn a_step_that_passes_bytes_on_is_in_the_lineage() {
+    let bench = Bench::new();
+    let steps = edited("\"one\"", "\"ONE\"").replace("\"two\"", "\"TWO\"");
+    bench.run(&steps);
+    assert_eq!(bench.ports("a"), bench.ports("b"));
+    let lineage = trace(&bench.store(), &bench.ports("c")["train"].to_string()).unwrap();
+    let steps: Vec<&str> = lineage.records.iter().map(|r| r.made.step.as_str()).collect();
+    assert_eq!(steps, ["c", "b", "a"]);
+}
+
+#[test]
 fn outputs_appear_whole_and_an_edited_copy_is_kept() {
     let bench = Bench::new();
     let file = bench.path("outputs/toy/result/train/text");

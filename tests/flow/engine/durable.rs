@@ -128,6 +128,60 @@ fn a_torn_record_and_a_lost_or_cut_object_are_misses_with_a_reason() {
 }
 
 #[test]
+fn a_damaged_object_of_the_same_size_is_never_read() {
+    let mut bench = Bench::new();
+    bench.run(STEPS);
+    let store = bench.store();
+    let tree = store.tree(&bench.ports("a")["train"]).unwrap().unwrap();
+    let object = store.locate(&tree.entries[0].digest).unwrap().unwrap();
+    std::fs::remove_file(&object).unwrap();
+    std::fs::write(&object, "0ne").unwrap();
+    let steps =
+        STEPS.replace("{ data: \"${steps.a}\" }", "{ data: \"${steps.a}\", suffix: \"!\" }");
+    let said = bench.run(&steps).failure("b");
+    assert!(said.contains("damaged") && said.contains("run again"), "{said}");
+    let run = bench.run(&steps);
+    assert_eq!(run.ran(), ["a", "b"]);
+    assert_eq!(bench.text("b", "train"), "ONE!");
+    // A step that makes the same bytes again puts a sound object in a damaged one's place.
+    std::fs::remove_file(&object).unwrap();
+    std::fs::write(&object, "0ne").unwrap();
+    bench.options.force = vec!["a".into()];
+    bench.run(&steps);
+    assert_eq!(std::fs::read_to_string(&object).unwrap(), "one");
+}
+
+#[test]
+fn folders_of_dead_runs_are_swept() {
+    let bench = Bench::new();
+    let attempts = bench.path("store/attempts");
+    for name in ["20200101-000000-0000.abcd-1", "kept-20200101-000000-0000.abcd-2"] {
+        std::fs::create_dir_all(attempts.join(name).join("out")).unwrap();
+    }
+    bench.run(STEPS);
+    let left: Vec<_> = std::fs::read_dir(&attempts).unwrap().map(|e| e.unwrap().path()).collect();
+    assert_eq!(left, [attempts.join("kept-20200101-000000-0000.abcd-2")]);
+}
+
+#[test]
+fn runs_at_once_publish_one_after_the_other() {
+    let bench = Bench::new();
+    let publish = |n: usize| {
+        let steps = "steps:\n  a: { kind: emit, with: { texts: { t: \"TEXT\" } } }\n\
+                     outputs: { t: \"${steps.a}\" }\n";
+        let run = bench.run(&steps.replace("TEXT", &n.to_string()));
+        let kept = |e: &RunEvent| matches!(e, RunEvent::OutputPublished { kept: Some(_), .. });
+        assert!(!run.events.iter().any(kept), "nobody edited anything");
+    };
+    std::thread::scope(|scope| {
+        for thread in 0..4 {
+            let publish = &publish;
+            scope.spawn(move || (0..8).for_each(|n| publish(10 * thread + n)));
+        }
+    });
+}
+
+#[test]
 fn a_lost_result_that_comes_back_different_is_replaced_and_noted() {
     let bench = Bench::new();
     let steps = "steps:\n  dice: { kind: wrong, with: { way: random } }\n";
