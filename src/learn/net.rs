@@ -10,7 +10,7 @@ use super::config::{Family, ModelConfig};
 use super::layout::EncoderNames;
 use super::linear::{Dropout, Linear, Mode, Parameters};
 use super::ops::{
-    Attention, RopeTable, attention, gelu, layer_norm, rms_norm, rope, select_rows, swiglu,
+    Attention, RopeTable, add, attention, gelu, layer_norm, rms_norm, rope, select_rows, swiglu,
 };
 
 /// What the layers share in one pass.
@@ -206,9 +206,9 @@ impl Net {
             Embeddings::Decoder { word } => Ok(select_rows(word, ids, self.pad)?),
             Embeddings::Encoder { word, position, token_type, norm, drop } => {
                 let mut x = select_rows(word, ids, self.pad)?;
-                x = (x + select_rows(position, batch.positions().into(), None)?)?;
+                x = add(&x, &select_rows(position, batch.positions().into(), None)?)?;
                 if let Some(kinds) = token_type {
-                    x = (x + select_rows(kinds, batch.types.as_slice().into(), None)?)?;
+                    x = add(&x, &select_rows(kinds, batch.types.as_slice().into(), None)?)?;
                 }
                 drop.forward(&norm.forward(&x)?, mode)
             }
@@ -294,9 +294,9 @@ impl EncoderLayer {
         if let Some(drop) = &self.out_drop {
             mixed = drop.forward(&mixed, mode)?;
         }
-        let x = self.attention_norm.forward(&(mixed + x)?)?;
+        let x = self.attention_norm.forward(&add(&mixed, x)?)?;
         let y = self.down.forward(&gelu(&self.up.forward(&x, mode)?)?, mode)?;
-        self.output_norm.forward(&(self.down_drop.forward(&y, mode)? + x)?)
+        self.output_norm.forward(&add(&self.down_drop.forward(&y, mode)?, &x)?)
     }
 }
 
@@ -338,9 +338,9 @@ impl DecoderLayer {
         let q = turned(self.query.forward(&h, mode)?, &self.query_norm)?;
         let k = turned(self.key.forward(&h, mode)?, &self.key_norm)?;
         let v = self.value.forward(&h, mode)?;
-        let x = (x + self.out.forward(&attention(&q, &k, &v, how)?, mode)?)?;
+        let x = add(x, &self.out.forward(&attention(&q, &k, &v, how)?, mode)?)?;
         let h = self.post_norm.forward(&x)?;
         let h = swiglu(&self.gate.forward(&h, mode)?, &self.up.forward(&h, mode)?)?;
-        Ok((&x + self.down.forward(&h, mode)?)?)
+        Ok(add(&x, &self.down.forward(&h, mode)?)?)
     }
 }

@@ -4,12 +4,19 @@
 //! The function is Philox 4x32-10 (Salmon et al. 2011, "Parallel random numbers: as easy as
 //! 1, 2, 3"), keyed by a BLAKE3 hash of seed and stream name.
 
+use std::array::from_fn;
+
 use crate::digest::Digest;
 
 const M0: u64 = 0xD251_1F53;
 const M1: u64 = 0xCD9E_8D57;
 const W0: u32 = 0x9E37_79B9;
 const W1: u32 = 0xBB67_AE85;
+const ROUNDS: usize = 10;
+
+/// Words that [`Stream::group`] draws at once.
+pub const GROUP: usize = 64;
+const BLOCKS: usize = GROUP / 4;
 
 /// One stream of random numbers.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -40,9 +47,30 @@ impl Stream {
         philox(self.key, [index as u32, (index >> 32) as u32, self.high[0], self.high[1]])
     }
 
-    /// 32 random bits at an index.
-    pub fn bits(&self, index: u64) -> u32 {
-        self.words(index / 4)[(index % 4) as usize]
+    /// [`GROUP`] words at an index: first the first words of 16 blocks, then their second words,
+    /// and so on, so that the blocks can be drawn side by side in vectors.
+    #[inline(always)]
+    pub(crate) fn group(&self, index: u64) -> [[u32; BLOCKS]; 4] {
+        let block = |i: usize| index * BLOCKS as u64 + i as u64;
+        let mut c = [
+            from_fn(|i| block(i) as u32),
+            from_fn(|i| (block(i) >> 32) as u32),
+            [self.high[0]; BLOCKS],
+            [self.high[1]; BLOCKS],
+        ];
+        let mut key = self.key;
+        for _ in 0..ROUNDS {
+            let p0: [u64; BLOCKS] = from_fn(|i| M0 * u64::from(c[0][i]));
+            let p1: [u64; BLOCKS] = from_fn(|i| M1 * u64::from(c[2][i]));
+            c = [
+                from_fn(|i| (p1[i] >> 32) as u32 ^ c[1][i] ^ key[0]),
+                from_fn(|i| p1[i] as u32),
+                from_fn(|i| (p0[i] >> 32) as u32 ^ c[3][i] ^ key[1]),
+                from_fn(|i| p0[i] as u32),
+            ];
+            key = next(key);
+        }
+        c
     }
 
     /// Uniform in [0, 1), with 53 random bits.
@@ -80,17 +108,21 @@ fn unit(a: u32, b: u32) -> f64 {
     bits as f64 / (1u64 << 53) as f64
 }
 
+#[inline(always)]
+fn next(key: [u32; 2]) -> [u32; 2] {
+    [key[0].wrapping_add(W0), key[1].wrapping_add(W1)]
+}
+
 fn philox(mut key: [u32; 2], mut c: [u32; 4]) -> [u32; 4] {
-    for _ in 0..10 {
-        let p0 = M0 * u64::from(c[0]);
-        let p1 = M1 * u64::from(c[2]);
+    for _ in 0..ROUNDS {
+        let (p0, p1) = (M0 * u64::from(c[0]), M1 * u64::from(c[2]));
         c = [
             (p1 >> 32) as u32 ^ c[1] ^ key[0],
             p1 as u32,
             (p0 >> 32) as u32 ^ c[3] ^ key[1],
             p0 as u32,
         ];
-        key = [key[0].wrapping_add(W0), key[1].wrapping_add(W1)];
+        key = next(key);
     }
     c
 }
@@ -106,6 +138,17 @@ mod tests {
         assert_eq!(zero, [0x6627_e8d5, 0xe169_c58d, 0xbc57_ac4c, 0x9b00_dbd8]);
         let ones = philox([!0; 2], [!0; 4]);
         assert_eq!(ones, [0x408f_276d, 0x41c8_3b0e, 0xa20b_c7c6, 0x6d54_51fd]);
+    }
+
+    #[test]
+    fn a_group_is_its_blocks() {
+        let s = Stream::new(3, "g");
+        let group = s.group(5);
+        let same = |block: usize| {
+            let words = s.words((5 * BLOCKS + block) as u64);
+            words == [0, 1, 2, 3].map(|w| group[w][block])
+        };
+        assert!((0..BLOCKS).all(same));
     }
 
     #[test]

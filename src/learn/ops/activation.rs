@@ -1,12 +1,12 @@
-//! GELU in its erf form, and SwiGLU.
+//! GELU in its erf form, SwiGLU, and sums.
 
 use candle_core::{CpuStorage, CustomOp1, CustomOp2, Layout, Result, Shape, Tensor, bail};
 
-use super::{exp, map, map2, slice, tensor, with_slices};
+use super::{exp, map, map2, map3, slice, tensor, with_slices};
 
 /// erf as a rational function of the clamped argument (the approximation that Eigen and XLA use);
 /// absolute error below 5e-7.
-#[inline]
+#[inline(always)]
 fn erf(x: f32) -> f32 {
     let x = x.clamp(-4.0, 4.0);
     let z = x * x;
@@ -60,7 +60,44 @@ pub(crate) fn gelu(x: &Tensor) -> Result<Tensor> {
     x.apply_op1(Gelu)
 }
 
-#[inline]
+struct Add;
+
+impl CustomOp2 for Add {
+    fn name(&self) -> &'static str {
+        "add"
+    }
+
+    fn cpu_fwd(
+        &self,
+        s1: &CpuStorage,
+        l1: &Layout,
+        s2: &CpuStorage,
+        l2: &Layout,
+    ) -> Result<(CpuStorage, Shape)> {
+        if l1.shape() != l2.shape() {
+            bail!("the sum of {:?} and {:?}", l1.dims(), l2.dims());
+        }
+        let out = map2(slice(s1, l1)?, slice(s2, l2)?, |x, y| x + y);
+        Ok((CpuStorage::F32(out), l1.shape().clone()))
+    }
+
+    fn bwd(
+        &self,
+        x: &Tensor,
+        y: &Tensor,
+        _: &Tensor,
+        grad: &Tensor,
+    ) -> Result<(Option<Tensor>, Option<Tensor>)> {
+        Ok((x.track_op().then(|| grad.clone()), y.track_op().then(|| grad.clone())))
+    }
+}
+
+/// `x + y` of one shape.
+pub(crate) fn add(x: &Tensor, y: &Tensor) -> Result<Tensor> {
+    x.apply_op2(y, Add)
+}
+
+#[inline(always)]
 fn sigmoid(x: f32) -> f32 {
     1.0 / (1.0 + exp(-x))
 }
@@ -96,11 +133,10 @@ impl CustomOp2 for Swiglu {
         let (to_gate, to_up) = (gate.track_op(), up.track_op());
         let (de, dg) = with_slices([gate, up, grad], |[e, g, d]| {
             let de = to_gate.then(|| {
-                let slope = map2(e, g, |e, g| {
+                map3(e, g, d, |e, g, d| {
                     let s = sigmoid(e);
-                    g * s * (1.0 + e * (1.0 - s))
-                });
-                map2(&slope, d, |slope, d| slope * d)
+                    g * s * (1.0 + e * (1.0 - s)) * d
+                })
             });
             (de, to_up.then(|| map2(e, d, |e, d| e * sigmoid(e) * d)))
         })?;
@@ -134,6 +170,7 @@ mod tests {
     fn gradients() {
         check(&[normal("x", &[7, 13])], |a| gelu(&a[0]));
         check(&[normal("x", &[7, 13]), normal("y", &[7, 13])], |a| swiglu(&a[0], &a[1]));
+        check(&[normal("x", &[7, 13]), normal("y", &[7, 13])], |a| add(&a[0], &a[1]));
     }
 
     #[test]

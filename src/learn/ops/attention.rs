@@ -7,7 +7,7 @@ use candle_core::{CpuStorage, CustomOp3, Layout, Result, Shape, Tensor, bail};
 use rayon::prelude::*;
 
 use super::dropout::Mask;
-use super::{exp, matrix, slice, tensor, with_slices};
+use super::{dot, exp, matrix, max, slice, sum, tensor, wide, with_slices};
 use crate::learn::matrix::{Matrix, Threads, product};
 
 /// The shape of an attention.
@@ -81,20 +81,18 @@ impl Attention {
     fn probabilities(&self, q: Matrix<'_>, k: Matrix<'_>, n: usize) -> Vec<f32> {
         let mut p = vec![0.0; n * n];
         product((&mut p, n), 0.0, self.scale(), q, k.t(), Threads::One);
-        for (i, row) in p.chunks_exact_mut(n).enumerate() {
-            let seen = self.keys(i, n);
-            row[..seen.start].fill(0.0);
-            row[seen.end..].fill(0.0);
-            let row = &mut row[seen];
-            let max = row.iter().copied().fold(f32::NEG_INFINITY, f32::max);
-            let mut sum = 0.0;
-            for x in row.iter_mut() {
-                *x = exp(*x - max);
-                sum += *x;
+        wide!({
+            for (i, row) in p.chunks_exact_mut(n).enumerate() {
+                let seen = self.keys(i, n);
+                row[..seen.start].fill(0.0);
+                row[seen.end..].fill(0.0);
+                let row = &mut row[seen];
+                let max = max(row);
+                row.iter_mut().for_each(|x| *x = exp(*x - max));
+                let inverse = 1.0 / sum(row, |x| x);
+                row.iter_mut().for_each(|x| *x *= inverse);
             }
-            let inverse = 1.0 / sum;
-            row.iter_mut().for_each(|x| *x *= inverse);
-        }
+        });
         p
     }
 
@@ -169,10 +167,12 @@ impl Attention {
                     });
                     let kept = Matrix::new(kept.as_ref().unwrap_or(&p), n, n);
                     product((&mut dv, d), 1.0, 1.0, kept.t(), g, Threads::One);
-                    for (p, ds) in p.chunks_exact(n).zip(ds.chunks_exact_mut(n)) {
-                        let dot: f32 = p.iter().zip(ds.iter()).map(|(p, ds)| p * ds).sum();
-                        ds.iter_mut().zip(p).for_each(|(ds, p)| *ds = p * (*ds - dot));
-                    }
+                    wide!({
+                        for (p, ds) in p.chunks_exact(n).zip(ds.chunks_exact_mut(n)) {
+                            let dot = dot(p, ds);
+                            ds.iter_mut().zip(p).for_each(|(ds, p)| *ds = p * (*ds - dot));
+                        }
+                    });
                     let ds = Matrix::new(&ds, n, n);
                     let mut dq = vec![0.0; n * d];
                     product((&mut dq, d), 0.0, self.scale(), ds, k, Threads::One);

@@ -4,8 +4,8 @@
 use candle_core::{CpuStorage, CustomOp1, Layout, Result, Shape, Tensor};
 use rayon::prelude::*;
 
-use super::{TASK, slice, tensor, with_slices};
-use crate::learn::random::Stream;
+use super::{TASK, slice, tensor, wide, with_slices};
+use crate::learn::random::{GROUP, Stream};
 
 /// A dropout mask: elements are kept with probability `1 - p` and scaled by `1 / (1 - p)`.
 #[derive(Debug, Clone, Copy)]
@@ -30,16 +30,17 @@ impl Mask {
         Self { stream: self.stream.at(part), ..*self }
     }
 
-    fn factor(&self, bits: u32) -> f32 {
-        if bits >= self.threshold { self.scale } else { 0.0 }
-    }
-
-    /// Multiplies elements `start..` by the mask; `start` is a multiple of 4.
+    /// Multiplies elements `start..` by the mask; `start` is a multiple of [`GROUP`].
     pub(crate) fn apply_from(&self, start: usize, data: &mut [f32]) {
-        for (i, four) in data.chunks_mut(4).enumerate() {
-            let words = self.stream.words((start / 4 + i) as u64);
-            four.iter_mut().zip(words).for_each(|(x, bits)| *x *= self.factor(bits));
-        }
+        let (threshold, scale) = (self.threshold, self.scale);
+        wide!({
+            for (i, group) in data.chunks_mut(GROUP).enumerate() {
+                let bits = self.stream.group((start / GROUP + i) as u64);
+                for (x, bits) in group.iter_mut().zip(bits.as_flattened()) {
+                    *x *= if *bits >= threshold { scale } else { 0.0 };
+                }
+            }
+        });
     }
 
     /// A masked copy.

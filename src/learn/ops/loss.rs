@@ -4,13 +4,15 @@ use anyhow::{Result, ensure};
 use candle_core::Tensor;
 use rayon::prelude::*;
 
-use super::{exp, matrix, tensor, with_slices};
+use super::{exp, matrix, max, sum, tensor, wide, with_slices};
 
 /// log-sum-exp of a row.
 fn log_sum_exp(row: &[f32]) -> f64 {
-    let max = row.iter().copied().fold(f32::NEG_INFINITY, f32::max);
-    let sum: f64 = row.iter().map(|x| f64::from(exp(x - max))).sum();
-    f64::from(max) + sum.ln()
+    // In blocks, so that a sum over a large vocabulary keeps its digits.
+    const BLOCK: usize = 1024;
+    let max = wide!(max(row));
+    let blocks = row.chunks(BLOCK).map(|x| f64::from(wide!(sum(x, |x| exp(x - max)))));
+    f64::from(max) + blocks.sum::<f64>().ln()
 }
 
 fn checked(logits: &Tensor, targets: &[u32]) -> Result<usize> {
@@ -46,9 +48,14 @@ pub(crate) fn cross_entropy(logits: &Tensor, targets: &[u32], scale: f64) -> Res
         let losses: Vec<f64> = rows
             .map(|((grad, row), t)| {
                 let (target, lse) = (*t as usize, log_sum_exp(row));
-                for (g, x) in grad.iter_mut().zip(row) {
-                    *g = exp((f64::from(*x) - lse) as f32) * scale as f32;
-                }
+                // The difference in f32: it is small where the exponential is not.
+                let (high, scale32) = (lse as f32, scale as f32);
+                let low = (lse - f64::from(high)) as f32;
+                wide!({
+                    for (g, x) in grad.iter_mut().zip(row) {
+                        *g = exp((x - high) - low) * scale32;
+                    }
+                });
                 let p = (f64::from(row[target]) - lse).exp();
                 grad[target] = ((p - 1.0) * scale) as f32;
                 lse - f64::from(row[target])

@@ -12,8 +12,9 @@ mod loss;
 mod norm;
 mod rope;
 mod rows;
+mod wide;
 
-pub(crate) use activation::{gelu, swiglu};
+pub(crate) use activation::{add, gelu, swiglu};
 pub(crate) use affine::{Frozen, LoraArgs, affine, frozen_affine, lora_affine};
 pub(crate) use attention::{Attention, attention};
 pub(crate) use dropout::{Mask, dropout};
@@ -21,6 +22,8 @@ pub(crate) use loss::{cross_entropy, log_probs};
 pub(crate) use norm::{layer_norm, rms_norm};
 pub(crate) use rope::{RopeTable, rope};
 pub(crate) use rows::{backward, select_rows};
+pub(crate) use wide::{TASK, wide};
+use wide::{dot, exp, map, map2, map3, max, sum, sum3};
 
 use candle_core::{CpuStorage, Device, Layout, Result, Shape, Storage, Tensor, bail};
 
@@ -62,49 +65,6 @@ pub(crate) fn tensor(data: Vec<f32>, shape: impl Into<Shape>) -> Result<Tensor> 
 fn matrix(shape: &Shape) -> (usize, usize) {
     let cols = shape.dims().last().copied().unwrap_or(1);
     (shape.elem_count() / cols.max(1), cols)
-}
-
-/// Elements of one task in an elementwise loop.
-const TASK: usize = 1 << 14;
-
-/// `out[i] = f(x[i])`, in parallel.
-fn map(x: &[f32], f: impl Fn(f32) -> f32 + Sync) -> Vec<f32> {
-    use rayon::prelude::*;
-    let mut out = vec![0.0; x.len()];
-    out.par_chunks_mut(TASK).zip(x.par_chunks(TASK)).for_each(|(out, x)| {
-        out.iter_mut().zip(x).for_each(|(o, x)| *o = f(*x));
-    });
-    out
-}
-
-/// `out[i] = f(x[i], y[i])`, in parallel.
-fn map2(x: &[f32], y: &[f32], f: impl Fn(f32, f32) -> f32 + Sync) -> Vec<f32> {
-    use rayon::prelude::*;
-    let mut out = vec![0.0; x.len()];
-    let inputs = x.par_chunks(TASK).zip(y.par_chunks(TASK));
-    out.par_chunks_mut(TASK).zip(inputs).for_each(|(out, (x, y))| {
-        out.iter_mut().zip(x.iter().zip(y)).for_each(|(o, (x, y))| *o = f(*x, *y));
-    });
-    out
-}
-
-/// exp in f32 without a call: 2^n times a Taylor polynomial on |r| <= ln 2 / 2; relative error
-/// below 3e-7, 0 below -87.
-#[inline]
-fn exp(x: f32) -> f32 {
-    if x < -87.0 {
-        return 0.0;
-    }
-    let x = x.min(88.0);
-    let n = (x * std::f32::consts::LOG2_E).round_ties_even();
-    // ln 2 in two parts, so that the reduced argument is exact to the last bits.
-    let r = (x - n * 0.693_359_4) + n * 2.121_944_4e-4;
-    let p = 1.0
-        + r * (1.0
-            + r * (0.5
-                + r * (1.0 / 6.0
-                    + r * (1.0 / 24.0 + r * (1.0 / 120.0 + r * (1.0 / 720.0 + r / 5040.0))))));
-    p * f32::from_bits(((n as i32 + 127) << 23) as u32)
 }
 
 #[cfg(test)]

@@ -4,7 +4,7 @@
 use candle_core::{CpuStorage, CustomOp2, CustomOp3, Layout, Result, Shape, Tensor, bail};
 use rayon::prelude::*;
 
-use super::{matrix, slice, tensor, with_slices};
+use super::{dot, matrix, slice, sum, sum3, tensor, wide, with_slices};
 use crate::learn::matrix::{add_all, chunks, sum_rows};
 
 struct LayerNorm {
@@ -12,22 +12,19 @@ struct LayerNorm {
 }
 
 /// Mean and 1 / standard deviation of a row.
+#[inline(always)]
 fn moments(row: &[f32], eps: f32) -> (f32, f32) {
     let n = row.len() as f32;
-    let mean = sum(row.iter().copied()) / n;
-    let variance = sum(row.iter().map(|x| (x - mean) * (x - mean))) / n;
+    let mean = sum(row, |x| x) / n;
+    let variance = sum(row, |x| (x - mean) * (x - mean)) / n;
     (mean, 1.0 / (variance + eps).sqrt())
 }
 
 /// 1 / root mean square of a row.
+#[inline(always)]
 fn inverse_rms(row: &[f32], eps: f32) -> f32 {
-    let square = sum(row.iter().map(|x| x * x)) / row.len() as f32;
+    let square = sum(row, |x| x * x) / row.len() as f32;
     1.0 / (square + eps).sqrt()
-}
-
-/// In f64: rows are short, and the order of the terms then hardly matters.
-fn sum(terms: impl Iterator<Item = f32>) -> f32 {
-    terms.map(f64::from).sum::<f64>() as f32
 }
 
 impl CustomOp3 for LayerNorm {
@@ -50,11 +47,13 @@ impl CustomOp3 for LayerNorm {
             bail!("layer norm of {d} with weights of {} and {}", w.len(), b.len());
         }
         let mut out = vec![0.0; x.len()];
-        out.par_chunks_mut(d).zip(x.par_chunks(d)).for_each(|(out, x)| {
-            let (mean, inverse) = moments(x, self.eps);
-            for ((o, x), (w, b)) in out.iter_mut().zip(x).zip(w.iter().zip(b)) {
-                *o = (x - mean) * inverse * w + b;
-            }
+        out.par_chunks_mut(d).with_min_len(16).zip(x.par_chunks(d)).for_each(|(out, x)| {
+            wide!({
+                let (mean, inverse) = moments(x, self.eps);
+                for ((o, x), (w, b)) in out.iter_mut().zip(x).zip(w.iter().zip(b)) {
+                    *o = (x - mean) * inverse * w + b;
+                }
+            });
         });
         Ok((CpuStorage::F32(out), l1.shape().clone()))
     }
@@ -73,16 +72,16 @@ impl CustomOp3 for LayerNorm {
             let dx = to_x.then(|| {
                 let mut dx = vec![0.0; x.len()];
                 let rows = x.par_chunks(d).zip(g.par_chunks(d));
-                dx.par_chunks_mut(d).zip(rows).for_each(|(dx, (x, g))| {
-                    let (mean, inverse) = moments(x, self.eps);
-                    let n = d as f32;
-                    let hat = |x: f32| (x - mean) * inverse;
-                    let m1 = sum(g.iter().zip(w).map(|(g, w)| g * w)) / n;
-                    let m2 =
-                        sum(x.iter().zip(g.iter().zip(w)).map(|(x, (g, w))| g * w * hat(*x))) / n;
-                    for ((o, x), (g, w)) in dx.iter_mut().zip(x).zip(g.iter().zip(w)) {
-                        *o = inverse * (g * w - m1 - hat(*x) * m2);
-                    }
+                dx.par_chunks_mut(d).with_min_len(16).zip(rows).for_each(|(dx, (x, g))| {
+                    wide!({
+                        let (mean, inverse) = moments(x, self.eps);
+                        let n = d as f32;
+                        let m1 = dot(g, w) / n;
+                        let m2 = sum3(x, g, w, |x, g, w| g * w * ((x - mean) * inverse)) / n;
+                        for ((o, x), (g, w)) in dx.iter_mut().zip(x).zip(g.iter().zip(w)) {
+                            *o = inverse * (g * w - m1 - (x - mean) * inverse * m2);
+                        }
+                    });
                 });
                 dx
             });
@@ -139,10 +138,12 @@ impl CustomOp2 for RmsNorm {
         }
         let mut out = vec![0.0; x.len()];
         out.par_chunks_mut(d).with_min_len(16).zip(x.par_chunks(d)).for_each(|(out, x)| {
-            let inverse = inverse_rms(x, self.eps);
-            for ((o, x), w) in out.iter_mut().zip(x).zip(w) {
-                *o = x * inverse * w;
-            }
+            wide!({
+                let inverse = inverse_rms(x, self.eps);
+                for ((o, x), w) in out.iter_mut().zip(x).zip(w) {
+                    *o = x * inverse * w;
+                }
+            });
         });
         Ok((CpuStorage::F32(out), l1.shape().clone()))
     }
@@ -162,12 +163,14 @@ impl CustomOp2 for RmsNorm {
                 let mut dx = vec![0.0; x.len()];
                 let rows = x.par_chunks(d).zip(g.par_chunks(d));
                 dx.par_chunks_mut(d).with_min_len(16).zip(rows).for_each(|(dx, (x, g))| {
-                    let inverse = inverse_rms(x, self.eps);
-                    let dot = sum(x.iter().zip(g.iter().zip(w)).map(|(x, (g, w))| g * w * x));
-                    let c = dot / d as f32 * inverse * inverse;
-                    for ((o, x), (g, w)) in dx.iter_mut().zip(x).zip(g.iter().zip(w)) {
-                        *o = inverse * (g * w - c * x);
-                    }
+                    wide!({
+                        let inverse = inverse_rms(x, self.eps);
+                        let dot = sum3(x, g, w, |x, g, w| g * w * x);
+                        let c = dot / d as f32 * inverse * inverse;
+                        for ((o, x), (g, w)) in dx.iter_mut().zip(x).zip(g.iter().zip(w)) {
+                            *o = inverse * (g * w - c * x);
+                        }
+                    });
                 });
                 dx
             });

@@ -5,7 +5,7 @@ use std::sync::Arc;
 use candle_core::{CpuStorage, CustomOp1, Layout, Result, Shape, Tensor, bail};
 use rayon::prelude::*;
 
-use super::{matrix, slice, tensor, with_slices};
+use super::{matrix, slice, tensor, wide, with_slices};
 
 /// Cosines and sines of the positions of a batch, `[tokens, head / 2]` each.
 #[derive(Debug, Clone)]
@@ -36,13 +36,17 @@ impl RopeTable {
         let mut out = vec![0.0; x.len()];
         out.par_chunks_mut(width).zip(x.par_chunks(width)).enumerate().for_each(|(t, (out, x))| {
             let (cos, sin) = (&self.cos[t * half..][..half], &self.sin[t * half..][..half]);
-            for (out, x) in out.chunks_exact_mut(2 * half).zip(x.chunks_exact(2 * half)) {
-                for i in 0..half {
-                    let (a, b, c, s) = (x[i], x[i + half], cos[i], sign * sin[i]);
-                    out[i] = a * c - b * s;
-                    out[i + half] = b * c + a * s;
+            wide!({
+                for (out, x) in out.chunks_exact_mut(2 * half).zip(x.chunks_exact(2 * half)) {
+                    let ((a, b), (out_a, out_b)) = (x.split_at(half), out.split_at_mut(half));
+                    let turned = out_a.iter_mut().zip(out_b).zip(a.iter().zip(b));
+                    for (((out_a, out_b), (a, b)), (c, s)) in turned.zip(cos.iter().zip(sin)) {
+                        let s = sign * s;
+                        *out_a = a * c - b * s;
+                        *out_b = b * c + a * s;
+                    }
                 }
-            }
+            });
         });
         out
     }

@@ -2,7 +2,7 @@
 
 use candle_core::{Result, Tensor, Var};
 
-use super::{backward, exp, tensor, with_slices};
+use super::{backward, tensor, with_slices};
 use crate::learn::random::Stream;
 
 /// Normal numbers.
@@ -58,15 +58,4 @@ pub(crate) fn check(args: &[Tensor], f: impl Fn(&[Tensor]) -> Result<Tensor>) {
             with_slices([a, b], |[a, b]| assert_eq!(a, b)).unwrap();
         }
     }
-}
-
-#[test]
-fn exponential() {
-    for i in -8700..8800 {
-        let x = i as f32 / 100.0;
-        let want = f64::from(x).exp();
-        assert!((f64::from(exp(x)) - want).abs() <= 3e-7 * want, "{x}");
-    }
-    assert_eq!(exp(f32::NEG_INFINITY), 0.0);
-    assert_eq!(exp(0.0), 1.0);
 }
