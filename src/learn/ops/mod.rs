@@ -89,13 +89,14 @@ fn map2(x: &[f32], y: &[f32], f: impl Fn(f32, f32) -> f32 + Sync) -> Vec<f32> {
 }
 
 /// exp in f32 without a call: 2^n times a Taylor polynomial on |r| <= ln 2 / 2; relative error
-/// below 3e-7, 0 below -87.
+/// below 3e-7, 0 below -87, that of 88 above 88. Not a number stays not a number.
 #[inline]
 fn exp(x: f32) -> f32 {
     if x < -87.0 {
         return 0.0;
     }
-    let x = x.min(88.0);
+    // `min` would make a number of what is none.
+    let x = if x > 88.0 { 88.0 } else { x };
     let n = (x * std::f32::consts::LOG2_E).round_ties_even();
     // ln 2 in two parts, so that the reduced argument is exact to the last bits.
     let r = (x - n * 0.693_359_4) + n * 2.121_944_4e-4;

@@ -69,4 +69,6 @@ fn exponential() {
     }
     assert_eq!(exp(f32::NEG_INFINITY), 0.0);
     assert_eq!(exp(0.0), 1.0);
+    assert_eq!(exp(f32::INFINITY), exp(88.0));
+    assert!(exp(f32::NAN).is_nan());
 }
