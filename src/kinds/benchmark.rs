@@ -132,8 +132,12 @@ impl StepKind for Benchmark {
     fn run(&self, cx: &mut Context<'_>) -> Result<()> {
         let any = cx.open(&self.model)?;
         let task = loading::task_of(&any)?.unwrap_or(Task::SequenceClassification { classes: 2 });
+        // The machine is in the key, `--jobs` is not: all of its threads, whatever this process
+        // was given.
+        let machine = self.machine.clone().unwrap_or_else(Machine::here);
+        let pool = rayon::ThreadPoolBuilder::new().num_threads(machine.threads).build()?;
         let start = Instant::now();
-        let model = loading::load(&any, &task)?;
+        let model = pool.install(|| loading::load(&any, &task))?;
         let load = start.elapsed().as_secs_f64();
         let (size, length) = (usize::try_from(self.batch_size)?, usize::try_from(self.length)?);
         let vocabulary = model.config().vocab_size() as u64;
@@ -152,11 +156,10 @@ impl StepKind for Benchmark {
         for pass in 0..passes {
             cx.stop()?;
             let start = Instant::now();
-            if task == Task::CausalLm {
-                model.next_logits(&batch)?
-            } else {
-                model.logits(&batch)?
-            };
+            pool.install(|| match task {
+                Task::CausalLm => model.next_logits(&batch),
+                Task::SequenceClassification { .. } => model.logits(&batch),
+            })?;
             if pass >= self.warmup {
                 times.push(start.elapsed().as_secs_f64());
             }
@@ -167,7 +170,7 @@ impl StepKind for Benchmark {
         let rows = self.batch_size as f64 / median.max(1e-12);
         let mut report = ReportFile {
             title: format!("{size} rows of {length} tokens"),
-            details: json!({ "machine": self.machine, "latencies_seconds": times }),
+            details: json!({ "machine": machine, "latencies_seconds": times }),
             ..ReportFile::default()
         };
         for (name, value) in [

@@ -16,7 +16,7 @@ use super::loading;
 use crate::artifact::{
     AnyModel, Artifact as _, ReportFile, TokenizerFiles, Tokens, TokensInfo, TokensSplit, Type,
 };
-use crate::learn::{self, Generation, Measure, ModelConfig, RowReader, Task};
+use crate::learn::{self, Generation, Measure, ModelConfig, Row, RowReader, Task};
 use crate::source::Fault;
 use crate::step::{Context, Input, Needs, Ports, Problem, StepKind};
 
@@ -27,7 +27,9 @@ use crate::step::{Context, Input, Needs, Ports, Problem, StepKind};
 /// the target tokens, and where the prompts have words for classes, the class whose word is
 /// likeliest after the prompt (by the total likelihood of its tokens, end of sequence included;
 /// ties go to the lower class), with the same metrics. `majority` is what always answering the
-/// most frequent class would score. Predictions are written as `predictions.jsonl`; memory does
+/// most frequent class would score. Classes are those of the tokens; a classifier with the same
+/// names in another order is asked in theirs, one with other names is refused. Perplexity is
+/// exp(loss), at most the largest f64. Predictions are written as `predictions.jsonl`; memory does
 /// not grow with the number of rows.
 #[derive(Debug, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
@@ -42,7 +44,8 @@ pub(super) struct Evaluate {
     /// Rows at a time.
     #[serde(default = "batch_size")]
     pub batch_size: u64,
-    /// Number of rows whose prompt is also continued, as samples in the report (causal models).
+    /// Number of rows whose prompt is also continued, as samples in the report (causal models);
+    /// of a row without a prompt, its first tokens.
     #[serde(default)]
     pub samples: u64,
     /// Tokens of a sample at most.
@@ -58,6 +61,9 @@ pub(super) struct Evaluate {
     #[serde(default = "seed")]
     pub seed: u64,
 }
+
+/// Tokens that a sample begins with where a row has no prompt.
+const BEGINNING: usize = 8;
 
 fn split() -> String {
     "test".into()
@@ -102,13 +108,17 @@ impl StepKind for Evaluate {
 
     fn check_inputs(&self, cx: &Context<'_>) -> Result<()> {
         let (any, data) = (cx.open(&self.model)?, cx.open(&self.data)?);
-        let info = data.split(&self.split)?.info;
+        let split = data.split(&self.split)?;
+        let info = &split.info;
         if info.rows == 0 {
             return Err(Fault::new(format!("split `{}` has no rows", self.split)).into());
         }
         let config = ModelConfig::read(&any.base().config()?)?;
-        loading::check_fit(&config, &info, &self.split)?;
-        let (task, _) = task_for(&any, &info)?;
+        loading::check_fit(&config, info, &self.split)?;
+        let Scored { task, .. } = scored(&any, info)?;
+        if task == Task::CausalLm {
+            loading::check_candidates(&config, &split, &self.split)?;
+        }
         if self.samples > 0 && task != Task::CausalLm {
             let fault = Fault::new("only a causal model can continue prompts");
             return Err(fault.help("leave `samples` out").into());
@@ -123,19 +133,22 @@ impl StepKind for Evaluate {
     fn run(&self, cx: &mut Context<'_>) -> Result<()> {
         let (any, data) = (cx.open(&self.model)?, cx.open(&self.data)?);
         let TokensSplit { rows, info } = data.split(&self.split)?;
-        let (task, classes) = task_for(&any, &info)?;
+        let Scored { task, classes, order } = scored(&any, &info)?;
         if let Some(warning) = loading::other_tokenizer(any.base(), &info) {
             cx.warn(warning);
         }
-        if task != Task::CausalLm && loading::task_of(&any)?.is_none() {
-            cx.warn("the base has no classification head; a fresh random one is scored");
-        }
         let model = loading::load(&any, &task)?;
+        let fresh = model.fresh_modules();
+        if !fresh.is_empty() {
+            let list = fresh.join("`, `");
+            cx.warn(format!("the model has no `{list}`: fresh random weights are scored"));
+        }
         let candidates: Vec<Vec<u32>> = info.candidates.iter().map(|c| c.ids.clone()).collect();
-        let measure = match &task {
-            Task::SequenceClassification { classes } => Measure::Classes(*classes),
-            Task::CausalLm if candidates.is_empty() => Measure::Likelihood,
-            Task::CausalLm => Measure::Candidates(&candidates),
+        let measure = match (&task, &order) {
+            (Task::SequenceClassification { .. }, Some(order)) => Measure::ClassesAs(order),
+            (Task::SequenceClassification { classes }, None) => Measure::Classes(*classes),
+            (Task::CausalLm, _) if candidates.is_empty() => Measure::Likelihood,
+            (Task::CausalLm, _) => Measure::Candidates(&candidates),
         };
         let dir = cx.out_dir("report")?;
         let mut out = None;
@@ -190,8 +203,17 @@ fn summary(metrics: &BTreeMap<String, f64>) -> String {
     shown.collect::<Vec<_>>().join("  ")
 }
 
-/// The task of the tokens, which must be the model's, and the names of its classes.
-fn task_for(any: &AnyModel, info: &TokensInfo) -> Result<(Task, Vec<String>)> {
+/// What is scored.
+struct Scored {
+    task: Task,
+    /// Names of the classes, in the order of the tokens.
+    classes: Vec<String>,
+    /// The model's class for each of them, where it has them in another order.
+    order: Option<Vec<usize>>,
+}
+
+/// The task of the tokens, which must be the model's, and its classes.
+fn scored(any: &AnyModel, info: &TokensInfo) -> Result<Scored> {
     if let Some(trained) = any.trained()
         && trained.info.task != info.task
     {
@@ -202,21 +224,28 @@ fn task_for(any: &AnyModel, info: &TokensInfo) -> Result<(Task, Vec<String>)> {
         return Err(Fault::new(message).into());
     }
     if info.task == loading::CAUSAL_LM {
-        let words = info.candidates.iter().map(|c| c.word.clone());
-        return Ok((Task::CausalLm, words.collect()));
+        let classes = info.candidates.iter().map(|c| c.word.clone()).collect();
+        return Ok(Scored { task: Task::CausalLm, classes, order: None });
     }
-    let own = loading::classes_of(any)?;
-    let classes =
-        if info.classes.is_empty() || any.trained().is_some() { &own } else { &info.classes };
-    if !info.classes.is_empty() && classes.len() != info.classes.len() {
-        let message = format!(
-            "the model has {} classes, the tokens have {}",
-            classes.len(),
-            info.classes.len()
-        );
+    let (own, theirs) = (loading::classes_of(any)?, &info.classes);
+    // The config of a bare encoder may name classes, but there is no head that has them.
+    let compared = loading::task_of(any)?.is_some() && !own.is_empty() && !theirs.is_empty();
+    let order = if compared { loading::class_order(&own, theirs)? } else { None };
+    if compared && own.len() != theirs.len() {
+        let message =
+            format!("the model has {} classes, the tokens have {}", own.len(), theirs.len());
         return Err(Fault::new(message).into());
     }
-    Ok((loading::task(&info.task, classes.len())?, classes.clone()))
+    let classes = if theirs.is_empty() { own } else { theirs.clone() };
+    Ok(Scored { task: loading::task(&info.task, classes.len())?, classes, order })
+}
+
+/// What a sample continues: the prompt, or where all of a row is to be predicted its first tokens.
+fn beginning(row: &Row) -> &[u32] {
+    match row.prompt() {
+        [] => &row.ids[..row.ids.len().div_ceil(2).min(BEGINNING)],
+        prompt => prompt,
+    }
 }
 
 impl Evaluate {
@@ -244,7 +273,7 @@ impl Evaluate {
                 eos: info.eos_id,
                 seed: self.seed.wrapping_add(i as u64),
             };
-            let prompt = row.prompt();
+            let prompt = beginning(&row);
             let written = learn::generate(model, prompt, &how)?;
             let mut target = &row.ids[prompt.len()..];
             if let (Some(eos), [rest @ .., last]) = (info.eos_id, target)
@@ -260,5 +289,23 @@ impl Evaluate {
             }));
         }
         Ok(Value::Array(samples))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_row_that_is_all_target_is_continued_from_its_first_tokens() {
+        let row = |n: u32, labels: Vec<i64>| Row {
+            ids: (0..n).collect(),
+            labels: Some(labels),
+            ..Row::default()
+        };
+        assert_eq!(beginning(&row(3, vec![-100, -100, 2])), [0, 1]);
+        assert_eq!(beginning(&row(3, vec![0, 1, 2])), [0, 1]);
+        assert_eq!(beginning(&row(1, vec![0])), [0]);
+        assert_eq!(beginning(&row(40, (0..40).collect())).len(), BEGINNING);
     }
 }

@@ -3,8 +3,8 @@
 use anyhow::Result;
 use serde_json::Value;
 
-use crate::artifact::{AnyModel, Model, TokensInfo, TrainedModel};
-use crate::learn::{self, Method, ModelConfig, ModelFiles, Quantization, Setup, Task};
+use crate::artifact::{AnyModel, Model, TokensInfo, TokensSplit, TrainedModel};
+use crate::learn::{self, Method, ModelConfig, ModelFiles, Quantization, RowReader, Setup, Task};
 use crate::source::Fault;
 
 pub(super) const CAUSAL_LM: &str = "causal_lm";
@@ -105,6 +105,41 @@ pub(super) fn classes_of(any: &AnyModel) -> Result<Vec<String>> {
     Ok((0..count).map_while(name).collect())
 }
 
+/// Whether these are names that someone gave, not numbers or transformers' `LABEL_0`…
+fn are_named(classes: &[String]) -> bool {
+    let number = |name: &str| name.strip_prefix("LABEL_").unwrap_or(name).parse::<i64>().is_ok();
+    classes.iter().any(|name| !number(name))
+}
+
+/// The model's class for each class of the data, by name, whatever the case; `None` where the
+/// order is the same, or one side has no names to tell by.
+///
+/// # Errors
+/// When the names are not the same; both sides are listed.
+pub(super) fn class_order(model: &[String], data: &[String]) -> Result<Option<Vec<usize>>> {
+    if !are_named(model) || !are_named(data) {
+        return Ok(None);
+    }
+    let lower = |names: &[String]| names.iter().map(|n| n.to_lowercase()).collect::<Vec<_>>();
+    let (own, theirs) = (lower(model), lower(data));
+    if own == theirs {
+        return Ok(None);
+    }
+    let order: Option<Vec<usize>> =
+        theirs.iter().map(|name| own.iter().position(|n| n == name)).collect();
+    let mut each = order.clone().unwrap_or_default();
+    each.sort_unstable();
+    if each.into_iter().eq(0..own.len()) {
+        return Ok(order);
+    }
+    let list = |names: &[String]| format!("`{}`", names.join("`, `"));
+    let message =
+        format!("the model's classes are {}, those of the tokens {}", list(model), list(data));
+    let help = "say which is which: give the tokens the model's names, as `classes` of the format \
+                step in the order of the labels";
+    Err(Fault::new(message).help(help).into())
+}
+
 /// Refuses tokens that do not fit a model, from headers alone.
 pub(super) fn check_fit(config: &ModelConfig, info: &TokensInfo, split: &str) -> Result<()> {
     let positions = config.max_positions() as u64;
@@ -128,6 +163,36 @@ pub(super) fn check_fit(config: &ModelConfig, info: &TokensInfo, split: &str) ->
         return Err(Fault::new(message).help(help).into());
     }
     Ok(())
+}
+
+/// Refuses candidates that do not fit a model behind a split's longest prompt. The rows are read
+/// only where their lengths alone leave it open.
+pub(super) fn check_candidates(
+    config: &ModelConfig,
+    TokensSplit { rows, info }: &TokensSplit,
+    split: &str,
+) -> Result<()> {
+    let positions = config.max_positions() as u64;
+    let Some(longest) = info.candidates.iter().max_by_key(|c| c.ids.len()) else { return Ok(()) };
+    let room = longest.ids.len() as u64;
+    if info.longest + room <= positions {
+        return Ok(());
+    }
+    let mut prompt = 0;
+    for row in RowReader::open(rows)? {
+        prompt = prompt.max(row?.prompt().len() as u64);
+    }
+    if prompt + room <= positions {
+        return Ok(());
+    }
+    let message = format!(
+        "the longest prompt of split `{split}` has {prompt} tokens; with the {room} of the answer \
+         `{}` that is more than the model's {positions} positions",
+        longest.word
+    );
+    let fits = (positions + 1).saturating_sub(room);
+    let help = format!("set `max_length: {fits}` or less in the tokenize step");
+    Err(Fault::new(message).help(help).into())
 }
 
 /// Whether tokens were made with another tokenizer than the model's, in a sentence.
@@ -159,6 +224,21 @@ mod tests {
         assert_eq!(grouped(999), "999");
         assert_eq!(grouped(739_586), "739,586");
         assert_eq!(grouped(67_694_596), "67,694,596");
+    }
+
+    #[test]
+    fn classes_are_told_by_name() {
+        let names = |list: &[&str]| list.iter().map(|n| (*n).to_owned()).collect::<Vec<_>>();
+        let order = |a: &[&str], b: &[&str]| class_order(&names(a), &names(b));
+        assert_eq!(order(&["bad", "good"], &["Bad", "Good"]).unwrap(), None);
+        assert_eq!(order(&["LABEL_0", "LABEL_1"], &["bad", "good"]).unwrap(), None);
+        assert_eq!(order(&["bad", "good"], &["0", "1"]).unwrap(), None);
+        let three = order(&["c", "a", "b"], &["a", "b", "c"]).unwrap();
+        assert_eq!(three, Some(vec![1, 2, 0]));
+        for other in [&["bad", "great"][..], &["good", "good"], &["bad", "good", "best"]] {
+            let err = order(&["good", "bad"], other).unwrap_err().to_string();
+            assert!(err.contains("`good`, `bad`") && err.contains(&other.join("`, `")), "{err}");
+        }
     }
 
     #[test]

@@ -56,10 +56,10 @@ pub(super) fn member_at<'a>(
     same.or_else(|| members.iter().filter(inside).max_by_key(|m| m.point.len()))
 }
 
-/// The position of the best value; of equal ones the first.
+/// The position of the best value; of equal ones the first, and never one that is not finite.
 fn best(values: &[f64], goal: Goal) -> Option<usize> {
     let mut best: Option<usize> = None;
-    for (i, value) in values.iter().enumerate() {
+    for (i, value) in values.iter().enumerate().filter(|(_, value)| value.is_finite()) {
         let better = best.is_none_or(|b| match goal {
             Goal::Maximize => *value > values[b],
             Goal::Minimize => *value < values[b],
@@ -87,13 +87,26 @@ impl StepKind for Select {
         if self.among.members.is_empty() {
             problems.push(Problem::error("among", "there is nothing to pick from"));
         }
+        let mut scored: Vec<(&Member, &Member)> = Vec::new();
         for model in &self.among.members {
-            if member_at(&self.scores.members, &model.point).is_none() {
-                let at = coordinates(&model.point);
+            let at = coordinates(&model.point);
+            let Some(report) = member_at(&self.scores.members, &model.point) else {
                 let message = format!("there is no report for the model at {at}");
                 let problem = Problem::error("scores", message);
                 problems.push(problem.help("gather the reports over the same axes"));
+                continue;
+            };
+            let taken = scored.iter().find(|(other, _)| std::ptr::eq(*other, report));
+            if let Some((_, other)) = taken {
+                let message = format!(
+                    "the models at {} and {at} share one report, that at {}",
+                    coordinates(&other.point),
+                    coordinates(&report.point)
+                );
+                let problem = Problem::error("scores", message);
+                problems.push(problem.help("score each model: gather reports over the same axes"));
             }
+            scored.push((report, model));
         }
         problems
     }
@@ -119,7 +132,8 @@ impl StepKind for Select {
             values.push(*value);
         }
         let Some(best) = best(&values, self.goal) else {
-            return Err(Fault::new("there is nothing to pick from").into());
+            let fault = Fault::new(format!("`{}` is a finite number in no report", self.metric));
+            return Err(fault.help("look at the reports, or pick by another metric").into());
         };
         let winner = &self.among.members[best];
         for (port, tree) in winner.input.ports.clone().unwrap_or_default() {
@@ -150,6 +164,34 @@ mod tests {
         assert_eq!(best(&[0.5, 0.7, 0.7], Goal::Maximize), Some(1));
         assert_eq!(best(&[0.5, 0.7, 0.5], Goal::Minimize), Some(0));
         assert_eq!(best(&[], Goal::Minimize), None);
+    }
+
+    #[test]
+    fn what_is_not_finite_never_wins() {
+        for goal in [Goal::Minimize, Goal::Maximize] {
+            assert_eq!(best(&[f64::NAN, 0.5, f64::INFINITY], goal), Some(1));
+            assert_eq!(best(&[f64::NAN, f64::NEG_INFINITY], goal), None);
+        }
+    }
+
+    #[test]
+    fn a_report_belongs_to_one_model() {
+        let at = |r: i32, seed: i32| json!({ "point": { "r": r, "seed": seed }, "input": { "type": "trained_model" } });
+        let check = |among: Value| {
+            let scores = json!([{ "point": { "r": 4 }, "input": { "type": "report" } }]);
+            let gather = |members: Value| json!({ "$gather": { "members": members } });
+            let step = json!({
+                "among": gather(among), "scores": gather(scores),
+                "metric": "loss", "goal": "minimize",
+            });
+            serde_json::from_value::<Select>(step).unwrap().check()
+        };
+        assert!(check(json!([at(4, 1)])).is_empty());
+        let problems = check(json!([at(4, 1), at(4, 2)]));
+        let [problem] = &problems[..] else { panic!("{problems:?}") };
+        for part in ["r=4,seed=1", "r=4,seed=2", "that at r=4"] {
+            assert!(problem.message.contains(part), "{}", problem.message);
+        }
     }
 
     #[test]

@@ -1,21 +1,20 @@
 //! `train`.
 
-use std::collections::BTreeMap;
-use std::time::Instant;
+mod watch;
 
 use anyhow::{Context as _, Result};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
+use self::watch::Watch;
 use super::loading;
 use crate::artifact::{Model, Tokens, TokensInfo, TokensSplit, TrainedInfo, Type};
 use crate::learn::{
-    self, AdamWConfig, Best, Counts, Duration, LoraConfig, Measure, Method, ModelConfig, Observer,
-    Quantization, RowReader, Schedule, Setup, StepLog, TargetModules, Task, TrainingArguments,
-    Warmup,
+    self, AdamWConfig, Best, Counts, Duration, LoraConfig, Method, ModelConfig, Quantization,
+    Schedule, Setup, TargetModules, TrainingArguments, Warmup,
 };
-use crate::source::Fault;
+use crate::source::{Fault, suggest};
 use crate::step::{Context, Input, Needs, Ports, Problem, StepKind};
 
 /// Trains a model on tokens: all of its weights, or a LoRA adapter on a frozen base, which QLoRA
@@ -98,7 +97,8 @@ pub(super) struct Train {
     #[serde(default = "yes")]
     pub load_best_model_at_end: bool,
     /// The metric of the evaluation that says which is best: `loss`, `perplexity`, or where there
-    /// are classes `accuracy`, `f1`, `precision`, `recall`, `macro_f1`, `matthews`.
+    /// are classes or words for them `accuracy`, `f1`, `precision`, `recall`, `macro_f1`,
+    /// `matthews`.
     #[serde(default = "loss")]
     pub metric_for_best: String,
     /// Whether more is better; by default yes, but for `loss` and `perplexity`.
@@ -160,6 +160,10 @@ pub(super) enum EvalStrategy {
     No,
 }
 
+/// Metrics by likelihood, and by class.
+const LIKELIHOODS: [&str; 2] = ["loss", "perplexity"];
+const BY_CLASS: [&str; 6] = ["accuracy", "f1", "precision", "recall", "macro_f1", "matthews"];
+
 fn train_split() -> String {
     "train".into()
 }
@@ -217,8 +221,7 @@ impl Train {
     }
 
     fn arguments(&self, evaluated: bool) -> Result<TrainingArguments> {
-        let lower = self.metric_for_best.ends_with("loss") || self.metric_for_best == "perplexity";
-        let maximize = self.greater_is_better.unwrap_or(!lower);
+        let maximize = self.greater_is_better.unwrap_or(self.by_class());
         let best = Best { metric: self.metric_for_best.clone(), maximize };
         Ok(TrainingArguments {
             duration: match (self.epochs, self.max_steps) {
@@ -239,6 +242,27 @@ impl Train {
             seed: self.seed,
             best: (evaluated && self.load_best_model_at_end).then_some(best),
         })
+    }
+
+    /// Whether the best weights are chosen by a metric of classes.
+    fn by_class(&self) -> bool {
+        !LIKELIHOODS.contains(&self.metric_for_best.as_str())
+    }
+
+    /// Refuses a metric that the evaluations will not have.
+    fn check_metric(&self, validation: &TokensInfo) -> Result<()> {
+        let causal = validation.task == loading::CAUSAL_LM;
+        let metric = &self.metric_for_best;
+        let help = if causal && self.by_class() && validation.candidates.is_empty() {
+            "the prompts have no words for classes; use `loss`, or give `output.words` in the \
+             format step"
+        } else if !causal && metric == "perplexity" {
+            "a classifier has `loss` and metrics by class"
+        } else {
+            return Ok(());
+        };
+        let message = format!("evaluations of this task have no metric `{metric}`");
+        Err(Fault::new(message).help(help).into())
     }
 
     fn validation(&self, data: &Tokens) -> Result<Option<TokensSplit>> {
@@ -301,6 +325,12 @@ impl StepKind for Train {
             let problem = Problem::error("quantization", "only `qlora` quantizes the base");
             p.push(problem.help("use `method: qlora`, or leave `quantization` out"));
         }
+        let metric = self.metric_for_best.as_str();
+        let known = [&LIKELIHOODS[..], &BY_CLASS].concat();
+        if !known.contains(&metric) {
+            let problem = Problem::error("metric_for_best", format!("no metric is `{metric}`"));
+            p.push(problem.help(suggest(metric, &known).unwrap_or_default()));
+        }
         self.check_lora(&mut p);
         p
     }
@@ -329,6 +359,10 @@ impl StepKind for Train {
         loading::check_fit(&config, &train, &self.split)?;
         if let (Some(split), Some(name)) = (self.validation(&data)?, &self.validation) {
             loading::check_fit(&config, &split.info, name)?;
+            self.check_metric(&split.info)?;
+            if self.by_class() && split.info.task == loading::CAUSAL_LM {
+                loading::check_candidates(&config, &split, name)?;
+            }
         }
         if train.rows == 0 {
             let fault = Fault::new(format!("split `{}` has no rows to train on", self.split));
@@ -372,7 +406,17 @@ impl StepKind for Train {
         let model = learn::Model::load(&loading::files(&base)?, &setup)?;
         let counts = model.counts();
         cx.log(parameters_line(counts));
+        if let Some(pooler) = model.fresh_modules().iter().find(|name| name.contains("pooler")) {
+            cx.warn(format!("the base has no `{pooler}`: a fresh one is trained, as the head is"));
+        }
         let validation = self.validation(&data)?;
+        if validation.is_none() && self.by_class() {
+            cx.warn(format!(
+                "`metric_for_best: {}` has no effect: nothing is evaluated, the last weights are \
+                 kept",
+                self.metric_for_best
+            ));
+        }
         let args = self.arguments(validation.is_some())?;
         let mut watch = Watch::new(cx, &task, validation, self);
         let history = learn::train(&model, &task, &rows, &args, &mut watch)?;
@@ -483,94 +527,6 @@ fn parameters_line(counts: Counts) -> String {
         loading::grouped(counts.all),
         percent(counts)
     )
-}
-
-/// Reports progress and evaluates.
-struct Watch<'a, 'c> {
-    cx: &'a Context<'c>,
-    task: &'a Task,
-    validation: Option<TokensSplit>,
-    candidates: Option<Vec<Vec<u32>>>,
-    batch_size: usize,
-    tokens: u64,
-    rows: u64,
-    seconds: f64,
-    last: Instant,
-    steps: u64,
-    message: String,
-}
-
-impl<'a, 'c> Watch<'a, 'c> {
-    fn new(
-        cx: &'a Context<'c>,
-        task: &'a Task,
-        validation: Option<TokensSplit>,
-        step: &Train,
-    ) -> Self {
-        // Comparing candidates costs a pass each, so it is done only where it decides.
-        let compare = !matches!(step.metric_for_best.as_str(), "loss" | "perplexity");
-        let candidates = validation
-            .as_ref()
-            .filter(|_| compare)
-            .map(|split| split.info.candidates.iter().map(|c| c.ids.clone()).collect::<Vec<_>>());
-        Self {
-            cx,
-            task,
-            validation,
-            candidates: candidates.filter(|c| !c.is_empty()),
-            batch_size: usize::try_from(step.eval_batch_size).unwrap_or(usize::MAX),
-            tokens: 0,
-            rows: 0,
-            seconds: 0.0,
-            last: Instant::now(),
-            steps: 0,
-            message: String::new(),
-        }
-    }
-}
-
-impl Observer for Watch<'_, '_> {
-    fn step(&mut self, log: &StepLog, steps: u64) -> Result<()> {
-        self.seconds += self.last.elapsed().as_secs_f64();
-        self.last = Instant::now();
-        self.tokens += log.tokens;
-        self.rows += log.rows;
-        self.steps = steps;
-        let rate = (self.tokens as f64 / self.seconds.max(1e-9)).round() as u64;
-        self.message = format!("loss {:.3}  {} tok/s", log.loss, loading::grouped(rate));
-        self.cx.progress(log.step, steps, "steps", self.message.clone());
-        self.cx.metric("train/loss", log.step, log.loss);
-        self.cx.metric("train/learning_rate", log.step, log.learning_rate);
-        self.cx.metric("train/grad_norm", log.step, log.grad_norm);
-        self.cx.stop()
-    }
-
-    fn evaluate(
-        &mut self,
-        model: &learn::Model,
-        step: u64,
-    ) -> Result<Option<BTreeMap<String, f64>>> {
-        let Some(split) = &self.validation else { return Ok(None) };
-        let measure = match (self.task, &self.candidates) {
-            (Task::SequenceClassification { classes }, _) => Measure::Classes(*classes),
-            (Task::CausalLm, Some(candidates)) => Measure::Candidates(candidates),
-            (Task::CausalLm, None) => Measure::Likelihood,
-        };
-        let all = split.info.rows;
-        let mut reader = RowReader::open(&split.rows)?;
-        let scores = learn::score(model, &mut reader, self.batch_size, measure, &mut |_, n| {
-            let message = format!("{}  evaluating {n}/{all}", self.message);
-            self.cx.progress(step, self.steps, "steps", message);
-            self.cx.stop()
-        })?;
-        for (name, value) in &scores.metrics {
-            if !matches!(name.as_str(), "n" | "majority" | "target_tokens") {
-                self.cx.metric(&format!("eval/{name}"), step, *value);
-            }
-        }
-        self.last = Instant::now();
-        Ok(Some(scores.metrics))
-    }
 }
 
 #[cfg(test)]

@@ -25,6 +25,8 @@ const PEFT_VERSION: &str = "0.17.0";
 pub(super) struct SavedAdapter {
     pub(super) lora: LoraConfig,
     pub(super) weights: Weights,
+    /// Modules that carry none although they are named.
+    excluded: Vec<String>,
 }
 
 impl SavedAdapter {
@@ -38,28 +40,32 @@ impl SavedAdapter {
             found.with_context(|| format!("the adapter has no {name}"))
         };
         let text = std::fs::read_to_string(file(CONFIG)?).context(CONFIG)?;
-        let lora = settings(&serde_json::from_str(&text).context(CONFIG)?).context(CONFIG)?;
+        let config: Map<String, Value> = serde_json::from_str(&text).context(CONFIG)?;
+        let mut lora = settings(&config).context(CONFIG)?;
         let weights = Weights::open(&[(WEIGHTS.to_owned(), file(WEIGHTS)?.clone())])?;
-        Ok(Self { lora, weights })
+        let excluded = match config.get("exclude_modules") {
+            Some(Value::Array(names)) => {
+                names.iter().filter_map(|n| n.as_str().map(str::to_owned)).collect()
+            }
+            _ => Vec::new(),
+        };
+        if by_pattern(&config) {
+            let adapted = weights.names().filter_map(|name| {
+                Some(name.strip_prefix(PEFT)?.strip_suffix(".lora_A.weight")?.to_owned())
+            });
+            lora.target_modules = TargetModules::Names(adapted.collect());
+        }
+        Ok(Self { lora, weights, excluded })
     }
 
-    /// The modules that carry the adapter: those that have a tensor, and those that are named.
+    /// The modules that carry the adapter.
     ///
     /// # Errors
     /// When a named module is not in the model.
     pub(super) fn modules(&self, config: &ModelConfig, task: &Task) -> Result<BTreeSet<String>> {
-        let known: BTreeSet<String> = config.module_names(task).into_iter().collect();
-        let in_file = self.weights.names().filter_map(|name| {
-            let module = name.strip_prefix(PEFT)?.strip_suffix(".lora_A.weight")?;
-            known.get(module).cloned()
-        });
-        let mut modules: BTreeSet<String> = in_file.collect();
-        if let TargetModules::Names(names) = &self.lora.target_modules
-            && names.len() > 1
-        {
-            modules.extend(config.check_targets(task, &self.lora.target_modules)?);
-        }
-        Ok(modules)
+        let named = config.check_targets(task, &self.lora.target_modules)?;
+        let excluded = TargetModules::Names(self.excluded.clone());
+        Ok(named.into_iter().filter(|module| !excluded.names(module)).collect())
     }
 
     /// Holds the names of the tensors against those that there should be.
@@ -87,6 +93,15 @@ impl SavedAdapter {
         .help("load it on the base that it was trained on, with the task that it was trained for")
         .into())
     }
+}
+
+/// Whether the adapted modules are said by a regular expression or by layer; then they are those
+/// that have a tensor.
+fn by_pattern(config: &Map<String, Value>) -> bool {
+    let text = |key: &str| config.get(key).and_then(Value::as_str);
+    text("target_modules").is_some_and(|t| t != "all-linear")
+        || text("exclude_modules").is_some()
+        || config.get("layers_to_transform").is_some_and(|layers| !layers.is_null())
 }
 
 fn settings(config: &Map<String, Value>) -> Result<LoraConfig> {
@@ -134,6 +149,11 @@ impl Model {
         let heads = heads.filter_map(|n| n.strip_prefix(PEFT)?.strip_suffix(".weight"));
         let mut heads: Vec<&str> = heads.collect();
         heads.sort_by_key(|name| std::cmp::Reverse(*name));
+        // PEFT would put an adapter on these too.
+        let names = TargetModules::Names(targets.iter().map(|t| (*t).to_owned()).collect());
+        let mut excluded = self.config.module_names(&self.setup.task);
+        excluded.retain(|module| names.names(module) && self.parameters.whole(module));
+        let excluded = if excluded.is_empty() { Value::Null } else { json!(excluded) };
         let whole = lora.alpha.fract() == 0.0 && lora.alpha.abs() < 1e15;
         let alpha = if whole { json!(lora.alpha as i64) } else { json!(lora.alpha) };
         let task = match self.setup.task {
@@ -146,7 +166,7 @@ impl Model {
             "auto_mapping": null,
             "base_model_name_or_path": base_name,
             "bias": "none",
-            "exclude_modules": null,
+            "exclude_modules": excluded,
             "fan_in_fan_out": false,
             "inference_mode": true,
             "init_lora_weights": true,

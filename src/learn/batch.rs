@@ -84,7 +84,7 @@ impl Batch {
             Labels::None => true,
         };
         ensure!(labels, "labels and rows of a batch differ in number");
-        let mut packed = Packed { ids: Vec::new(), types: Vec::new(), starts: vec![0] };
+        let mut packed = Packed { starts: vec![0], ..Packed::default() };
         for (row, &n) in self.lengths.iter().enumerate() {
             ensure!(
                 n >= 1 && n <= self.length,
@@ -101,6 +101,7 @@ impl Batch {
                 anyhow::bail!("token id {id} is outside the model's vocabulary of {vocab}");
             }
             packed.ids.extend_from_slice(ids);
+            packed.positions.extend(0..n as u32);
             match &self.token_type_ids {
                 Some(types) => packed.types.extend_from_slice(&types[range]),
                 None => packed.types.resize(packed.ids.len(), 0),
@@ -112,7 +113,7 @@ impl Batch {
 }
 
 /// The rows of a batch end to end, without padding.
-#[derive(Debug, Clone)]
+#[derive(Debug, Clone, Default)]
 pub(crate) struct Packed {
     /// Token ids, `[tokens]`.
     pub(crate) ids: Vec<u32>,
@@ -120,6 +121,10 @@ pub(crate) struct Packed {
     pub(crate) types: Vec<u32>,
     /// Where each row begins, and the number of tokens; `[rows + 1]`.
     pub(crate) starts: Vec<usize>,
+    /// Each token's position in its sequence, `[tokens]`.
+    pub(crate) positions: Vec<u32>,
+    /// Tokens of its row before it that each token does not see, `[tokens]`; empty: they see all.
+    pub(crate) hidden: Vec<Range<usize>>,
 }
 
 impl Packed {
@@ -128,8 +133,26 @@ impl Packed {
         self.starts.windows(2).map(|w| w[0]..w[1])
     }
 
-    /// Each token's position in its row, `[tokens]`.
-    pub(crate) fn positions(&self) -> Vec<u32> {
-        self.rows().flat_map(|r| 0..r.len() as u32).collect()
+    /// A row for each prompt: behind it stand the answers without their last tokens, which nothing
+    /// follows. The tokens of an answer see the prompt and their own answer, and have the
+    /// positions that they would have behind the prompt alone.
+    pub(crate) fn answered(prompts: &[&[u32]], answers: &[Vec<u32>]) -> Self {
+        let mut packed = Self { starts: vec![0], ..Self::default() };
+        for prompt in prompts {
+            let (start, p) = (packed.ids.len(), prompt.len());
+            packed.ids.extend_from_slice(prompt);
+            packed.positions.extend(0..p as u32);
+            packed.hidden.resize(packed.ids.len(), 0..0);
+            for answer in answers {
+                let shown = &answer[..answer.len().saturating_sub(1)];
+                let others = p..packed.ids.len() - start;
+                packed.ids.extend_from_slice(shown);
+                packed.positions.extend((p as u32..).take(shown.len()));
+                packed.hidden.resize(packed.ids.len(), others);
+            }
+            packed.starts.push(packed.ids.len());
+        }
+        packed.types.resize(packed.ids.len(), 0);
+        packed
     }
 }

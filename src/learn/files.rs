@@ -82,8 +82,10 @@ impl Weights {
 
 #[expect(unsafe_code, reason = "mapping a file is unsafe by its nature")]
 fn map(file: &File) -> std::io::Result<Mmap> {
-    // SAFETY: the files are read-only objects of the store or of a hub cache, which are replaced
-    // by rename and never written in place.
+    // SAFETY: objects of the store and of a hub cache are replaced by rename and never written in
+    // place. A user's own file is not ours to hold still: written to while it is mapped it gives
+    // torn numbers, cut short it kills this process (SIGBUS). Only plain numbers are read from
+    // the mapping, each once, so nothing worse follows; a worker's death costs one attempt.
     unsafe { Mmap::map(file) }
 }
 
@@ -98,11 +100,12 @@ fn header(bytes: &[u8]) -> Result<(usize, Metadata)> {
     Ok((start, metadata))
 }
 
-struct Stored(Tensor);
+/// A tensor, and the type that it is written as.
+struct Stored(Tensor, DType);
 
 impl safetensors::View for Stored {
     fn dtype(&self) -> safetensors::Dtype {
-        match self.0.dtype() {
+        match self.1 {
             DType::BF16 => safetensors::Dtype::BF16,
             DType::F16 => safetensors::Dtype::F16,
             _ => safetensors::Dtype::F32,
@@ -116,7 +119,7 @@ impl safetensors::View for Stored {
     fn data(&self) -> Cow<'_, [u8]> {
         // `write` has made sure that each tensor is of one of these types; an empty answer would
         // be refused by the length check of the format.
-        let flat = self.0.flatten_all();
+        let flat = self.0.flatten_all().and_then(|flat| flat.to_dtype(self.1));
         let bytes = flat.and_then(|flat| {
             Ok(match flat.dtype() {
                 DType::BF16 => bytes(&flat.to_vec1::<bf16>()?, |x| x.to_le_bytes()),
@@ -128,7 +131,7 @@ impl safetensors::View for Stored {
     }
 
     fn data_len(&self) -> usize {
-        self.0.elem_count() * self.0.dtype().size_in_bytes()
+        self.0.elem_count() * self.1.size_in_bytes()
     }
 }
 
@@ -141,14 +144,26 @@ fn bytes<T: Copy, const N: usize>(data: &[T], of: impl Fn(T) -> [u8; N]) -> Vec<
 /// # Errors
 /// When a tensor has another type, or the file cannot be written.
 pub(crate) fn write(path: &Path, tensors: BTreeMap<String, Tensor>) -> Result<()> {
-    for (name, tensor) in &tensors {
-        if !matches!(tensor.dtype(), DType::F32 | DType::BF16 | DType::F16) {
-            bail!("`{name}` is of type {}, which is not written", tensor.dtype().as_str());
+    let own = tensors.into_iter().map(|(name, tensor)| {
+        let dtype = tensor.dtype();
+        (name, (tensor, dtype))
+    });
+    write_as(path, own.collect())
+}
+
+/// The same, each tensor converted to a type as it is written.
+///
+/// # Errors
+/// As [`write`].
+pub(crate) fn write_as(path: &Path, tensors: BTreeMap<String, (Tensor, DType)>) -> Result<()> {
+    for (name, (_, dtype)) in &tensors {
+        if !matches!(dtype, DType::F32 | DType::BF16 | DType::F16) {
+            bail!("`{name}` is of type {}, which is not written", dtype.as_str());
         }
     }
     let metadata = [("format".to_owned(), "pt".to_owned())].into_iter().collect();
     let partial = path.with_extension("partial");
-    let tensors = tensors.into_iter().map(|(name, tensor)| (name, Stored(tensor)));
+    let tensors = tensors.into_iter().map(|(name, (tensor, dtype))| (name, Stored(tensor, dtype)));
     let written = safetensors::serialize_to_file(tensors, Some(metadata), &partial)
         .map_err(anyhow::Error::from)
         .and_then(|()| Ok(std::fs::rename(&partial, path)?));

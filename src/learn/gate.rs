@@ -93,6 +93,18 @@ impl GradientGate {
         }
         self.updates += 1;
         self.rates += rate;
+        if self.rates < RATE { self.all_reached() } else { self.judge(parameters) }
+    }
+
+    /// Judges at the end of training, however small the rates were.
+    ///
+    /// # Errors
+    /// As [`GradientGate::updated`], unless there were too few updates to tell.
+    pub fn finish(&mut self, parameters: &BTreeMap<String, Var>) -> Result<()> {
+        if self.done { Ok(()) } else { self.judge(parameters) }
+    }
+
+    fn all_reached(&self) -> Result<()> {
         if self.updates < UPDATES {
             return Ok(());
         }
@@ -113,7 +125,12 @@ impl GradientGate {
             let help = "they are not trained: something between them and the loss cuts them off";
             return Err(Fault::new(message).help(help).into());
         }
-        if self.rates < RATE {
+        Ok(())
+    }
+
+    fn judge(&mut self, parameters: &BTreeMap<String, Var>) -> Result<()> {
+        self.all_reached()?;
+        if self.updates < UPDATES {
             return Ok(());
         }
         let mut same = Vec::new();
@@ -129,7 +146,8 @@ impl GradientGate {
                 same.len(),
                 list(&same)
             );
-            return Err(Fault::new(message).help("check the learning rate").into());
+            let help = "the learning rate is too small to move a number of f32: raise it";
+            return Err(Fault::new(message).help(help).into());
         }
         self.done = true;
         Ok(())
@@ -220,6 +238,22 @@ mod tests {
         for _ in 0..10 {
             gate.updated(&p, 1e-8).unwrap();
         }
+        assert!(!gate.passed());
+        bump(&p, "a");
+        let err = gate.finish(&p).unwrap_err().to_string();
+        assert!(err.contains("not changed: `b`"), "{err}");
+        bump(&p, "b");
+        gate.finish(&p).unwrap();
+        assert!(gate.passed());
+    }
+
+    #[test]
+    fn one_update_tells_nothing() {
+        let p = parameters();
+        let mut gate = GradientGate::new(&p).unwrap();
+        gate.gradients(&gradients(0.0, 1.0)).unwrap(); // as a fresh adapter's A
+        gate.updated(&p, 0.1).unwrap();
+        gate.finish(&p).unwrap();
         assert!(!gate.passed());
     }
 }

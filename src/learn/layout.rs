@@ -30,6 +30,10 @@ pub(crate) struct Parameter {
     pub(crate) optional: bool,
 }
 
+/// The input embedding of a decoder.
+pub(crate) const WORD: &str = "model.embed_tokens.weight";
+const OUTPUT: &str = "lm_head.weight";
+
 /// Names of an encoder layer's modules.
 pub(crate) struct EncoderNames {
     pub(crate) query: String,
@@ -109,6 +113,11 @@ impl List {
     }
 }
 
+/// The output embedding of a decoder: the input embedding where they are tied.
+pub(crate) fn output_embedding(config: &ModelConfig) -> &'static str {
+    if config.tied { WORD } else { OUTPUT }
+}
+
 /// Every tensor of a model with the head of a task, in the order of the forward pass. `None`: the
 /// bare encoder, or the language model of a decoder. A tied output embedding is not listed.
 pub(crate) fn parameters(config: &ModelConfig, task: Option<&Task>) -> Vec<Parameter> {
@@ -156,7 +165,7 @@ fn encoder(c: &ModelConfig, task: Option<&Task>, list: &mut List) {
 
 fn decoder(c: &ModelConfig, list: &mut List) {
     let (d, wide, narrow) = (c.hidden, c.heads * c.head, c.kv_heads * c.head);
-    list.push("model.embed_tokens.weight".to_owned(), &[c.vocab, d], Role::Embedding);
+    list.push(WORD.to_owned(), &[c.vocab, d], Role::Embedding);
     for i in 0..c.layers {
         let at = |name: &str| format!("model.layers.{i}.{name}");
         list.rms_norm(&at("input_layernorm"), d);
@@ -175,6 +184,6 @@ fn decoder(c: &ModelConfig, list: &mut List) {
     }
     list.rms_norm("model.norm", d);
     if !c.tied {
-        list.push("lm_head.weight".to_owned(), &[c.vocab, d], Role::Output);
+        list.push(OUTPUT.to_owned(), &[c.vocab, d], Role::Output);
     }
 }

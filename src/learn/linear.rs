@@ -1,6 +1,6 @@
 //! The modules that models are built of, and where they get their tensors from.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 use anyhow::{Context, Result, bail, ensure};
 use candle_core::{DType, Tensor, Var};
@@ -69,6 +69,8 @@ pub(crate) struct Parameters {
     pub(crate) scaling: f64,
     /// Probability of dropping an element of an adapter's input.
     pub(crate) adapter_dropout: f64,
+    /// Names of those that the base lacks, drawn from the seed.
+    pub(crate) fresh: BTreeSet<String>,
     /// Seeds the dropout.
     pub(crate) seed: u64,
     /// Takes the place of the model's own dropout.
@@ -87,6 +89,11 @@ impl Parameters {
             Held::Frozen(Frozen::Dense(tensor)) => Ok(tensor.clone()),
             Held::Frozen(Frozen::Nf4(_)) => bail!("`{name}` is quantized"),
         }
+    }
+
+    /// Whether the weight of a module is trained whole.
+    pub(crate) fn whole(&self, module: &str) -> bool {
+        matches!(self.held.get(&format!("{module}.weight")), Some((Held::Trained(_), _)))
     }
 
     /// A linear layer with its adapter, if it has one.
@@ -187,6 +194,14 @@ impl LoraLinear {
     /// B, `[out, r]`.
     pub fn b(&self) -> &Var {
         &self.adapter.b
+    }
+
+    /// `x W^T + b`, without the adapter.
+    ///
+    /// # Errors
+    /// As [`LoraLinear::forward`].
+    pub fn forward_frozen(&self, x: &Tensor) -> Result<Tensor> {
+        Linear { adapter: None, ..self.linear.clone() }.forward(x, Mode::Eval)
     }
 
     /// `x W^T + b + s (x A^T) B^T`: `[.., in]` to `[.., out]`; `x`, A and B can get gradients.

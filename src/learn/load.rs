@@ -84,7 +84,8 @@ pub(super) struct Loading<'a> {
 pub(super) type Loaded = (Parameters, BTreeMap<String, Var>);
 
 impl Loading<'_> {
-    /// Reads a base; trained are all tensors (`full`) or those of the head.
+    /// Reads a base; trained are all tensors (`full`) or those of the head. With an adapter, what
+    /// the base lacks counts as part of the head: only what is saved can be loaded again.
     ///
     /// # Errors
     /// When a tensor is missing, has another shape or cannot be read.
@@ -104,8 +105,10 @@ impl Loading<'_> {
         let names = found(&weights, self.config, &wanted)?;
         let mut held = BTreeMap::new();
         let mut trainable = BTreeMap::new();
+        let mut fresh = BTreeSet::new();
         let mut common = DType::F32;
         for (p, name) in wanted.into_iter().zip(names) {
+            let lacking = name.is_none();
             let tensor = match name {
                 Some(name) => weights.get(&name)?,
                 None => {
@@ -115,7 +118,10 @@ impl Loading<'_> {
             };
             let dtype = tensor.dtype();
             common = if held.is_empty() { dtype } else { common };
-            let value = if full || p.head {
+            if lacking {
+                fresh.insert(p.name.clone());
+            }
+            let value = if full || p.head || lacking {
                 let var = Var::from_tensor(&tensor.to_dtype(DType::F32)?)?;
                 let peft = if full { String::new() } else { PEFT.to_owned() };
                 trainable.insert(format!("{peft}{}", p.name), var.clone());
@@ -131,8 +137,8 @@ impl Loading<'_> {
             };
             held.insert(p.name, (value, dtype));
         }
-        let parameters =
-            Parameters { held, seed: setup.seed, dropout: setup.dropout, ..Parameters::default() };
+        let (seed, dropout) = (setup.seed, setup.dropout);
+        let parameters = Parameters { held, fresh, seed, dropout, ..Parameters::default() };
         Ok((parameters, trainable))
     }
 
@@ -147,7 +153,10 @@ impl Loading<'_> {
         checked(lora)?;
         parameters.scaling = lora.scaling();
         parameters.adapter_dropout = lora.dropout;
-        for module in self.config.check_targets(&self.setup.task, &lora.target_modules)? {
+        let mut modules = self.config.check_targets(&self.setup.task, &lora.target_modules)?;
+        modules.retain(|module| !parameters.whole(module));
+        ensure!(!modules.is_empty(), "the base lacks every layer that `target_modules` names");
+        for module in modules {
             let dims = frozen_dims(parameters, &module)?;
             let (a, b) = init::adapter(&module, lora.r, dims, self.setup.seed)?;
             insert(parameters, trainable, module, (a, b))?;
@@ -166,7 +175,8 @@ impl Loading<'_> {
     ) -> Result<()> {
         parameters.scaling = saved.lora.scaling();
         parameters.adapter_dropout = saved.lora.dropout;
-        let modules = saved.modules(self.config, &self.setup.task)?;
+        let mut modules = saved.modules(self.config, &self.setup.task)?;
+        modules.retain(|module| !parameters.whole(module));
         let mut expected: BTreeSet<String> = trainable.keys().cloned().collect();
         for module in &modules {
             expected.extend(["A", "B"].map(|m| format!("{PEFT}{module}.lora_{m}.weight")));
@@ -182,6 +192,7 @@ impl Loading<'_> {
             );
             var.set(&tensor)?;
         }
+        parameters.fresh.clear();
         for module in modules {
             let (outputs, inputs) = frozen_dims(parameters, &module)?;
             let r = saved.lora.r;

@@ -17,6 +17,7 @@ use super::net::Net;
 use super::ops::{Frozen, tensor, with_slices};
 use super::random::Stream;
 use super::setup::{MergeBase, Method, Quantization, Task};
+use crate::source::Fault;
 
 /// How far the logits of a merged model may be from those of base and adapter, relative to the
 /// largest logit: f32 sums in another order stay well below, a wrong merge does not.
@@ -43,8 +44,10 @@ impl Model {
     /// as many as the classes, or a file cannot be written.
     pub fn save_full(&self, dir: &Path, class_names: &[String]) -> Result<()> {
         ensure!(self.setup.method == Method::Full, "an adapter is saved as such, or merged");
-        let tensors =
-            self.trainable().iter().map(|(name, var)| (name.clone(), var.as_detached_tensor()));
+        let tensors = self
+            .trainable()
+            .iter()
+            .map(|(name, var)| (name.clone(), (var.as_detached_tensor(), DType::F32)));
         self.write_whole(dir, class_names, tensors.collect(), DType::F32)
     }
 
@@ -62,20 +65,17 @@ impl Model {
     ) -> Result<MergeReport> {
         ensure!(self.setup.method != Method::Full, "a fully trained model has nothing to merge");
         let quantized = self.setup.quantization != Quantization::None;
-        let original;
         let adapted = match base {
-            MergeBase::Original if quantized => {
-                original = self.on_original()?;
-                &original
-            }
-            _ => &self.parameters,
+            MergeBase::Original if quantized => self.on_original()?,
+            _ => self.parameters.clone(),
         };
         let probe = self.probe();
-        let expected = logits(self, adapted, &probe)?;
-        let merged = merged(adapted)?;
-        let found = logits(self, &frozen(&merged), &probe)?;
-        let largest = expected.iter().fold(0.0f64, |m, x| m.max(f64::from(x.abs())));
+        let expected = self.finite_logits(&adapted, &probe, "base and adapter")?;
+        let mut merged = merged(adapted)?;
+        let found = self.finite_logits(&frozen(&merged), &probe, "the merged model")?;
         let max_abs_difference = difference(&expected, &found);
+        let zeros = vec![0.0; expected.len()];
+        let largest = difference(&expected, &zeros);
         let max_rel_difference = max_abs_difference / largest.max(f64::MIN_POSITIVE);
         // Written so that a difference that is not a number fails too.
         ensure!(
@@ -84,20 +84,28 @@ impl Model {
              largest (at most {TOLERANCE:.0e} is expected)",
             max_rel_difference
         );
-        let mut rounded = BTreeMap::new();
-        for (name, (tensor, dtype)) in &merged {
-            rounded.insert(name.clone(), (tensor.to_dtype(*dtype)?, *dtype));
+        // Rounded in place, one tensor after the other: the model is alive once more, not thrice.
+        for (tensor, dtype) in merged.values_mut().filter(|(_, dtype)| *dtype != DType::F32) {
+            *tensor = tensor.to_dtype(*dtype)?.to_dtype(DType::F32)?;
         }
-        let mut widened = BTreeMap::new();
-        for (name, (tensor, dtype)) in &rounded {
-            widened.insert(name.clone(), (tensor.to_dtype(DType::F32)?, *dtype));
-        }
-        let after = logits(self, &frozen(&widened), &probe)?;
+        let after = self.finite_logits(&frozen(&merged), &probe, "the rounded model")?;
         let rounding_loss = difference(&found, &after);
-        let dtype = rounded.values().next().map_or(DType::F32, |(_, dtype)| *dtype);
-        let tensors = rounded.into_iter().map(|(name, (tensor, _))| (name, tensor)).collect();
-        self.write_whole(dir, class_names, tensors, dtype)?;
+        let dtype = merged.values().next().map_or(DType::F32, |(_, dtype)| *dtype);
+        self.write_whole(dir, class_names, merged, dtype)?;
         Ok(MergeReport { max_abs_difference, max_rel_difference, rounding_loss })
+    }
+
+    /// The logits of the probe, which must all be numbers, else nothing can be compared.
+    fn finite_logits(&self, p: &Parameters, probe: &Batch, what: &str) -> Result<Vec<f32>> {
+        let net = Net::new(&self.config, p).with_context(|| what.to_owned())?;
+        let logits: Vec<f32> = self.logits_of(&net, probe)?.flatten_all()?.to_vec1()?;
+        if let Some(bad) = logits.iter().find(|x| !x.is_finite()) {
+            let fault = Fault::new(format!("the logits of {what} hold {bad}"));
+            let help = "weights of base or adapter are not finite numbers, or too large for the \
+                        base's data type: train again with a lower learning rate";
+            return Err(fault.help(help).into());
+        }
+        Ok(logits)
     }
 
     /// The same adapter and head on the base before quantization.
@@ -133,7 +141,7 @@ impl Model {
         &self,
         dir: &Path,
         class_names: &[String],
-        tensors: BTreeMap<String, Tensor>,
+        tensors: BTreeMap<String, (Tensor, DType)>,
         dtype: DType,
     ) -> Result<()> {
         let mut config: BTreeMap<String, Value> = self.config.raw.clone().into_iter().collect();
@@ -163,20 +171,22 @@ impl Model {
             config.insert("label2id".to_owned(), json!(to_id));
             config.insert("problem_type".to_owned(), json!("single_label_classification"));
         }
-        files::write(&dir.join("model.safetensors"), tensors)?;
+        files::write_as(&dir.join("model.safetensors"), tensors)?;
         files::write_json(&dir.join("config.json"), &config)
     }
 }
 
-/// Every tensor of the model as f32, adapters added in, with the type that it came in.
-fn merged(parameters: &Parameters) -> Result<BTreeMap<String, (Tensor, DType)>> {
+/// Every tensor of the model as f32, adapters added in, with the type that it came in. Each tensor
+/// of the parameters is let go of once it is merged.
+fn merged(parameters: Parameters) -> Result<BTreeMap<String, (Tensor, DType)>> {
+    let Parameters { held, adapters, scaling, .. } = parameters;
     let mut out = BTreeMap::new();
-    for (name, (held, dtype)) in &parameters.held {
+    for (name, (held, dtype)) in held {
         let base = match held {
             Held::Trained(var) => var.as_detached_tensor(),
             Held::Frozen(weight) => weight.dense()?,
         };
-        let adapter = name.strip_suffix(".weight").and_then(|m| parameters.adapters.get(m));
+        let adapter = name.strip_suffix(".weight").and_then(|m| adapters.get(m));
         let whole = match adapter {
             None => base,
             Some(adapter) => {
@@ -186,14 +196,13 @@ fn merged(parameters: &Parameters) -> Result<BTreeMap<String, (Tensor, DType)>> 
                 let sum = with_slices([&base, a, b], |[w, a, b]| {
                     let mut sum = w.to_vec();
                     let (a, b) = (Matrix::new(a, r, inputs), Matrix::new(b, outputs, r));
-                    let scaling = parameters.scaling as f32;
-                    product((&mut sum, inputs), 1.0, scaling, b, a, Threads::All);
+                    product((&mut sum, inputs), 1.0, scaling as f32, b, a, Threads::All);
                     sum
                 })?;
                 tensor(sum, (outputs, inputs))?
             }
         };
-        out.insert(name.clone(), (whole, *dtype));
+        out.insert(name, (whole, dtype));
     }
     Ok(out)
 }
@@ -205,15 +214,27 @@ fn frozen(tensors: &BTreeMap<String, (Tensor, DType)>) -> Parameters {
     Parameters { held: held.collect(), ..Parameters::default() }
 }
 
-fn logits(model: &Model, parameters: &Parameters, probe: &Batch) -> Result<Vec<f32>> {
-    let net = Net::new(&model.config, parameters).context("the merged model")?;
-    Ok(model.logits_of(&net, probe)?.flatten_all()?.to_vec1()?)
+/// The largest absolute difference; not a number if one of them is none.
+fn difference(a: &[f32], b: &[f32]) -> f64 {
+    a.iter().zip(b).fold(0.0, |max: f64, (a, b)| {
+        let d = f64::from((a - b).abs());
+        // `f64::max` passes over what is not a number, on either side.
+        if max.is_nan() || d.is_nan() { f64::NAN } else { max.max(d) }
+    })
 }
 
-fn difference(a: &[f32], b: &[f32]) -> f64 {
-    a.iter().zip(b).fold(0.0, |max, (a, b)| {
-        let d = f64::from((a - b).abs());
-        // `max` would pass over a difference that is not a number.
-        if d.is_nan() { f64::NAN } else { max.max(d) }
-    })
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_difference_that_is_no_number_is_not_forgotten() {
+        assert_eq!(difference(&[1.0, -2.0, 0.5], &[1.0, 1.0, 0.0]), 3.0);
+        for at in 0..3 {
+            let mut a = [1.0; 3];
+            a[at] = f32::NAN;
+            assert!(difference(&a, &[0.5; 3]).is_nan(), "{at}");
+            assert!(difference(&[0.5; 3], &a).is_nan(), "{at}");
+        }
+    }
 }

@@ -11,8 +11,10 @@ use candle_core::{Tensor, Var};
 use super::adapter::SavedAdapter;
 use super::batch::{Batch, Labels, Packed};
 use super::config::ModelConfig;
+use super::layout::output_embedding;
 use super::linear::{Held, Mode, Parameters};
 use super::load::{Loaded, Loading};
+use super::matrix::{Matrix, Threads, product};
 use super::net::{Net, Sequences};
 use super::ops::{backward, cross_entropy, log_probs, select_rows, tensor, with_slices};
 use super::setup::{Method, Setup};
@@ -55,6 +57,9 @@ impl fmt::Debug for Model {
 
 /// Elements of one block of logits: 64 MiB. Fixed, so that sums do not depend on the machine.
 const LOGITS: usize = 1 << 24;
+
+/// Answers that stand behind a prompt in one pass: attention grows with the square of them.
+const ANSWERS: usize = 16;
 
 /// What the output layer predicts: rows of the last layer, and a target for each.
 struct Targets {
@@ -139,6 +144,12 @@ impl Model {
     /// What is trained, under PEFT's names without the adapter's (`full`: transformers' names).
     pub fn trainable(&self) -> &BTreeMap<String, Var> {
         &self.trainable
+    }
+
+    /// The modules that the base lacks: they are drawn from the seed, and nothing has trained them
+    /// yet. Those of a saved model are all there.
+    pub fn fresh_modules(&self) -> Vec<&str> {
+        self.parameters.fresh.iter().filter_map(|name| name.strip_suffix(".weight")).collect()
     }
 
     /// A digest of everything that is not trained, for checks that it stays as it was.
@@ -260,16 +271,8 @@ impl Model {
     /// When the batch does not fit the model.
     pub fn target_log_probs(&self, batch: &Batch) -> Result<Vec<(f64, usize)>> {
         let packed = self.pack(batch)?;
-        let Targets { rows, targets } = self.targets(batch, &packed)?;
-        let x = self.hidden(&self.net, &packed)?;
-        let mut each = Vec::with_capacity(targets.len());
-        for (rows, targets) in rows.chunks(self.chunk()).zip(targets.chunks(self.chunk())) {
-            let x = select_rows(&x, rows.into(), None)?;
-            let features = self.net.features(&x, Mode::Eval)?.detach();
-            let logits = self.net.output(&features, Mode::Eval)?;
-            each.extend(log_probs(&logits, targets)?);
-        }
-        let mut each = each.into_iter();
+        let targets = self.targets(batch, &packed)?;
+        let mut each = self.log_probs_at(&packed, &targets)?.into_iter();
         let rows = (0..batch.size).map(|row| {
             let n = match batch.labels {
                 Labels::Classes(_) => 1,
@@ -278,6 +281,67 @@ impl Model {
             (each.by_ref().take(n).sum(), n)
         });
         Ok(rows.collect())
+    }
+
+    /// For each prompt the sum of the log-probabilities of each answer's tokens behind it, as
+    /// [`Model::target_log_probs`] gives it to rounding; but a prompt passes through the model once
+    /// for many answers. Without dropout.
+    ///
+    /// # Errors
+    /// When the model is not a decoder, a prompt or an answer is empty, or both together do not
+    /// fit the model.
+    pub fn answer_log_probs(
+        &self,
+        prompts: &[&[u32]],
+        answers: &[Vec<u32>],
+    ) -> Result<Vec<Vec<f64>>> {
+        ensure!(self.config.is_decoder(), "an encoder does not predict the next token");
+        let longest = prompts.iter().map(|p| p.len()).max().unwrap_or_default()
+            + answers.iter().map(Vec::len).max().unwrap_or_default();
+        ensure!(
+            longest <= self.config.positions,
+            "a prompt and an answer of {longest} tokens are longer than the model's {} positions",
+            self.config.positions
+        );
+        ensure!(prompts.iter().all(|p| !p.is_empty()), "there is no prompt to answer");
+        ensure!(answers.iter().all(|a| !a.is_empty()), "an answer has no tokens");
+        // A window counts the tokens between, and those of other answers would be among them.
+        let windowed = self.config.windows.iter().any(Option::is_some);
+        let mut sums = vec![Vec::with_capacity(answers.len()); prompts.len()];
+        for answers in answers.chunks(if windowed { 1 } else { ANSWERS }) {
+            let packed = Packed::answered(prompts, answers);
+            let (mut rows, mut targets) = (Vec::new(), Vec::new());
+            for (row, prompt) in packed.rows().zip(prompts) {
+                // Each token is predicted by the one before it, the first by the prompt's last.
+                let mut next = u32::try_from(row.start + prompt.len())?;
+                for answer in answers {
+                    let shown = answer.len() as u32 - 1;
+                    rows.push((row.start + prompt.len()) as u32 - 1);
+                    rows.extend(next..next + shown);
+                    targets.extend_from_slice(answer);
+                    next += shown;
+                }
+            }
+            let each = self.log_probs_at(&packed, &Targets { rows, targets })?;
+            let mut each = each.into_iter();
+            for sums in &mut sums {
+                sums.extend(answers.iter().map(|a| each.by_ref().take(a.len()).sum::<f64>()));
+            }
+        }
+        Ok(sums)
+    }
+
+    fn log_probs_at(&self, packed: &Packed, targets: &Targets) -> Result<Vec<f64>> {
+        let Targets { rows, targets } = targets;
+        let x = self.hidden(&self.net, packed)?;
+        let mut each = Vec::with_capacity(targets.len());
+        for (rows, targets) in rows.chunks(self.chunk()).zip(targets.chunks(self.chunk())) {
+            let x = select_rows(&x, rows.into(), None)?;
+            let features = self.net.features(&x, Mode::Eval)?.detach();
+            let logits = self.net.output(&features, Mode::Eval)?;
+            each.extend(log_probs(&logits, targets)?);
+        }
+        Ok(each)
     }
 
     /// The sum of the losses over the targets of the batch, and the gradient of that sum over
@@ -346,6 +410,9 @@ impl Model {
         denominator: f64,
         gradients: &mut BTreeMap<String, Tensor>,
     ) -> Result<(f64, Option<Tensor>)> {
+        if self.config.is_decoder() {
+            return self.embedding_gradients(features, targets, denominator, gradients);
+        }
         let (mut loss, mut seeds) = (0.0, Vec::new());
         for (i, wanted) in targets.targets.chunks(self.chunk()).enumerate() {
             let part = features.detach().narrow(0, i * self.chunk(), wanted.len())?.contiguous()?;
@@ -366,6 +433,48 @@ impl Model {
             }
         }
         let seed = if seeds.is_empty() { None } else { Some(Tensor::cat(&seeds, 0)?) };
+        Ok((loss, seed))
+    }
+
+    /// The same for an output embedding, `logits = x W^T`: the gradient of a trained W is as large
+    /// as W, so the blocks of logits add theirs into one.
+    fn embedding_gradients(
+        &self,
+        features: &Tensor,
+        targets: &Targets,
+        denominator: f64,
+        gradients: &mut BTreeMap<String, Tensor>,
+    ) -> Result<(f64, Option<Tensor>)> {
+        let name = output_embedding(&self.config);
+        let weight = self.parameters.tensor(name)?;
+        let (outputs, inputs) = weight.dims2()?;
+        let features_ = features.detach();
+        let mut dx = features.track_op().then(|| vec![0.0; features.elem_count()]);
+        let mut dw = weight.track_op().then(|| vec![0.0; weight.elem_count()]);
+        let (mut loss, mut start) = (0.0, 0);
+        for wanted in targets.targets.chunks(self.chunk()) {
+            let n = wanted.len();
+            let part = features_.narrow(0, start, n)?.contiguous()?;
+            let logits = self.net.output(&part, Mode::Eval)?.detach();
+            let (sum, grad) = cross_entropy(&logits, wanted, 1.0 / denominator)?;
+            loss += sum;
+            with_slices([&part, &weight, &grad], |[x, w, g]| {
+                let g = Matrix::new(g, n, outputs);
+                if let Some(dx) = &mut dx {
+                    let (dx, w) = (&mut dx[start * inputs..], Matrix::new(w, outputs, inputs));
+                    product((dx, inputs), 0.0, 1.0, g, w, Threads::All);
+                }
+                if let Some(dw) = &mut dw {
+                    let x = Matrix::new(x, n, inputs);
+                    product((dw, inputs), 1.0, 1.0, g.t(), x, Threads::All);
+                }
+            })?;
+            start += n;
+        }
+        if let Some(dw) = dw {
+            gradients.insert(name.to_owned(), tensor(dw, (outputs, inputs))?);
+        }
+        let seed = dx.map(|dx| tensor(dx, features.shape())).transpose()?;
         Ok((loss, seed))
     }
 

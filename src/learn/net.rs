@@ -1,5 +1,6 @@
 //! The forward pass, block by block.
 
+use std::ops::Range;
 use std::sync::Arc;
 
 use anyhow::{Result, bail};
@@ -7,7 +8,7 @@ use candle_core::Tensor;
 
 use super::batch::Packed;
 use super::config::{Family, ModelConfig};
-use super::layout::EncoderNames;
+use super::layout::{EncoderNames, WORD, output_embedding};
 use super::linear::{Dropout, Linear, Mode, Parameters};
 use super::ops::{
     Attention, RopeTable, add, attention, gelu, layer_norm, rms_norm, rope, select_rows, swiglu,
@@ -16,6 +17,7 @@ use super::ops::{
 /// What the layers share in one pass.
 pub(crate) struct Sequences {
     starts: Arc<[usize]>,
+    hidden: Arc<[Range<usize>]>,
     rope: Option<RopeTable>,
 }
 
@@ -149,15 +151,13 @@ impl Net {
         };
         let prefix = c.family.prefix();
         if c.is_decoder() {
-            const WORD: &str = "model.embed_tokens.weight";
             let layers =
                 (0..c.layers).map(|i| DecoderLayer::layer(c, p, i)).collect::<Result<_>>()?;
-            let output = if c.tied { WORD } else { "lm_head.weight" };
             return Ok(net(
                 Embeddings::Decoder { word: p.tensor(WORD)? },
                 layers,
                 Features::Norm(RmsNorm::new(p, "model.norm", c.eps)?),
-                Some(Linear::of(p, output)?),
+                Some(Linear::of(p, output_embedding(c))?),
             ));
         }
         let embedding =
@@ -189,9 +189,10 @@ impl Net {
 
     /// What the layers share for a batch.
     pub(crate) fn sequences(&self, batch: &Packed) -> Sequences {
-        let table = || RopeTable::new(&self.rope, &batch.positions());
+        let table = || RopeTable::new(&self.rope, &batch.positions);
         Sequences {
             starts: batch.starts.as_slice().into(),
+            hidden: batch.hidden.as_slice().into(),
             rope: (!self.rope.is_empty()).then(table),
         }
     }
@@ -206,7 +207,7 @@ impl Net {
             Embeddings::Decoder { word } => Ok(select_rows(word, ids, self.pad)?),
             Embeddings::Encoder { word, position, token_type, norm, drop } => {
                 let mut x = select_rows(word, ids, self.pad)?;
-                x = add(&x, &select_rows(position, batch.positions().into(), None)?)?;
+                x = add(&x, &select_rows(position, batch.positions.as_slice().into(), None)?)?;
                 if let Some(kinds) = token_type {
                     x = add(&x, &select_rows(kinds, batch.types.as_slice().into(), None)?)?;
                 }
@@ -228,6 +229,7 @@ impl Net {
             window,
             dropout: drop.mask(mode),
             starts: s.starts.clone(),
+            hidden: s.hidden.clone(),
         };
         match self.layers.get(i) {
             Some(Layer::Encoder(l)) => l.forward(x, shape(&l.attention_drop, false, None), mode),

@@ -4,17 +4,21 @@ use std::collections::BTreeMap;
 
 use anyhow::{Context as _, Result, ensure};
 
-use super::batch::{IGNORE, Labels};
+use super::batch::Labels;
 use super::metrics::Confusion;
 use super::model::Model;
 use super::rows::{Row, collate};
 use super::setup::Task;
+use crate::source::Fault;
 
 /// What is measured.
 #[derive(Debug, Clone, Copy)]
 pub enum Measure<'a> {
     /// Classes by the model's classification head.
     Classes(usize),
+    /// The same where the rows count the classes in another order than the model: for each class
+    /// of the rows the model's.
+    ClassesAs(&'a [usize]),
     /// Likelihood of the labelled tokens: loss and perplexity.
     Likelihood,
     /// The same, and the class whose words are likeliest after the prompt; candidates are the
@@ -40,7 +44,8 @@ pub struct Prediction {
 #[derive(Debug, Clone, PartialEq)]
 pub struct Scores {
     /// `loss` (mean negative log-likelihood per row or target token, in nats), `n` (rows), and by
-    /// measure `perplexity`, `target_tokens` and what [`Confusion::metrics`] gives.
+    /// measure `perplexity` (exp of the loss, but at most the largest f64), `target_tokens` and
+    /// what [`Confusion::metrics`] gives. All are finite.
     pub metrics: BTreeMap<String, f64>,
     /// Counts of (true, predicted), where there are classes.
     pub confusion: Option<Confusion>,
@@ -81,7 +86,8 @@ struct Sums {
 /// unequal length compare without normalisation. Ties go to the lower class.
 ///
 /// # Errors
-/// When a row lacks its label, or does not fit the model.
+/// When a row lacks its label or does not fit the model, or what the model says about one is not a
+/// finite number.
 pub fn score(
     model: &Model,
     rows: &mut dyn Iterator<Item = Result<Row>>,
@@ -91,9 +97,11 @@ pub fn score(
 ) -> Result<Scores> {
     let classes = match measure {
         Measure::Classes(n) => Some(n),
+        Measure::ClassesAs(order) => Some(order.len()),
         Measure::Candidates(c) => Some(c.len()),
         Measure::Likelihood => None,
     };
+    let same: Vec<usize> = (0..classes.unwrap_or_default()).collect();
     let mut confusion = classes.map(Confusion::new);
     let mut sums = Sums { rows: 0, loss: 0.0, targets: 0 };
     loop {
@@ -103,7 +111,8 @@ pub fn score(
         }
         let first = sums.rows;
         let mut predictions = match measure {
-            Measure::Classes(n) => classify(model, &batch, n, &mut sums)?,
+            Measure::Classes(_) => classify(model, &batch, &same, &mut sums)?,
+            Measure::ClassesAs(order) => classify(model, &batch, order, &mut sums)?,
             Measure::Candidates(c) => choose(model, &batch, c, &mut sums)?,
             Measure::Likelihood => {
                 likelihood(model, &batch, &mut sums)?;
@@ -125,28 +134,47 @@ pub fn score(
     if sums.targets > 0 {
         let loss = sums.loss / sums.targets as f64;
         metrics.insert("loss".into(), loss);
-        if !matches!(measure, Measure::Classes(_)) {
-            metrics.insert("perplexity".into(), loss.exp());
+        if !matches!(measure, Measure::Classes(_) | Measure::ClassesAs(_)) {
+            metrics.insert("perplexity".into(), perplexity(loss));
             metrics.insert("target_tokens".into(), sums.targets as f64);
         }
     }
     Ok(Scores { metrics, confusion })
 }
 
+/// exp(loss), but finite: a report in JSON has no infinity, and what is this bad stays the worst.
+fn perplexity(loss: f64) -> f64 {
+    loss.exp().min(f64::MAX)
+}
+
+/// `x` of a row, which must be a number.
+fn finite(x: f64, what: &str, row: u64) -> Result<f64> {
+    if x.is_finite() {
+        return Ok(x);
+    }
+    let fault = Fault::new(format!("{what} of row {row} is {x}"));
+    let help = "weights of the model are not finite numbers, or so large that its activations \
+                are not: look at how it was trained, and try a lower learning rate";
+    Err(fault.help(help).into())
+}
+
 fn classify(
     model: &Model,
     rows: &[Row],
-    classes: usize,
+    order: &[usize],
     sums: &mut Sums,
 ) -> Result<Vec<Prediction>> {
     let refs: Vec<&Row> = rows.iter().collect();
-    let batch = collate(&refs, &Task::SequenceClassification { classes })?;
+    let batch = collate(&refs, &Task::SequenceClassification { classes: order.len() })?;
     let logits = model.logits(&batch)?.to_vec2::<f32>()?;
     let Labels::Classes(labels) = &batch.labels else { return Ok(Vec::new()) };
     let mut out = Vec::with_capacity(rows.len());
-    for (logits, &label) in logits.iter().zip(labels) {
-        let logits: Vec<f64> = logits.iter().map(|x| f64::from(*x)).collect();
-        ensure!(logits.iter().all(|x| x.is_finite()), "the model's logits are not finite");
+    for ((logits, &label), row) in logits.iter().zip(labels).zip(sums.rows..) {
+        let logits = order.iter().map(|class| {
+            let logit = logits.get(*class).context("the model has too few classes")?;
+            finite(f64::from(*logit), "a logit", row)
+        });
+        let logits: Vec<f64> = logits.collect::<Result<_>>()?;
         let all = log_sum_exp(&logits);
         let truth = logits.get(label as usize).context("the model has too few classes")?;
         sums.loss += all - truth;
@@ -164,19 +192,18 @@ fn predict(label: u32, values: &[f64], all: f64) -> Prediction {
 
 fn likelihood(model: &Model, rows: &[Row], sums: &mut Sums) -> Result<()> {
     let refs: Vec<&Row> = rows.iter().collect();
-    for (log_prob, n) in model.target_log_probs(&collate(&refs, &Task::CausalLm)?)? {
-        sums.loss -= log_prob;
+    let numbers: Vec<u64> = (sums.rows..).take(rows.len()).collect();
+    likelihoods(model, &refs, &numbers, sums)
+}
+
+/// Rows, and which they are in the stream.
+fn likelihoods(model: &Model, rows: &[&Row], numbers: &[u64], sums: &mut Sums) -> Result<()> {
+    let scored = model.target_log_probs(&collate(rows, &Task::CausalLm)?)?;
+    for ((log_prob, n), row) in scored.into_iter().zip(numbers) {
+        sums.loss -= finite(log_prob, "the likelihood", *row)?;
         sums.targets += n as u64;
     }
     Ok(())
-}
-
-/// A row that asks for the likelihood of an answer after a prompt.
-fn answered(prompt: &[u32], answer: &[u32]) -> Row {
-    let mut labels = vec![IGNORE; prompt.len()];
-    labels.extend(answer.iter().map(|id| i64::from(*id)));
-    let ids = [prompt, answer].concat();
-    Row { ids, labels: Some(labels), ..Row::default() }
 }
 
 fn choose(
@@ -185,19 +212,20 @@ fn choose(
     candidates: &[Vec<u32>],
     sums: &mut Sums,
 ) -> Result<Vec<Prediction>> {
-    let mut totals = vec![Vec::with_capacity(candidates.len()); rows.len()];
-    for candidate in candidates {
-        let asked: Vec<Row> = rows.iter().map(|r| answered(r.prompt(), candidate)).collect();
-        let refs: Vec<&Row> = asked.iter().collect();
-        let scored = model.target_log_probs(&collate(&refs, &Task::CausalLm)?)?;
-        for (total, (log_prob, _)) in totals.iter_mut().zip(scored) {
-            ensure!(log_prob.is_finite(), "the likelihood of a candidate is not finite");
-            total.push(log_prob);
+    let prompts: Vec<&[u32]> = rows.iter().map(Row::prompt).collect();
+    if let Some((_, row)) = prompts.iter().zip(sums.rows..).find(|(prompt, _)| prompt.is_empty()) {
+        let fault = Fault::new(format!("row {row} has no prompt for the candidates to follow"));
+        return Err(fault.help("label only what comes after a prompt, in the format step").into());
+    }
+    let totals = model.answer_log_probs(&prompts, candidates)?;
+    for (total, row) in totals.iter().zip(sums.rows..) {
+        for log_prob in total {
+            finite(*log_prob, "the likelihood of a candidate", row)?;
         }
     }
-    let mut others = Vec::new();
+    let (mut others, mut numbers) = (Vec::new(), Vec::new());
     let mut out = Vec::with_capacity(rows.len());
-    for (row, total) in rows.iter().zip(&totals) {
+    for ((row, total), number) in rows.iter().zip(&totals).zip(sums.rows..) {
         let label = row.class.context("a row has no `label`")?;
         let own = candidates.get(label as usize);
         let own = own.with_context(|| format!("label {label} has no candidate"))?;
@@ -206,12 +234,13 @@ fn choose(
             sums.loss -= total[label as usize];
             sums.targets += own.len() as u64;
         } else {
-            others.push(row.clone());
+            others.push(row);
+            numbers.push(number);
         }
         out.push(predict(label, total, log_sum_exp(total)));
     }
     if !others.is_empty() {
-        likelihood(model, &others, sums)?;
+        likelihoods(model, &others, &numbers, sums)?;
     }
     Ok(out)
 }
@@ -237,9 +266,9 @@ mod tests {
     }
 
     #[test]
-    fn answers_follow_the_prompt() {
-        let row = answered(&[1, 2], &[7, 8]);
-        assert_eq!(row.ids, [1, 2, 7, 8]);
-        assert_eq!(row.labels.unwrap(), [-100, -100, 7, 8]);
+    fn a_loss_beyond_all_bounds_is_still_a_number() {
+        assert_eq!(perplexity(0.0), 1.0);
+        assert_eq!(perplexity(1e3), f64::MAX);
+        assert!(finite(f64::NAN, "the likelihood", 7).unwrap_err().to_string().contains("row 7"));
     }
 }

@@ -234,6 +234,7 @@ pub fn train(
             history.evaluations.push(EvaluationLog { step: done, epoch, metrics });
         }
     }
+    gate.finish(model.trainable())?;
     history.best_step = kept.restore(model)?;
     Ok(history)
 }
@@ -319,7 +320,7 @@ impl Kept {
             .found
             .as_ref()
             .is_none_or(|(found, ..)| if best.maximize { value > *found } else { value < *found });
-        if better {
+        if better && value.is_finite() {
             let copies = model
                 .trainable()
                 .iter()
@@ -330,7 +331,11 @@ impl Kept {
     }
 
     fn restore(self, model: &Model) -> Result<Option<u64>> {
-        let Some((_, step, copies)) = self.found else { return Ok(None) };
+        let Some((_, step, copies)) = self.found else {
+            let Some(best) = self.best.filter(|_| self.last > 0) else { return Ok(None) };
+            let fault = Fault::new(format!("`{}` was finite in no evaluation", best.metric));
+            return Err(fault.help("lower the learning rate, or choose by another metric").into());
+        };
         if step != self.last {
             for (name, var) in model.trainable() {
                 let copy = copies.get(name).with_context(|| format!("`{name}` was not kept"))?;

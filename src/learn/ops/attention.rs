@@ -27,6 +27,8 @@ pub(crate) struct Attention {
     pub(crate) dropout: Option<Mask>,
     /// Where each sequence begins, and the number of tokens.
     pub(crate) starts: Arc<[usize]>,
+    /// Tokens of its sequence that each token does not see among those that it would; empty: none.
+    pub(crate) hidden: Arc<[Range<usize>]>,
 }
 
 /// One sequence and one key head.
@@ -78,7 +80,8 @@ impl Attention {
     }
 
     /// Softmax of the scaled scores, 0 where a key is not seen. `[n, n]`.
-    fn probabilities(&self, q: Matrix<'_>, k: Matrix<'_>, n: usize) -> Vec<f32> {
+    fn probabilities(&self, q: Matrix<'_>, k: Matrix<'_>, rows: &Range<usize>) -> Vec<f32> {
+        let n = rows.len();
         let mut p = vec![0.0; n * n];
         product((&mut p, n), 0.0, self.scale(), q, k.t(), Threads::One);
         wide!({
@@ -86,6 +89,9 @@ impl Attention {
                 let seen = self.keys(i, n);
                 row[..seen.start].fill(0.0);
                 row[seen.end..].fill(0.0);
+                if let Some(hidden) = self.hidden.get(rows.start + i) {
+                    row[hidden.clone()].fill(f32::NEG_INFINITY);
+                }
                 let row = &mut row[seen];
                 let max = max(row);
                 row.iter_mut().for_each(|x| *x = exp(*x - max));
@@ -106,7 +112,7 @@ impl Attention {
                 let v = self.part(v, &task.rows, self.kv_heads, task.kv);
                 let heads = self.group(task.kv).map(|h| {
                     let q = self.part(q, &task.rows, self.heads, h);
-                    let mut p = self.probabilities(q, k, n);
+                    let mut p = self.probabilities(q, k, &task.rows);
                     if let Some(mask) = self.mask(task, h) {
                         mask.apply_from(0, &mut p);
                     }
@@ -156,7 +162,7 @@ impl Attention {
                 let dq = self.group(task.kv).map(|h| {
                     let q = self.part(q, &task.rows, self.heads, h);
                     let g = self.part(g, &task.rows, self.heads, h);
-                    let p = self.probabilities(q, k, n);
+                    let p = self.probabilities(q, k, &task.rows);
                     let mut ds = vec![0.0; n * n];
                     product((&mut ds, n), 0.0, 1.0, g, v.t(), Threads::One);
                     let kept = self.mask(task, h).map(|mask| {
@@ -256,6 +262,7 @@ mod tests {
             window,
             dropout: None,
             starts: [0, 5, 6, 13].into(),
+            hidden: [].into(),
         }
     }
 
@@ -276,6 +283,41 @@ mod tests {
             Attention { dropout: Mask::new(Stream::new(3, "p"), 0.4), ..shape(2, true, None) };
         let args = [normal("q", &[13, 12]), normal("k", &[13, 6]), normal("v", &[13, 6])];
         check(&args, |a| attention(&a[0], &a[1], &a[2], how.clone()));
+    }
+
+    /// A score that is not a finite number spoils the tokens that see it, and no others.
+    #[test]
+    fn what_is_not_a_number_stays_so() {
+        let [q, k, v] = ["q", "k", "v"].map(|n| normal(n, &[13, 12]));
+        for bad in [f32::NAN, f32::INFINITY] {
+            let mut k = k.to_vec2::<f32>().unwrap();
+            k[8].iter_mut().for_each(|x| *x = bad);
+            let k = Tensor::new(k, v.device()).unwrap();
+            let out = attention(&q, &k, &v, shape(4, true, None)).unwrap();
+            for (i, row) in out.to_vec2::<f32>().unwrap().iter().enumerate() {
+                assert_eq!(row.iter().all(|x| x.is_finite()), i < 8, "{bad} {i}");
+            }
+        }
+    }
+
+    /// Tokens 4 and 5 of the last sequence stand for its tokens 2 and 3.
+    #[test]
+    fn hidden_tokens_are_as_if_absent() {
+        let [q, k, v] = ["q", "k", "v"].map(|n| normal(n, &[13, 12]));
+        let mut hidden = vec![0..0; 13];
+        hidden[10..12].fill(2..4);
+        let how = Attention { hidden: hidden.into(), ..shape(4, true, None) };
+        let with = attention(&q, &k, &v, how).unwrap().to_vec2::<f32>().unwrap();
+        let keep = |x: &Tensor| {
+            let rows = [x.narrow(0, 0, 8).unwrap(), x.narrow(0, 10, 2).unwrap()];
+            Tensor::cat(&rows, 0).unwrap()
+        };
+        let how = Attention { starts: [0, 5, 6, 10].into(), ..shape(4, true, None) };
+        let without = attention(&keep(&q), &keep(&k), &keep(&v), how).unwrap();
+        for (i, row) in without.to_vec2::<f32>().unwrap().iter().enumerate() {
+            let same = &with[if i < 8 { i } else { i + 2 }];
+            assert!(row.iter().zip(same).all(|(a, b)| (a - b).abs() < 1e-6), "{i}");
+        }
     }
 
     /// Sequences do not see each other, and a causal token does not see what follows.

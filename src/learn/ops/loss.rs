@@ -98,4 +98,13 @@ mod tests {
         assert!(cross_entropy(&x, &[3], 1.0).is_err());
         assert!(cross_entropy(&x, &[1, 1], 1.0).is_err());
     }
+
+    #[test]
+    fn logits_that_are_no_numbers_are_not_scored() {
+        for bad in [f32::NAN, f32::INFINITY] {
+            let x = tensor(vec![0.0, bad, 1.0], (1, 3)).unwrap();
+            assert!(!log_probs(&x, &[2]).unwrap()[0].is_finite(), "{bad}");
+            assert!(!cross_entropy(&x, &[2], 1.0).unwrap().0.is_finite(), "{bad}");
+        }
+    }
 }

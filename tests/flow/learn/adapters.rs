@@ -1,6 +1,6 @@
 //! PEFT's adapter directories, both ways, and merged models.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeSet, HashMap};
 use std::path::{Path, PathBuf};
 
 use flow::learn::{
@@ -125,31 +125,48 @@ fn llama_interchange() {
     interchange("peft_llama", Task::CausalLm);
 }
 
-/// A missing and a superfluous tensor are both named.
-#[test]
-fn an_adapter_of_another_model_is_refused() {
+/// Loads an adapter of these target modules on the base of `peft_llama`; only its tensors that
+/// `keep` are there.
+fn foreign(targets: &serde_json::Value, keep: impl Fn(&str) -> bool) -> anyhow::Result<Model> {
     let dir = fixture("peft_llama");
     let base = files(dir.join("config.json"), dir.join("model.safetensors"));
     let out = tempfile::tempdir().unwrap();
     let text = std::fs::read_to_string(dir.join("adapter/adapter_config.json")).unwrap();
-    let text = text.replace("\"o_proj\"", "\"down_proj\"");
-    std::fs::write(out.path().join("adapter_config.json"), text).unwrap();
-    let weights = "adapter_model.safetensors";
-    let bytes = std::fs::read(dir.join("adapter").join(weights)).unwrap();
-    // Half of the adapters under another name of the same length.
-    let from = b"layers.1.self_attn.q_proj";
-    let bytes = bytes.clone();
-    let mut changed = bytes.clone();
-    for i in 0..bytes.len() - from.len() {
-        if &bytes[i..i + from.len()] == from {
-            changed[i..i + from.len()].copy_from_slice(b"layers.7.self_attn.q_proj");
-        }
-    }
-    std::fs::write(out.path().join(weights), changed).unwrap();
+    let mut settings: serde_json::Value = serde_json::from_str(&text).unwrap();
+    settings["target_modules"] = targets.clone();
+    std::fs::write(out.path().join("adapter_config.json"), settings.to_string()).unwrap();
+    let mut tensors = tensors(&dir.join("adapter/adapter_model.safetensors"));
+    tensors.retain(|name, _| keep(name));
+    let path = out.path().join("adapter_model.safetensors");
+    candle_core::safetensors::save(&tensors, path).unwrap();
     let setup = setup(Task::CausalLm, Method::Lora, None);
-    let error = Model::load_trained(&base, &setup, &adapter(out.path())).unwrap_err();
-    let text = format!("{error:#}");
-    assert!(text.contains("mlp.down_proj.lora_A") && text.contains("layers.7"), "{text}");
+    Model::load_trained(&base, &setup, &adapter(out.path()))
+}
+
+fn tensors(path: &Path) -> HashMap<String, candle_core::Tensor> {
+    candle_core::safetensors::load(path, &candle_core::Device::Cpu).unwrap()
+}
+
+/// A missing and a superfluous tensor are both named, however many modules are targets.
+#[test]
+fn an_adapter_of_another_model_is_refused() {
+    let targets = serde_json::json!(["q_proj", "k_proj", "v_proj", "down_proj"]);
+    let text = format!("{:#}", foreign(&targets, |_| true).unwrap_err());
+    let (missing, unexpected) = text.split_once("unexpected").unwrap();
+    assert!(missing.contains("layers.0.mlp.down_proj.lora_A"), "{text}");
+    assert!(unexpected.contains("layers.0.self_attn.o_proj.lora_A"), "{text}");
+
+    let targets = serde_json::json!(["q_proj"]);
+    let whole = foreign(&targets, |name| name.contains("q_proj")).unwrap();
+    let first = |name: &str| name.contains("q_proj") && name.contains("layers.0");
+    let text = format!("{:#}", foreign(&targets, first).unwrap_err());
+    assert!(text.contains("missing") && text.contains("layers.1.self_attn.q_proj"), "{text}");
+    // A regular expression says less than the file.
+    let pattern = serde_json::json!(r".*\.0\.self_attn\.q_proj");
+    let part = foreign(&pattern, first).unwrap();
+    assert!(2 * part.trainable().len() == whole.trainable().len());
+    let error = foreign(&pattern, |_| false).unwrap_err();
+    assert!(format!("{error:#}").contains("target_modules"), "{error:#}");
 }
 
 fn tiny(dir: &Path, config: &serde_json::Value, task: &Task) -> flow::learn::ModelFiles {
@@ -167,6 +184,14 @@ fn llama() -> serde_json::Value {
         "num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size": 96,
         "vocab_size": 101, "max_position_embeddings": 64, "rms_norm_eps": 1e-5,
         "initializer_range": 0.2, "tie_word_embeddings": true,
+    })
+}
+
+fn bert() -> serde_json::Value {
+    serde_json::json!({
+        "model_type": "bert", "hidden_size": 32, "num_hidden_layers": 1,
+        "num_attention_heads": 2, "intermediate_size": 48, "vocab_size": 50,
+        "max_position_embeddings": 16,
     })
 }
 
@@ -222,17 +247,73 @@ fn qlora_merges_into_either_base() {
     assert_eq!(again.counts(), model.counts());
 }
 
+/// What is no number is not merged, wherever it lies.
+#[test]
+fn an_adapter_with_nan_is_not_merged() {
+    let dir = tempfile::tempdir().unwrap();
+    let files = tiny(dir.path(), &llama(), &Task::CausalLm);
+    let setup = setup(Task::CausalLm, Method::Lora, Some(all_linear()));
+    let model = Model::load(&files, &setup).unwrap();
+    stir(&model);
+    let name = "base_model.model.model.layers.1.mlp.gate_proj.lora_B.weight";
+    let var = &model.trainable()[name];
+    let mut data = numbers(var);
+    data[7] = f32::NAN;
+    let data = candle_core::Tensor::from_vec(data, var.shape(), var.device()).unwrap();
+    var.set(&data).unwrap();
+    let out = tempfile::tempdir().unwrap();
+    let error = model.merge(MergeBase::Original, out.path(), &[]).unwrap_err().to_string();
+    assert!(error.contains("base and adapter hold NaN"), "{error}");
+    assert_eq!(std::fs::read_dir(out.path()).unwrap().count(), 0);
+}
+
+/// A pooler that the base lacks is trained and saved with the head; another seed at loading does
+/// not matter.
+#[test]
+fn a_pooler_that_the_base_lacks_is_saved_with_the_head() {
+    let dir = tempfile::tempdir().unwrap();
+    let files = tiny(dir.path(), &bert(), &classes(2));
+    let path = &files.weights[0].1;
+    let mut base = tensors(path);
+    base.retain(|name, _| !name.contains("pooler") && !name.contains("classifier"));
+    candle_core::safetensors::save(&base, path).unwrap();
+    let batch = batch(&[&[1, 5, 9], &[4, 4]]);
+    for method in [Method::Lora, Method::Qlora] {
+        let setup = setup(classes(2), method, Some(all_linear()));
+        let model = Model::load(&files, &setup).unwrap();
+        assert_eq!(model.fresh_modules(), ["bert.pooler.dense", "classifier"]);
+        stir(&model);
+        let logits = numbers(&model.logits(&batch).unwrap());
+        let out = tempfile::tempdir().unwrap();
+        model.save_adapter(out.path(), "base").unwrap();
+        let text = std::fs::read_to_string(out.path().join("adapter_config.json")).unwrap();
+        let settings: serde_json::Value = serde_json::from_str(&text).unwrap();
+        let saved = serde_json::json!(["classifier", "bert.pooler.dense"]);
+        assert_eq!(settings["modules_to_save"], saved);
+        // Else PEFT would put an adapter on it, because `dense` names it too.
+        assert_eq!(settings["exclude_modules"], serde_json::json!(["bert.pooler.dense"]));
+
+        let other = Setup { seed: 0, ..setup };
+        let again = Model::load_trained(&files, &other, &adapter(out.path())).unwrap();
+        assert_eq!(numbers(&again.logits(&batch).unwrap()), logits);
+        assert!(again.fresh_modules().is_empty());
+        let merged = tempfile::tempdir().unwrap();
+        again.merge(MergeBase::Dequantized, merged.path(), &[]).unwrap();
+        let whole = super::files(
+            merged.path().join("config.json"),
+            merged.path().join("model.safetensors"),
+        );
+        let setup = super::setup(classes(2), Method::Full, None);
+        let whole = Model::load(&whole, &setup).unwrap();
+        assert!(relative(&numbers(&whole.logits(&batch).unwrap()), &logits) < 1e-4);
+    }
+}
+
 /// Fully trained weights come back as they were, with class names.
 #[test]
 fn full_weights_come_back() {
     let dir = tempfile::tempdir().unwrap();
-    let config = serde_json::json!({
-        "model_type": "bert", "hidden_size": 32, "num_hidden_layers": 1,
-        "num_attention_heads": 2, "intermediate_size": 48, "vocab_size": 50,
-        "max_position_embeddings": 16,
-    });
-    // A bare encoder: pooler and classifier are fresh.
-    let files = tiny(dir.path(), &config, &classes(3));
+    let files = tiny(dir.path(), &bert(), &classes(3));
     let setup = setup(classes(3), Method::Full, None);
     let model = Model::load(&files, &setup).unwrap();
     let mut batch = batch(&[&[1, 5, 9], &[4, 4]]);

@@ -332,6 +332,86 @@ fn full_training_of_a_classifier_goes_through_the_same_steps() {
     assert_eq!(evaluate(&base).1.len(), 1, "a base without a head is warned of");
 }
 
+/// Rows of the other class names order: what was class 0 is class 1.
+fn swapped(mut rows: Vec<Row>) -> Vec<Row> {
+    rows.iter_mut().for_each(|row| row.class = row.class.map(|class| 1 - class));
+    rows
+}
+
+#[test]
+fn classes_are_matched_by_name() {
+    let bench = Bench::new();
+    let base = bench.base(&encoder());
+    let splits = [("train", rows(160, 1, false)), ("test", rows(61, 2, false))];
+    let tokens = bench.tokens(&splits, false, &classes());
+    let with = json!({
+        "data": tokens.input(), "model": base.input(), "method": "full",
+        "learning_rate": 3e-3, "epochs": 3,
+    });
+    let trained = bench.run("train", "trained_model", with).unwrap();
+    let evaluate = |model: &Made, test: Vec<Row>, names: [&str; 2]| {
+        let data = bench.tokens(&[("test", test)], false, &json!({ "classes": names }));
+        let with = json!({ "model": model.input(), "data": data.input() });
+        bench.run("evaluate", "report", with).map(|made| bench.report(&made))
+    };
+    let own = evaluate(&trained, rows(61, 2, false), ["negative", "positive"]).unwrap();
+    assert!(own.metrics["accuracy"] > 0.9, "{:?}", own.metrics);
+    let other = evaluate(&trained, swapped(rows(61, 2, false)), ["Positive", "Negative"]).unwrap();
+    assert_eq!(other.details["classes"], json!(["Positive", "Negative"]));
+    for metric in ["accuracy", "loss", "macro_f1"] {
+        assert!((own.metrics[metric] - other.metrics[metric]).abs() < 1e-9, "{metric}");
+    }
+    let (own, other) = (&own.details["confusion"], &other.details["confusion"]);
+    assert_eq!((&own[0][0], &own[0][1]), (&other[1][1], &other[1][0]));
+    let err = evaluate(&trained, rows(4, 2, false), ["sports", "politics"]).unwrap_err();
+    let text = format!("{err:#} {}", advice(&err).join(" "));
+    for part in ["`negative`, `positive`", "`sports`, `politics`", "`classes`"] {
+        assert!(text.contains(part), "{text}");
+    }
+}
+
+#[test]
+fn what_a_model_says_must_be_a_number() {
+    let bench = Bench::new();
+    let base = bench.base(&decoder());
+    // All of the row is to be predicted: what it is a sample of begins with its first tokens.
+    let mut data = rows(5, 2, true);
+    for row in &mut data {
+        row.labels = Some(row.ids.iter().map(|id| i64::from(*id)).collect());
+    }
+    let tokens = bench.tokens(&[("test", data.clone())], true, &json!({}));
+    let with = json!({
+        "model": base.input(), "data": tokens.input(), "samples": 1, "max_new_tokens": 2,
+    });
+    let report = bench.report(&bench.run("evaluate", "report", with.clone()).unwrap());
+    let sample = &report.details["samples"][0];
+    let said = |key: &str| sample[key].as_str().unwrap().split_whitespace().count();
+    assert_eq!(said("prompt"), data[0].ids.len().div_ceil(2).min(8));
+    assert_eq!(said("prompt") + said("target"), data[0].ids.len() - 1, "but for the end");
+
+    // One token whose vector is no number spoils the rows that it is in, and no others.
+    let bad = data[3].ids.iter().find(|id| !data[..3].iter().any(|r| r.ids.contains(id)));
+    let dir = bench.fresh_dir();
+    let weights = bench.view(&base).file("weights", "model.safetensors").unwrap();
+    let mut tensors = candle_core::safetensors::load(weights, &candle_core::Device::Cpu).unwrap();
+    let name = "model.embed_tokens.weight";
+    let mut vectors = tensors[name].to_vec2::<f32>().unwrap();
+    vectors[*bad.unwrap() as usize][0] = f32::NAN;
+    let vectors = candle_core::Tensor::new(vectors, &candle_core::Device::Cpu).unwrap();
+    tensors.insert("lm_head.weight".into(), tensors[name].clone());
+    tensors.insert(name.into(), vectors);
+    candle_core::safetensors::save(&tensors, dir.join("model.safetensors")).unwrap();
+    let mut config = decoder();
+    config["tie_word_embeddings"] = json!(false);
+    let spoilt = bench.base(&config);
+    let mut ports = spoilt.ports.clone();
+    ports.insert("weights".into(), bench.store.publish_tree(&dir).unwrap());
+    let spoilt = Made { ports, ..spoilt };
+    let with = json!({ "model": spoilt.input(), "data": tokens.input(), "batch_size": 2 });
+    let err = bench.run("evaluate", "report", with).err().unwrap();
+    assert!(err.to_string().contains("the likelihood of row 3 is NaN"), "{err:#}");
+}
+
 #[test]
 fn only_the_splits_that_are_read_are_in_the_key() {
     let bench = Bench::new();
@@ -388,6 +468,47 @@ fn what_does_not_fit_is_refused_by_name() {
 }
 
 #[test]
+fn evaluations_that_cannot_be_are_refused_before_training() {
+    let bench = Bench::new();
+    let base = bench.base(&decoder());
+    let train = |data: &Made, extra: Value| {
+        let mut with = json!({
+            "data": data.input(), "model": base.input(), "method": "lora",
+            "lora": { "r": 2 }, "max_steps": 2, "metric_for_best": "accuracy",
+        });
+        for (key, value) in extra.as_object().unwrap() {
+            with[key] = value.clone();
+        }
+        bench.run("train", "trained_model", with)
+    };
+    let text = |made: Result<Made>| {
+        let err = made.err().unwrap();
+        format!("{err:#} {}", advice(&err).join(" "))
+    };
+    let splits = || [("train", rows(16, 1, true)), ("validation", rows(6, 2, true))];
+    let prompt = splits()[1].1.iter().map(|r| r.prompt().len()).max().unwrap();
+    // The rows fit the model's 32 positions, the longer answer behind the longest prompt does not.
+    let long = |n: usize| {
+        let mut info = words();
+        info["candidates"][1]["ids"] = json!(vec![7; n]);
+        bench.tokens(&splits(), true, &info)
+    };
+    let refused = text(train(&long(33 - prompt), json!({})));
+    assert!(refused.contains(&format!("{prompt} tokens")), "{refused}");
+    assert!(refused.contains("`t7`") && refused.contains("32 positions"), "{refused}");
+    assert!(refused.contains(&format!("max_length: {prompt}")), "{refused}");
+    train(&long(32 - prompt), json!({})).unwrap();
+    // Where the answers are not compared they need no room.
+    train(&long(33 - prompt), json!({ "metric_for_best": "loss" })).unwrap();
+    let made = train(&long(33 - prompt), json!({ "eval_strategy": "no" })).unwrap();
+    assert!(made.warnings.iter().any(|w| w.contains("metric_for_best")), "{:?}", made.warnings);
+
+    let wordless = bench.tokens(&splits(), true, &json!({}));
+    let refused = text(train(&wordless, json!({})));
+    assert!(refused.contains("no metric `accuracy`") && refused.contains("words"), "{refused}");
+}
+
+#[test]
 fn mistakes_in_fields_are_found_before_anything_runs() {
     let row = flow::kinds::ALL.iter().find(|k| k.name == "train").unwrap();
     let problems = |extra: Value| {
@@ -411,4 +532,8 @@ fn mistakes_in_fields_are_found_before_anything_runs() {
         "lora": { "r": 0, "dropout": 1.0 }, "learning_rate": -1.0, "batch_size": 0,
     });
     assert_eq!(problems(ranges), ["learning_rate", "batch_size", "lora.r", "lora.dropout"]);
+    let metric = |name: &str| problems(json!({ "lora": lora, "metric_for_best": name }));
+    assert_eq!(metric("macro_f1"), Vec::<String>::new());
+    assert_eq!(metric("acuracy"), ["metric_for_best"]);
+    assert_eq!(metric("eval_loss"), ["metric_for_best"]);
 }

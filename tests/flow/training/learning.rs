@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 use anyhow::Result;
 use candle_core::{Device, Tensor, Var};
 use flow::learn::{
-    AdamWConfig, Best, Duration, GradientGate, History, LoraConfig, Measure, Method, Model,
+    AdamWConfig, Best, Duration, GradientGate, History, IGNORE, LoraConfig, Measure, Method, Model,
     Observer, Quantization, Row, Schedule, Setup, StepLog, TargetModules, Task, TrainingArguments,
     Warmup, collate, score, train,
 };
@@ -188,6 +188,14 @@ fn the_best_weights_are_kept() {
     assert_eq!(weights(&model), watch.seen[1]);
     assert_ne!(watch.seen[1], watch.seen[2]);
 
+    // What is not a number never wins, not even as the first.
+    let mut watch = Watch { losses: vec![f64::NAN, 0.9, f64::INFINITY], ..Watch::default() };
+    let history = train(&model, &CLASSIFY, &data, &args, &mut watch).unwrap();
+    assert_eq!(history.best_step, Some(4));
+    let mut watch = Watch { losses: vec![f64::NAN; 3], ..Watch::default() };
+    let err = train(&model, &CLASSIFY, &data, &args, &mut watch).unwrap_err();
+    assert!(err.to_string().contains("`loss` was finite in no evaluation"), "{err}");
+
     let args =
         TrainingArguments { best: Some(Best { metric: "acuracy".into(), maximize: true }), ..args };
     let mut watch = Watch { losses: vec![0.9], ..Watch::default() };
@@ -202,6 +210,100 @@ fn a_loss_that_explodes_stops_the_run_by_step_and_rows() {
     let err = run(&encoder(), &setup(CLASSIFY, Method::Full), &data, &args).err().unwrap();
     let text = format!("{err:#}");
     assert!(text.contains("in step ") && text.contains("rows "), "{text}");
+}
+
+/// A token that sees only itself attends to itself whatever its query is, so nothing is learnt by
+/// the queries: the run fails and says which parameters that are.
+#[test]
+fn a_parameter_without_effect_fails_the_run_by_name() {
+    let mut data = rows(16, 7, false);
+    data.iter_mut().for_each(|row| row.ids.truncate(1));
+    let mut setup = setup(CLASSIFY, Method::Lora);
+    if let Some(lora) = &mut setup.lora {
+        lora.target_modules = TargetModules::Names(vec!["q_lin".into(), "v_lin".into()]);
+    }
+    let err = run(&encoder(), &setup, &data, &arguments(6, 1e-2)).err().unwrap().to_string();
+    assert!(err.contains("4 of 12 trainable tensors has been zero"), "{err}");
+    assert!(err.contains("layer.0.attention.q_lin.lora_A") && !err.contains("v_lin"), "{err}");
+}
+
+/// Rates too small to move a weight fail a run, even one that is over before they add up.
+#[test]
+fn a_run_that_moves_nothing_fails() {
+    let err =
+        run(&encoder(), &setup(CLASSIFY, Method::Full), &rows(16, 8, false), &arguments(4, 1e-12));
+    let err = err.err().unwrap();
+    assert!(err.to_string().contains("have not changed"), "{err}");
+}
+
+/// The blocks of an output embedding that is larger than one of them add up.
+#[test]
+fn gradients_of_a_large_vocabulary_are_those_of_its_rows() {
+    let mut config = decoder();
+    for (key, value) in [("vocab_size", 1 << 20), ("hidden_size", 4), ("num_attention_heads", 2)] {
+        config[key] = value.into();
+    }
+    let dir = tempfile::tempdir().unwrap();
+    let files = model(dir.path(), &config);
+    let model = Model::load(&files, &setup(Task::CausalLm, Method::Full)).unwrap();
+    let mut data = rows(3, 9, true);
+    for row in &mut data {
+        row.labels = Some(row.ids.iter().map(|id| i64::from(*id)).collect());
+    }
+    // 16 logits of a million are one block.
+    let gradients = |rows: &[&Row]| {
+        let batch = collate(rows, &Task::CausalLm).unwrap();
+        (batch.targets(), model.gradients(&batch, 0, 1.0).unwrap())
+    };
+    let (targets, (loss, whole)) = gradients(&data.iter().collect::<Vec<_>>());
+    assert!(targets > 17, "{targets}");
+    let parts: Vec<_> = data.iter().map(|row| gradients(&[row])).collect();
+    assert!(parts.iter().all(|(targets, _)| *targets <= 16));
+    let sum: f64 = parts.iter().map(|(_, (loss, _))| loss).sum();
+    assert!((sum - loss).abs() < 1e-4 * loss, "{sum} {loss}");
+    for (name, whole) in &whole {
+        let mut sum = whole.zeros_like().unwrap();
+        for (_, (_, part)) in &parts {
+            sum = (sum + &part[name]).unwrap();
+        }
+        let largest = whole.abs().unwrap().max_all().unwrap().to_scalar::<f32>().unwrap();
+        let off = (sum - whole).unwrap().abs().unwrap().max_all().unwrap();
+        assert!(off.to_scalar::<f32>().unwrap() < 1e-4 * largest, "{name}");
+    }
+}
+
+/// Many answers behind one prompt are scored as each of them alone.
+#[test]
+fn answers_share_a_prompt_exactly() {
+    let mut windowed = decoder();
+    windowed["model_type"] = "mistral".into();
+    windowed["sliding_window"] = 5.into();
+    let prompts: Vec<Vec<u32>> = rows(5, 10, false).into_iter().map(|row| row.ids).collect();
+    let refs: Vec<&[u32]> = prompts.iter().map(Vec::as_slice).collect();
+    // Of one token and of several, more than one pass of them, and some that begin alike.
+    let answers: Vec<Vec<u32>> =
+        (0..20u32).map(|i| (0..=i % 4).map(|j| 8 + i / 2 + j).collect()).collect();
+    for config in [decoder(), windowed] {
+        let dir = tempfile::tempdir().unwrap();
+        let model =
+            Model::load(&model(dir.path(), &config), &setup(Task::CausalLm, Method::Full)).unwrap();
+        let found = model.answer_log_probs(&refs, &answers).unwrap();
+        for (prompt, found) in prompts.iter().zip(&found) {
+            assert_eq!(found.len(), answers.len());
+            for (answer, found) in answers.iter().zip(found) {
+                let ids = [&prompt[..], answer].concat();
+                let mut labels = vec![IGNORE; prompt.len()];
+                labels.extend(answer.iter().map(|id| i64::from(*id)));
+                let row = Row { ids, labels: Some(labels), ..Row::default() };
+                let batch = collate(&[&row], &Task::CausalLm).unwrap();
+                let (alone, n) = model.target_log_probs(&batch).unwrap()[0];
+                assert_eq!(n, answer.len());
+                assert!((alone - found).abs() < 1e-5 * alone.abs(), "{alone} {found}");
+            }
+        }
+        assert!(model.answer_log_probs(&refs, &[vec![8; 30]]).is_err());
+        assert!(model.answer_log_probs(&[&[]], &answers).is_err());
+    }
 }
 
 /// candle's own softmax has no backward: what lies before it is cut off without an error.
