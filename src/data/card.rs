@@ -8,6 +8,9 @@ use serde_json::Value;
 /// Patterns by split, in the card's order.
 pub type DataFiles = Vec<(String, Vec<String>)>;
 
+/// Class names by column.
+type Classes = BTreeMap<String, Vec<String>>;
+
 /// One of the card's `configs`.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Config {
@@ -26,8 +29,8 @@ pub struct Config {
 pub struct Card {
     /// In the card's order; empty if there are none.
     pub configs: Vec<Config>,
-    /// Class names by column, by config name.
-    classes: BTreeMap<String, BTreeMap<String, Vec<String>>>,
+    /// Each `dataset_info`: the config that it names, and class names by column.
+    classes: Vec<(Option<String>, Classes)>,
 }
 
 impl Card {
@@ -43,7 +46,7 @@ impl Card {
         let mut head = String::new();
         for line in rest.lines().skip(1) {
             if line.trim_end() == "---" {
-                let value: Value = serde_yaml::from_str(&head)
+                let value: Value = serde_yaml::from_str_with_options(&head, options())
                     .context("the head of the dataset's card is not YAML")?;
                 return Ok(Self::of_value(&value));
             }
@@ -68,7 +71,7 @@ impl Card {
             one => std::slice::from_ref(one),
         };
         let classes = infos.iter().map(|info| {
-            let config = text(&info["config_name"]).unwrap_or_else(|| "default".into());
+            let config = text(&info["config_name"]);
             let features = info["features"].as_array().into_iter().flatten();
             let named = features.filter_map(|f| {
                 let names = names(&f["dtype"]["class_label"]["names"])?;
@@ -80,10 +83,23 @@ impl Card {
     }
 
     /// Class names by column of a config.
-    pub fn classes(&self, config: &str) -> BTreeMap<String, Vec<String>> {
-        let only = (self.classes.len() == 1).then(|| self.classes.values().next()).flatten();
-        self.classes.get(config).or(only).cloned().unwrap_or_default()
+    pub fn classes(&self, config: &str) -> Classes {
+        let named = self.classes.iter().find(|(name, _)| name.as_deref() == Some(config));
+        // The only one speaks of this config unless it names another of several.
+        let only = match self.classes.as_slice() {
+            [only] if only.0.is_none() || self.configs.len() <= 1 => Some(only),
+            _ => None,
+        };
+        named.or(only).map(|(_, classes)| classes.clone()).unwrap_or_default()
     }
+}
+
+/// As in a pipeline: a class that is named `no` or `007` keeps its name.
+fn options() -> serde_yaml::Options {
+    let mut options = serde_yaml::Options::default();
+    options.strict_booleans = true;
+    options.leading_zero_numbers_as_strings = true;
+    options
 }
 
 fn text(value: &Value) -> Option<String> {
@@ -175,6 +191,22 @@ x: [
         assert_eq!(card.configs[1].data_files, [("train".into(), vec!["o/*.csv".into()])]);
         assert_eq!(card.configs[1].data_dir.as_deref(), Some("o"));
         assert_eq!(card.classes("plain_text")["label"], ["neg", "pos"]);
+    }
+
+    #[test]
+    fn words_of_yaml_are_class_names() {
+        let head = "dataset_info:\n  features:\n  - name: answer\n    dtype:\n      \
+                    class_label:\n        names:\n          '0': no\n          '1': yes\n";
+        let card = Card::parse(&format!("---\n{head}---\n")).unwrap();
+        assert_eq!(card.classes("default")["answer"], ["no", "yes"]);
+    }
+
+    #[test]
+    fn class_names_belong_to_their_config() {
+        let card = Card::parse(CARD).unwrap();
+        assert!(card.classes("other").is_empty());
+        let unnamed = Card::parse(&CARD.replacen("config_name: plain_text", "x: y", 1)).unwrap();
+        assert_eq!(unnamed.classes("other")["label"], ["neg", "pos"]);
     }
 
     #[test]

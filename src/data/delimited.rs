@@ -2,16 +2,20 @@
 //!
 //! A column of whole numbers is Int64, of numbers Float64, of `true` and `false` Boolean; an
 //! empty field there is null. All else is text, where an empty field is empty text; so are
-//! numbers with a leading zero, which are names of something.
+//! numbers with a leading zero or a plus, which are names of something, and whole numbers of more
+//! than 64 bits.
 
 use std::io::Read;
 use std::sync::Arc;
 
 use anyhow::{Context as _, Result, bail};
-use arrow::array::{ArrayRef, BooleanArray, Float64Array, Int64Array, StringArray};
+use arrow::array::{ArrayRef, BooleanArray, Float64Array, Int64Array, RecordBatch, StringArray};
+use arrow::datatypes::{DataType, Field, Schema};
 use csv::{ByteRecord, ReaderBuilder, StringRecord};
 
-use super::{Reading, Table};
+use super::table::BATCH;
+use super::{Quote, Reading, Table};
+use crate::source::Fault;
 
 #[derive(Clone, Copy, PartialEq)]
 enum Ty {
@@ -22,10 +26,37 @@ enum Ty {
     Text,
 }
 
+impl Ty {
+    fn arrow(self) -> DataType {
+        match self {
+            Self::Bool => DataType::Boolean,
+            Self::Int => DataType::Int64,
+            Self::Float => DataType::Float64,
+            Self::Empty | Self::Text => DataType::Utf8,
+        }
+    }
+}
+
+/// A record of one field behind the last one. An open quote swallows it, which is how a quote
+/// that is never closed is told from a field that ends with the file.
+const END: &[u8] = b"\nflow: end of file\n";
+
 pub(super) fn read(from: impl Read, delimiter: u8, reading: &mut Reading<'_>) -> Result<Table> {
-    let mut reader = ReaderBuilder::new().delimiter(delimiter).flexible(true).from_reader(from);
+    let mut reader = ReaderBuilder::new()
+        .delimiter(delimiter)
+        .quoting(reading.quote == Quote::Double)
+        .flexible(true)
+        .from_reader(from.chain(END));
     let names: Vec<String> =
         reader.headers().context("the header")?.iter().map(str::to_owned).collect();
+    let mut record = ByteRecord::new();
+    if !reader.read_byte_record(&mut record)? {
+        // The header itself is what stands behind the last row, or has swallowed it.
+        if is_end(reader.byte_headers()?) {
+            bail!("{} is empty; a header is expected", reading.name);
+        }
+        return Err(never_closed(reading.name, "the header", 1));
+    }
     for (i, name) in names.iter().enumerate() {
         if names[..i].contains(name) {
             bail!("{}: the header names column `{name}` twice", reading.name);
@@ -33,17 +64,20 @@ pub(super) fn read(from: impl Read, delimiter: u8, reading: &mut Reading<'_>) ->
     }
     let mut types = vec![Ty::Empty; names.len()];
     let mut rows: Vec<StringRecord> = Vec::new();
-    let mut record = ByteRecord::new();
+    let mut next = ByteRecord::new();
     let mut row = 0;
-    while reader.read_byte_record(&mut record)? {
+    // One record is read ahead: the last one is ours.
+    while reader.read_byte_record(&mut next)? {
         row += 1;
-        if record.len() != names.len() {
-            let missing = names.get(record.len()).map(String::as_str);
-            let (has, want) = (record.len(), names.len());
+        std::mem::swap(&mut record, &mut next);
+        let fields = &next;
+        if fields.len() != names.len() {
+            let missing = names.get(fields.len()).map(String::as_str);
+            let (has, want) = (fields.len(), names.len());
             reading.bad(row, missing, &format!("it has {has} fields, the header has {want}"))?;
             continue;
         }
-        match StringRecord::from_byte_record(record.clone()) {
+        match StringRecord::from_byte_record(fields.clone()) {
             Ok(fields) => {
                 for (ty, field) in types.iter_mut().zip(&fields) {
                     *ty = merged(*ty, of_field(field));
@@ -56,46 +90,68 @@ pub(super) fn read(from: impl Read, delimiter: u8, reading: &mut Reading<'_>) ->
             }
         }
     }
-    let columns = names.into_iter().zip(types).enumerate().map(|(i, (name, ty))| {
-        let field = |r: &StringRecord| r.get(i).unwrap_or_default().to_owned();
-        let column: ArrayRef = match ty {
-            Ty::Bool => Arc::new(
-                rows.iter()
-                    .map(|r| Some(field(r)).filter(|s| !s.is_empty()))
-                    .map(|s| s.map(|s| s.eq_ignore_ascii_case("true")))
-                    .collect::<BooleanArray>(),
-            ),
-            Ty::Int => Arc::new(rows.iter().map(|r| field(r).parse().ok()).collect::<Int64Array>()),
-            Ty::Float => {
-                Arc::new(rows.iter().map(|r| field(r).parse().ok()).collect::<Float64Array>())
-            }
-            Ty::Empty | Ty::Text => Arc::new(StringArray::from_iter_values(rows.iter().map(field))),
-        };
-        (name, column)
+    if !is_end(&record) {
+        let line = record.position().map_or(0, csv::Position::line);
+        return Err(never_closed(reading.name, &format!("row {}", row + 1), line));
+    }
+    let fields = names.iter().zip(&types).map(|(name, ty)| Field::new(name, ty.arrow(), true));
+    let schema = Arc::new(Schema::new(fields.collect::<Vec<_>>()));
+    let batches = rows.chunks(BATCH).map(|rows| {
+        let columns = types.iter().enumerate().map(|(i, ty)| column(rows, i, *ty)).collect();
+        RecordBatch::try_new(Arc::clone(&schema), columns)
     });
-    Table::of_columns(columns)
+    let mut table = Table::new(&schema, batches.collect::<Result<_, _>>()?)?;
+    let empty = names.into_iter().zip(types).filter(|(_, ty)| *ty == Ty::Empty);
+    table.untyped = empty.map(|(name, _)| name).collect();
+    Ok(table)
+}
+
+fn is_end(record: &ByteRecord) -> bool {
+    record.len() == 1 && record[0] == *END.trim_ascii()
+}
+
+fn never_closed(name: &str, what: &str, line: u64) -> anyhow::Error {
+    let message = format!("{name}, {what}: a quote that opens there (line {line}) is never closed");
+    Fault::new(message)
+        .help(
+            "a quote inside a quoted field is doubled; set `quote: none` if quotes are plain text",
+        )
+        .into()
+}
+
+fn column(rows: &[StringRecord], i: usize, ty: Ty) -> ArrayRef {
+    let fields = rows.iter().map(|r| r.get(i).unwrap_or_default());
+    match ty {
+        Ty::Bool => {
+            let fields = fields.map(|s| Some(s).filter(|s| !s.is_empty()));
+            let values = fields.map(|s| s.map(|s| s.eq_ignore_ascii_case("true")));
+            Arc::new(values.collect::<BooleanArray>())
+        }
+        Ty::Int => Arc::new(fields.map(|s| s.parse().ok()).collect::<Int64Array>()),
+        Ty::Float => Arc::new(fields.map(|s| s.parse().ok()).collect::<Float64Array>()),
+        Ty::Empty | Ty::Text => Arc::new(StringArray::from_iter_values(fields)),
+    }
 }
 
 fn of_field(field: &str) -> Ty {
     if field.is_empty() {
         return Ty::Empty;
     }
-    let unsigned = field.strip_prefix(['-', '+']).unwrap_or(field);
-    let zeros = unsigned.len() > 1 && unsigned.starts_with('0') && !unsigned.starts_with("0.");
+    let unsigned = field.strip_prefix('-').unwrap_or(field);
     let digits = unsigned.bytes().all(|b| b.is_ascii_digit());
-    if digits && !zeros && field.parse::<i64>().is_ok() {
-        return Ty::Int;
-    }
-    // Words like `nan` and `inf` are text, though they parse as numbers.
+    let zeros = unsigned.len() > 1 && unsigned.starts_with('0') && !unsigned.starts_with("0.");
+    // Words like `nan` and `inf` are text, though they parse as numbers, and so is what a number
+    // would not give back: leading zeros, a plus, more digits than 64 bits hold.
     let number = |b: u8| b.is_ascii_digit() || b"+-.eE".contains(&b);
     let starts = unsigned.starts_with(|c: char| c.is_ascii_digit() || c == '.');
-    if starts && !zeros && field.bytes().all(number) && field.parse::<f64>().is_ok() {
-        return Ty::Float;
+    match field {
+        _ if zeros => Ty::Text,
+        _ if digits && field.parse::<i64>().is_ok() => Ty::Int,
+        _ if digits => Ty::Text,
+        _ if starts && field.bytes().all(number) && field.parse::<f64>().is_ok() => Ty::Float,
+        "true" | "false" | "True" | "False" | "TRUE" | "FALSE" => Ty::Bool,
+        _ => Ty::Text,
     }
-    if matches!(field, "true" | "false" | "True" | "False" | "TRUE" | "FALSE") {
-        return Ty::Bool;
-    }
-    Ty::Text
 }
 
 fn merged(a: Ty, b: Ty) -> Ty {

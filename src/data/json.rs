@@ -12,6 +12,7 @@ use serde::ser::{SerializeMap as _, SerializeSeq as _, Serializer};
 use serde::{Deserialize, Serialize};
 
 use super::table::BATCH;
+use super::text::unmarked;
 use super::{Reading, Table};
 use crate::source::{Fault, suggest};
 
@@ -21,6 +22,8 @@ enum Json {
     Null,
     Bool(bool),
     Int(i64),
+    /// Beyond 63 bits; kept digit by digit.
+    Digits(u64),
     Float(f64),
     Text(String),
     List(Vec<Json>),
@@ -45,7 +48,7 @@ impl<'de> Deserialize<'de> for Json {
                 Ok(Json::Int(v))
             }
             fn visit_u64<E>(self, v: u64) -> Result<Json, E> {
-                Ok(i64::try_from(v).map_or(Json::Float(v as f64), Json::Int))
+                Ok(i64::try_from(v).map_or(Json::Digits(v), Json::Int))
             }
             fn visit_f64<E>(self, v: f64) -> Result<Json, E> {
                 Ok(Json::Float(v))
@@ -85,6 +88,7 @@ impl Serialize for Json {
             Self::Null => s.serialize_unit(),
             Self::Bool(v) => s.serialize_bool(*v),
             Self::Int(v) => s.serialize_i64(*v),
+            Self::Digits(v) => s.serialize_str(&v.to_string()),
             Self::Float(v) => s.serialize_f64(*v),
             Self::Text(v) => s.serialize_str(v),
             Self::List(items) => {
@@ -111,6 +115,8 @@ enum Ty {
     Null,
     Bool,
     Int,
+    /// Whole numbers of which one is beyond 63 bits: text.
+    Digits,
     Float,
     Text,
     List(Box<Ty>),
@@ -124,6 +130,7 @@ impl Ty {
             Json::Null => Self::Null,
             Json::Bool(_) => Self::Bool,
             Json::Int(_) => Self::Int,
+            Json::Digits(_) => Self::Digits,
             Json::Float(_) => Self::Float,
             Json::Text(_) => Self::Text,
             Json::List(items) => {
@@ -147,6 +154,7 @@ impl Ty {
             (Self::Null, b) => b.clone(),
             (a, Self::Null) => a.clone(),
             (Self::Int, Self::Float) | (Self::Float, Self::Int) => Self::Float,
+            (Self::Int, Self::Digits) | (Self::Digits, Self::Int) => Self::Digits,
             (Self::List(a), Self::List(b)) => Self::List(Box::new(a.merged(b)?)),
             (Self::Map(a), Self::Map(b)) => {
                 let mut fields = a.clone();
@@ -162,9 +170,22 @@ impl Ty {
         })
     }
 
+    /// Without objects that have no field in any row: a column cannot hold them.
+    fn filled(&self) -> Option<Self> {
+        match self {
+            Self::List(item) => Some(Self::List(Box::new(item.filled()?))),
+            Self::Map(fields) => {
+                let fields = fields.iter().filter_map(|(n, ty)| Some((n.clone(), ty.filled()?)));
+                let fields: Vec<(String, Self)> = fields.collect();
+                (!fields.is_empty()).then_some(Self::Map(fields))
+            }
+            plain => Some(plain.clone()),
+        }
+    }
+
     fn arrow(&self) -> DataType {
         match self {
-            Self::Null | Self::Text => DataType::Utf8,
+            Self::Null | Self::Digits | Self::Text => DataType::Utf8,
             Self::Bool => DataType::Boolean,
             Self::Int => DataType::Int64,
             Self::Float => DataType::Float64,
@@ -177,7 +198,7 @@ impl Ty {
         match self {
             Self::Null => "null",
             Self::Bool => "true or false",
-            Self::Int | Self::Float => "a number",
+            Self::Int | Self::Digits | Self::Float => "a number",
             Self::Text => "text",
             Self::List(_) => "a list",
             Self::Map(_) => "an object",
@@ -189,11 +210,12 @@ fn fields_of(columns: &[(String, Ty)]) -> Vec<Field> {
     columns.iter().map(|(name, ty)| Field::new(name, ty.arrow(), true)).collect()
 }
 
-/// Rows that fit together.
+/// Rows that fit together, of one file or of several.
 #[derive(Default)]
-struct Rows {
+pub(super) struct Rows {
     columns: Vec<(String, Ty)>,
     rows: Vec<Json>,
+    notes: Vec<String>,
 }
 
 impl Rows {
@@ -237,36 +259,103 @@ impl Rows {
         Ok(())
     }
 
-    fn table(self) -> Result<Table> {
-        let schema = Arc::new(Schema::new(fields_of(&self.columns)));
-        let reader = arrow::json::ReaderBuilder::new(Arc::clone(&schema)).with_batch_size(BATCH);
+    /// All rows; a field that is absent is null.
+    pub(super) fn table(mut self) -> Result<Table> {
+        let mut columns = Vec::with_capacity(self.columns.len());
+        for (name, ty) in &self.columns {
+            match ty.filled() {
+                Some(ty) => columns.push((name.clone(), ty)),
+                None => self.notes.push(format!(
+                    "column `{name}` holds objects without any field in all rows; it was left out"
+                )),
+            }
+        }
+        if columns.is_empty() {
+            let mut table = Table::new(&Schema::empty(), Vec::new())?;
+            table.notes = self.notes;
+            return Ok(table);
+        }
+        let schema = Arc::new(Schema::new(fields_of(&columns)));
+        let reader = arrow::json::ReaderBuilder::new(Arc::clone(&schema))
+            .with_batch_size(BATCH)
+            // Whole numbers beside longer ones, see `Digits`; all else was checked.
+            .with_coerce_primitive(true);
         let mut decoder = reader.build_decoder()?;
         let mut batches = Vec::new();
         for chunk in self.rows.chunks(BATCH) {
             decoder.serialize(chunk)?;
             batches.extend(decoder.flush()?);
         }
-        Table::new(&schema, batches)
+        let mut table = Table::new(&schema, batches)?;
+        let untyped = columns.into_iter().filter(|(_, ty)| *ty == Ty::Null);
+        table.untyped = untyped.map(|(name, _)| name).collect();
+        table.notes = self.notes;
+        Ok(table)
     }
-}
 
-pub(super) fn read_lines(from: impl Read, reading: &mut Reading<'_>) -> Result<Table> {
-    let mut lines = BufReader::new(from);
-    let mut rows = Rows::default();
-    let mut line = Vec::new();
-    let mut number = 0;
-    while lines.read_until(b'\n', &mut line)? > 0 {
-        number += 1;
-        let bytes = if number == 1 { unmarked(&line) } else { &line };
-        if !bytes.trim_ascii().is_empty() {
-            match serde_json::from_slice(bytes) {
-                Ok(value) => rows.add(number, value, reading)?,
-                Err(e) => reading.bad(number, None, &syntax(&e, number))?,
+    pub(super) fn read_lines(&mut self, from: impl Read, reading: &mut Reading<'_>) -> Result<()> {
+        let mut lines = BufReader::new(from);
+        let mut line = Vec::new();
+        let mut number = 0;
+        while lines.read_until(b'\n', &mut line)? > 0 {
+            number += 1;
+            let bytes = if number == 1 { unmarked(&line) } else { &line };
+            if !bytes.trim_ascii().is_empty() {
+                match serde_json::from_slice(bytes) {
+                    Ok(value) => self.add(number, value, reading)?,
+                    Err(e) => reading.bad(number, None, &syntax(&e, number))?,
+                }
             }
+            line.clear();
         }
-        line.clear();
+        Ok(())
     }
-    rows.table()
+
+    pub(super) fn read_document(
+        &mut self,
+        mut from: impl Read,
+        reading: &mut Reading<'_>,
+    ) -> Result<()> {
+        let mut whole = Vec::new();
+        from.read_to_end(&mut whole)?;
+        // An empty file is a split's part without a row, as it is with a row a line.
+        if unmarked(&whole).trim_ascii().is_empty() {
+            return Ok(());
+        }
+        let one_line = !whole.trim_ascii().contains(&b'\n');
+        let items = match (serde_json::from_slice(unmarked(&whole)), reading.field) {
+            (Ok(Json::List(items)), None) => items,
+            (Ok(Json::List(_)), Some(field)) => {
+                let message = format!("{} is a list and has no field `{field}`", reading.name);
+                return Err(Fault::new(message).help("leave `field` out").into());
+            }
+            (Ok(Json::Map(fields)), None) if one_line => {
+                if let [field] = lists_of_rows(&fields).as_slice() {
+                    self.notes.push(format!(
+                        "{} is one line and was read as one row; if its rows are the list in \
+                         `{field}`, set `field: {field}`",
+                        reading.name
+                    ));
+                }
+                vec![Json::Map(fields)]
+            }
+            (Ok(Json::Map(fields)), _) => in_field(fields, reading)?,
+            (Ok(other), _) => {
+                let found = Ty::of(&other).map_or("a list", |ty| ty.noun());
+                bail!("{}: expected a list of objects, found {found}", reading.name)
+            }
+            // Many files named .json hold an object per line.
+            (Err(e), _) if !one_line && first_line_is_a_row(&whole) => {
+                return self.read_lines(whole.as_slice(), reading).context(e);
+            }
+            (Err(e), _) => return Err(e).with_context(|| format!("{} is not JSON", reading.name)),
+        };
+        drop(whole);
+        for (i, item) in items.into_iter().enumerate() {
+            self.add(i + 1, item, reading)?;
+        }
+        Ok(())
+    }
 }
 
 /// serde_json counts lines within what it was given; ours is one line of the file.
@@ -276,47 +365,23 @@ fn syntax(e: &serde_json::Error, line: usize) -> String {
     format!("not JSON: {message} (line {line}, character {})", e.column())
 }
 
-fn unmarked(bytes: &[u8]) -> &[u8] {
-    bytes.strip_prefix(b"\xef\xbb\xbf").unwrap_or(bytes)
-}
-
-pub(super) fn read_document(mut from: impl Read, reading: &mut Reading<'_>) -> Result<Table> {
-    let mut whole = Vec::new();
-    from.read_to_end(&mut whole)?;
-    let items = match serde_json::from_slice(unmarked(&whole)) {
-        Ok(Json::List(items)) if reading.field.is_none() => items,
-        Ok(Json::Map(fields)) => in_field(fields, reading)?,
-        Ok(other) => {
-            let found = Ty::of(&other).map_or("a list", |ty| ty.noun());
-            bail!("{}: expected a list of objects, found {found}", reading.name)
-        }
-        // Many files named .json hold an object per line.
-        Err(e) if whole.contains(&b'\n') && first_line_is_a_row(&whole) => {
-            return read_lines(whole.as_slice(), reading).context(e);
-        }
-        Err(e) => return Err(e).with_context(|| format!("{} is not JSON", reading.name)),
-    };
-    drop(whole);
-    let mut rows = Rows::default();
-    for (i, item) in items.into_iter().enumerate() {
-        rows.add(i + 1, item, reading)?;
-    }
-    rows.table()
-}
-
 fn first_line_is_a_row(whole: &[u8]) -> bool {
     let line = unmarked(whole).split(|b| *b == b'\n').next().unwrap_or_default();
     matches!(serde_json::from_slice(line), Ok(Json::Map(_)))
 }
 
+/// Names of the fields that hold a list of objects with something in it.
+fn lists_of_rows(fields: &[(String, Json)]) -> Vec<String> {
+    let rows = |value: &Json| match value {
+        Json::List(items) => !items.is_empty() && items.iter().all(|i| matches!(i, Json::Map(_))),
+        _ => false,
+    };
+    fields.iter().filter(|(_, v)| rows(v)).map(|(n, _)| n.clone()).collect()
+}
+
 /// The list in the field that was asked for, else in the only field that holds a list of objects.
 fn in_field(fields: Vec<(String, Json)>, reading: &Reading<'_>) -> Result<Vec<Json>> {
-    let rows = |value: &Json| {
-        let Json::List(items) = value else { return false };
-        items.iter().all(|item| matches!(item, Json::Map(_)))
-    };
-    let names: Vec<String> =
-        fields.iter().filter(|(_, v)| rows(v)).map(|(n, _)| n.clone()).collect();
+    let names = lists_of_rows(&fields);
     let name = match (reading.field, names.as_slice()) {
         (Some(field), _) => field.to_owned(),
         (None, [only]) => only.clone(),
@@ -337,9 +402,9 @@ fn in_field(fields: Vec<(String, Json)>, reading: &Reading<'_>) -> Result<Vec<Js
         let fault = Fault::new(format!("{} has no list of rows in `{name}`", reading.name));
         fault.help(suggest(&name, &known).unwrap_or_else(|| "it has none at all".into()))
     };
-    let found = fields.into_iter().find(|(n, v)| *n == name && rows(v));
-    match found.ok_or_else(missing)?.1 {
-        Json::List(items) => Ok(items),
+    match fields.into_iter().find(|(n, _)| *n == name) {
+        // Empty, and asked for by name: no rows.
+        Some((_, Json::List(items))) if items.is_empty() || names.contains(&name) => Ok(items),
         _ => Err(missing().into()),
     }
 }

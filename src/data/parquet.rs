@@ -8,8 +8,8 @@ use std::sync::Arc;
 
 use anyhow::{Context as _, Result};
 use arrow::datatypes::Schema;
-use parquet::arrow::ArrowWriter;
 use parquet::arrow::arrow_reader::ParquetRecordBatchReaderBuilder;
+use parquet::arrow::{ArrowWriter, ProjectionMask};
 use parquet::basic::{Compression, ZstdLevel};
 use parquet::file::properties::WriterProperties;
 use serde_json::Value;
@@ -20,7 +20,8 @@ use super::{Codec, Table, card};
 /// Rows of a row group: small enough to stream, large enough to pack well.
 const ROW_GROUP: usize = 16 * BATCH;
 
-pub(super) fn read(path: &Path, codec: Codec) -> Result<Table> {
+/// Only `columns` are read from the disk, if all of them are there.
+pub(super) fn read(path: &Path, codec: Codec, columns: Option<&[String]>) -> Result<Table> {
     let file = match codec {
         Codec::Plain => File::open(path).with_context(|| format!("opening {}", path.display()))?,
         // Parquet is read from its end, so a packed file is unpacked first.
@@ -34,8 +35,17 @@ pub(super) fn read(path: &Path, codec: Codec) -> Result<Table> {
     let notes = reader.metadata().file_metadata().key_value_metadata();
     let note = notes.into_iter().flatten().find(|kv| kv.key == "huggingface");
     let classes = note.and_then(|kv| kv.value.as_deref()).map(class_names).unwrap_or_default();
-    let schema = Schema::clone(reader.schema());
-    let batches = reader.with_batch_size(BATCH).build()?.collect::<Result<Vec<_>, _>>()?;
+    let mut schema = Schema::clone(reader.schema());
+    let mut reader = reader.with_batch_size(BATCH);
+    let place = |name: &String| schema.index_of(name).ok();
+    let places: Option<Vec<usize>> = columns.and_then(|names| names.iter().map(place).collect());
+    if let Some(mut places) = places {
+        places.sort_unstable();
+        let mask = ProjectionMask::roots(reader.parquet_schema(), places.iter().copied());
+        reader = reader.with_projection(mask);
+        schema = schema.project(&places)?;
+    }
+    let batches = reader.build()?.collect::<Result<Vec<_>, _>>()?;
     let mut table = Table::new(&schema, batches)?;
     table.classes = classes;
     Ok(table)

@@ -20,6 +20,17 @@ pub enum OnError {
     Skip,
 }
 
+/// What a quote means in CSV and TSV.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "snake_case")]
+pub enum Quote {
+    /// `"` around a field, doubled inside it, as in RFC 4180.
+    #[default]
+    Double,
+    /// Nothing: quotes are plain text.
+    None,
+}
+
 /// A file being read: its name in messages, the policy, and the count of rows left out.
 #[derive(Debug)]
 pub struct Reading<'a> {
@@ -29,19 +40,38 @@ pub struct Reading<'a> {
     pub on_error: OnError,
     /// For JSON: the field that holds the rows, where the file is an object.
     pub field: Option<&'a str>,
+    /// For CSV and TSV: what a quote means.
+    pub quote: Quote,
+    /// For Parquet: columns that are enough, where the file has all of them.
+    pub columns: Option<&'a [String]>,
     skipped: u64,
 }
 
 impl<'a> Reading<'a> {
     /// A file by name.
     pub fn new(name: &'a str, on_error: OnError) -> Self {
-        Self { name, on_error, field: None, skipped: 0 }
+        let quote = Quote::default();
+        Self { name, on_error, field: None, quote, columns: None, skipped: 0 }
     }
 
     /// Rows lie in this field of a JSON object.
     #[must_use]
     pub fn field(mut self, field: Option<&'a str>) -> Self {
         self.field = field;
+        self
+    }
+
+    /// What a quote means in CSV and TSV.
+    #[must_use]
+    pub fn quote(mut self, quote: Quote) -> Self {
+        self.quote = quote;
+        self
+    }
+
+    /// These columns are enough; others need not be read.
+    #[must_use]
+    pub fn columns(mut self, columns: Option<&'a [String]>) -> Self {
+        self.columns = columns;
         self
     }
 
@@ -61,21 +91,53 @@ impl<'a> Reading<'a> {
 ///
 /// # Errors
 /// When the format is not known, the file is damaged, or a row is bad and bad rows are errors.
-pub fn read(path: &Path, mut reading: Reading<'_>) -> Result<Table> {
-    let (format, codec) = Format::required(reading.name)?;
-    let name = reading.name;
-    let mut table = match format {
-        Format::Parquet => parquet::read(path, codec),
-        Format::Csv => delimited::read(codec.open(path)?, b',', &mut reading),
-        Format::Tsv => delimited::read(codec.open(path)?, b'\t', &mut reading),
-        Format::Json => json::read_document(codec.open(path)?, &mut reading),
-        Format::Jsonl => json::read_lines(codec.open(path)?, &mut reading),
-        Format::Text => text::read(codec.open(path)?, &mut reading),
+pub fn read(path: &Path, reading: Reading<'_>) -> Result<Table> {
+    read_all(vec![(path, reading)])
+}
+
+/// Reads the files of a split as one table. Rows of JSON files go together as if they stood in one
+/// file: a field may be absent, or only null, in all rows of one of them. Other files must have
+/// the same columns.
+///
+/// # Errors
+/// As [`read`], and when files do not go together.
+pub fn read_all(files: Vec<(&Path, Reading<'_>)>) -> Result<Table> {
+    let mut rows = json::Rows::default();
+    let mut first_json: Option<&str> = None;
+    let mut skipped = 0;
+    let mut whole: Option<(String, Table)> = None;
+    for (path, mut reading) in files {
+        let (format, codec) = Format::required(reading.name)?;
+        let name = reading.name;
+        let table = match format {
+            Format::Parquet => parquet::read(path, codec, reading.columns).map(Some),
+            Format::Csv => delimited::read(codec.open(path)?, b',', &mut reading).map(Some),
+            Format::Tsv => delimited::read(codec.open(path)?, b'\t', &mut reading).map(Some),
+            Format::Text => text::read(codec.open(path)?, &mut reading).map(Some),
+            Format::Json => rows.read_document(codec.open(path)?, &mut reading).map(|()| None),
+            Format::Jsonl => rows.read_lines(codec.open(path)?, &mut reading).map(|()| None),
+        }
+        .with_context(|| match codec {
+            Codec::Plain => format!("reading {name}"),
+            Codec::Gzip | Codec::Zstd => format!("reading {name} (packed)"),
+        })?;
+        skipped += reading.skipped;
+        match (&mut whole, table) {
+            (Some((first, all)), Some(table)) => all.append(table, first, name)?,
+            (None, Some(table)) => whole = Some((name.to_owned(), table)),
+            (_, None) => {
+                first_json.get_or_insert(name);
+            }
+        }
     }
-    .with_context(|| match codec {
-        Codec::Plain => format!("reading {name}"),
-        Codec::Gzip | Codec::Zstd => format!("reading {name} (packed)"),
-    })?;
-    table.skipped = reading.skipped;
+    let mut table = match (whole, first_json) {
+        (Some((_, table)), None) => table,
+        (None, _) => rows.table()?,
+        (Some((first, mut table)), Some(name)) => {
+            table.append(rows.table()?, &first, name)?;
+            table
+        }
+    };
+    table.skipped = skipped;
     Ok(table)
 }

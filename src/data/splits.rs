@@ -14,16 +14,29 @@ const WORDS: &[(&str, &[&str])] = &[
     ("test", &["test", "testing", "eval", "evaluation"]),
 ];
 
+/// Files by split.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Found {
+    /// Files of each split, sorted.
+    pub splits: BTreeMap<String, Vec<String>>,
+    /// Files that may hold rows and are in no split.
+    pub left_out: Vec<String>,
+}
+
+/// Whether a text can be the name of a split: words of letters, digits, `_` and `-`, with dots
+/// between them (the `datasets` library has `\w+(\.\w+)*`).
+pub fn is_split_name(name: &str) -> bool {
+    let plain = |c: char| c.is_alphanumeric() || "_-".contains(c);
+    name.split('.').all(|word| !word.is_empty() && word.chars().all(plain))
+}
+
 /// Files by split of a config (the default one if none is named), and the config's name.
 /// `paths` are all files of the repository.
 ///
 /// # Errors
-/// When there is no such config, a pattern matches nothing, or there is no data at all.
-pub fn of_config(
-    card: &Card,
-    paths: &[&str],
-    config: Option<&str>,
-) -> Result<(String, BTreeMap<String, Vec<String>>)> {
+/// When there is no such config, the card names a split as none can be named, a pattern matches
+/// nothing, or there is no data at all.
+pub fn of_config(card: &Card, paths: &[&str], config: Option<&str>) -> Result<(String, Found)> {
     let names: Vec<&str> = card.configs.iter().map(|c| c.name.as_str()).collect();
     let chosen = match config {
         Some(name) => {
@@ -42,7 +55,10 @@ pub fn of_config(
         return Ok(("default".to_owned(), of_names(paths)?));
     };
     let below = |path: &str| match &config.data_dir {
-        Some(dir) => path.strip_prefix(dir.trim_matches('/')).is_some_and(|r| r.starts_with('/')),
+        Some(dir) => {
+            let dir = dir.trim_start_matches("./").trim_matches('/');
+            path.strip_prefix(dir).is_some_and(|rest| rest.starts_with('/'))
+        }
         None => true,
     };
     if config.data_files.is_empty() {
@@ -51,14 +67,21 @@ pub fn of_config(
     }
     let mut splits: BTreeMap<String, Vec<String>> = BTreeMap::new();
     for (split, patterns) in &config.data_files {
+        if !is_split_name(split) {
+            let message = format!("the card names a split `{split}`, which cannot be a name");
+            let help = "letters, digits, `_`, `-`, and `.` between them";
+            return Err(Fault::new(message).help(help).into());
+        }
         let files = splits.entry(split.clone()).or_default();
         for pattern in patterns {
-            let within = match &config.data_dir {
-                Some(dir) => format!("{}/{pattern}", dir.trim_matches('/')),
+            let pattern = match &config.data_dir {
+                Some(dir) => {
+                    let within = pattern.trim_start_matches("./");
+                    format!("{}/{within}", dir.trim_start_matches("./").trim_matches('/'))
+                }
                 None => pattern.clone(),
             };
-            let matches = |p: &&str| glob_match(&within, p) || glob_match(pattern, p);
-            let found = paths.iter().copied().filter(matches);
+            let found = paths.iter().copied().filter(|p| glob_match(&pattern, p));
             let found: Vec<String> = found.filter(|p| is_data(p)).map(str::to_owned).collect();
             if found.is_empty() {
                 bail!("the card's pattern `{pattern}` of split `{split}` matches no data file");
@@ -68,7 +91,7 @@ pub fn of_config(
         files.sort_unstable();
         files.dedup();
     }
-    Ok((config.name.clone(), splits))
+    Ok((config.name.clone(), Found { splits, left_out: Vec::new() }))
 }
 
 fn default_config(configs: &[Config]) -> Result<Option<&Config>> {
@@ -95,47 +118,91 @@ fn is_data(path: &str) -> bool {
     Format::of_name(path).is_some() && !hidden && !notes.contains(&name)
 }
 
-/// Files by split from their names: the word `train`, `test`, `validation` (also `valid`, `val`,
-/// `dev`) standing alone in the file's name or, failing that, in a folder's; without any such
-/// word all files are `train`. Of several formats the one with the most files is taken.
+/// The files that may hold rows, and those that are left out although they may: plain text beside
+/// structured files is a licence or a note.
+pub fn with_rows<'a>(paths: &[&'a str]) -> (Vec<&'a str>, Vec<&'a str>) {
+    let all = paths.iter().copied().filter(|p| is_data(p));
+    let is_text = |path: &&str| matches!(Format::of_name(path), Some((Format::Text, _)));
+    let (text, structured): (Vec<&str>, Vec<&str>) = all.partition(is_text);
+    if structured.is_empty() { (text, structured) } else { (structured, text) }
+}
+
+/// Files by split from their names. A shard's name (`train_sft-00000-of-00004`) is taken whole in
+/// a folder `data`, or where one of the words is in it; else the word `train`, `test`,
+/// `validation` (also `valid`, `val`, `dev`) standing alone in the file's name or, failing that,
+/// in a folder's. Without any such name all files are `train`; beside named splits, a file without
+/// a name is something else (a dump, a sample) and is left out. So is plain text beside structured
+/// files, and of several formats without names all but the one with the most files.
 ///
 /// # Errors
-/// When no file holds rows.
-pub fn of_names(paths: &[&str]) -> Result<BTreeMap<String, Vec<String>>> {
+/// When no file holds rows, or splits are named in several formats.
+pub fn of_names(paths: &[&str]) -> Result<Found> {
+    let (data, mut left_out) = with_rows(paths);
     let mut by_format: BTreeMap<Format, Vec<&str>> = BTreeMap::new();
-    for path in paths.iter().copied().filter(|p| is_data(p)) {
+    for path in data {
         if let Some((format, _)) = Format::of_name(path) {
             by_format.entry(format).or_default().push(path);
         }
     }
+    let named = |files: &[&str]| files.iter().any(|f| split_of(f).is_some());
+    let telling: Vec<&str> =
+        by_format.values().filter(|f| named(f)).filter_map(|f| f.first().copied()).collect();
+    if telling.len() > 1 {
+        let message = format!("splits are named in several formats: {}", telling.join(", "));
+        return Err(Fault::new(message)
+            .help("name the files of each split under `files`, or fetch one by `url`")
+            .into());
+    }
     // `max_by_key` keeps the last of equals, and the formats stand from most to least telling.
-    let most = by_format.into_iter().rev().max_by_key(|(_, files)| files.len());
-    let Some((_, files)) = most else {
+    let most = by_format.iter().rev().max_by_key(|(_, files)| (named(files), files.len()));
+    let Some(format) = most.map(|(format, _)| *format) else {
         return Err(Fault::new("there is no file with rows among them")
             .help("known are .parquet, .jsonl, .json, .csv, .tsv and .txt, each also .gz or .zst")
             .into());
     };
-    let mut splits: BTreeMap<String, Vec<String>> = BTreeMap::new();
-    let any = files.iter().any(|f| split_of(f).is_some());
+    let files = by_format.remove(&format).unwrap_or_default();
+    left_out.extend(by_format.into_values().flatten());
+    let mut found = Found::default();
+    let any = named(&files);
     for file in files {
-        // Beside named splits, a file without a name is something else (a dump, a sample).
         let split = if any { split_of(file) } else { Some("train") };
-        if let Some(split) = split {
-            splits.entry(split.to_owned()).or_default().push(file.to_owned());
+        match split {
+            Some(split) => {
+                found.splits.entry(split.to_owned()).or_default().push(file.to_owned());
+            }
+            None => left_out.push(file),
         }
     }
-    splits.values_mut().for_each(|files| files.sort_unstable());
-    Ok(splits)
+    found.splits.values_mut().for_each(|files| files.sort_unstable());
+    left_out.sort_unstable();
+    found.left_out = left_out.into_iter().map(str::to_owned).collect();
+    Ok(found)
 }
 
-fn split_of(path: &str) -> Option<&'static str> {
-    path.rsplit('/')
-        .find_map(|part| {
-            let part = part.to_ascii_lowercase();
-            let mut words = part.split(|c: char| !c.is_ascii_alphabetic());
-            words.find_map(|word| WORDS.iter().find(|(_, known)| known.contains(&word)))
-        })
-        .map(|(split, _)| *split)
+fn split_of(path: &str) -> Option<&str> {
+    let (folder, name) = path.rsplit_once('/').unwrap_or(("", path));
+    if let Some(name) = sharded(name)
+        && (folder.rsplit('/').next() == Some("data") || word_of(name).is_some())
+    {
+        return Some(name);
+    }
+    path.rsplit('/').find_map(word_of)
+}
+
+fn word_of(part: &str) -> Option<&'static str> {
+    let part = part.to_ascii_lowercase();
+    let mut words = part.split(|c: char| !c.is_ascii_alphabetic());
+    let known = words.find_map(|word| WORDS.iter().find(|(_, known)| known.contains(&word)));
+    known.map(|(split, _)| *split)
+}
+
+/// The name before `-00000-of-00001`, as `push_to_hub` writes it.
+fn sharded(name: &str) -> Option<&str> {
+    let (before, after) = name.rsplit_once("-of-")?;
+    let (split, shard) = before.rsplit_once('-')?;
+    let five = |digits: &str| digits.len() == 5 && digits.bytes().all(|b| b.is_ascii_digit());
+    let all = after.split('.').next()?;
+    (five(shard) && five(all) && is_split_name(split)).then_some(split)
 }
 
 /// Whether a path matches a pattern: `*` and `?` stay within a folder, `**` does not, `[abc]`,
@@ -212,7 +279,7 @@ mod tests {
 
     #[test]
     fn names_of_files_say_the_split() {
-        let splits = of_names(&[
+        let found = of_names(&[
             "README.md",
             "data/train-00001-of-00002.parquet",
             "data/train-00000-of-00002.parquet",
@@ -222,6 +289,8 @@ mod tests {
             "dataset_infos.json",
         ])
         .unwrap();
+        assert_eq!(found.left_out, ["data/latest.parquet"]);
+        let splits = found.splits;
         let names: Vec<&str> = splits.keys().map(String::as_str).collect();
         assert_eq!(names, ["test", "train", "validation"]);
         assert_eq!(
@@ -229,8 +298,45 @@ mod tests {
             ["data/train-00000-of-00002.parquet", "data/train-00001-of-00002.parquet"]
         );
         let one = of_names(&["alpaca_data.json", "LICENSE"]).unwrap();
-        assert_eq!(one["train"], ["alpaca_data.json"]);
+        assert_eq!(one.splits["train"], ["alpaca_data.json"]);
         assert!(of_names(&["README.md", "script.py"]).is_err());
+    }
+
+    #[test]
+    fn names_of_shards_are_taken_whole() {
+        let found = of_names(&[
+            "data/train_sft-00000-of-00001.parquet",
+            "data/train_gen-00000-of-00001.parquet",
+            "data/en.x-00000-of-00001.parquet",
+            "more/test_sft-00000-of-00001.parquet",
+        ]);
+        let splits = found.unwrap().splits;
+        let names: Vec<&str> = splits.keys().map(String::as_str).collect();
+        assert_eq!(names, ["en.x", "test_sft", "train_gen", "train_sft"]);
+        let parts = of_names(&["x/part-00000-of-00002.json", "x/part-00001-of-00002.json"]);
+        assert_eq!(parts.unwrap().splits["train"].len(), 2);
+    }
+
+    #[test]
+    fn notes_beside_data_are_not_data() {
+        let found = of_names(&["reviews.csv", "LICENSE.txt", "NOTES.txt"]).unwrap();
+        assert_eq!(found.splits["train"], ["reviews.csv"]);
+        assert_eq!(found.left_out, ["LICENSE.txt", "NOTES.txt"]);
+        assert_eq!(of_names(&["a.txt", "b.txt"]).unwrap().splits["train"], ["a.txt", "b.txt"]);
+        let e = of_names(&["train.csv", "test.jsonl"]).unwrap_err().to_string();
+        assert!(e.contains("train.csv") && e.contains("test.jsonl"), "{e}");
+        let found = of_names(&["test.csv", "a.json", "b.json"]).unwrap();
+        assert_eq!((found.splits["test"].len(), found.left_out.len()), (1, 2));
+    }
+
+    #[test]
+    fn names_of_splits() {
+        for good in ["train", "train_sft", "en.x", "a-b", "2024"] {
+            assert!(is_split_name(good), "{good}");
+        }
+        for bad in ["", "..", "../x", "/x", "a/b", "a..b", ".a", "a.", "a b", "a\0"] {
+            assert!(!is_split_name(bad), "{bad}");
+        }
     }
 
     #[test]
@@ -250,14 +356,23 @@ mod tests {
             config("a", false, files(&[("train", "a/x*"), ("test", "a/y*")])),
             config("b", true, files(&[("train", "b/*")])),
         ];
-        let (name, splits) = of_config(&card, &paths, None).unwrap();
-        assert_eq!((name.as_str(), splits["train"][0].as_str()), ("b", "b/z.csv"));
-        let (_, splits) = of_config(&card, &paths, Some("a")).unwrap();
-        assert_eq!(splits["test"], ["a/y.csv"]);
+        let (name, found) = of_config(&card, &paths, None).unwrap();
+        assert_eq!((name.as_str(), found.splits["train"][0].as_str()), ("b", "b/z.csv"));
+        let (_, found) = of_config(&card, &paths, Some("a")).unwrap();
+        assert_eq!(found.splits["test"], ["a/y.csv"]);
         let e = of_config(&card, &paths, Some("aa")).unwrap_err();
         assert!(crate::source::advice(&e)[0].contains("`a`"), "{e}");
         card.configs = vec![config("a", false, files(&[("train", "c/*")]))];
         let e = of_config(&card, &paths, None).unwrap_err().to_string();
         assert!(e.contains("`c/*`"), "{e}");
+        // Patterns are those of the config's own folder.
+        let mut below = config("a", false, files(&[("train", "*.csv")]));
+        below.data_dir = Some("./a/".into());
+        card.configs = vec![below];
+        let (_, found) = of_config(&card, &["x.csv", "a/x.csv"], None).unwrap();
+        assert_eq!(found.splits["train"], ["a/x.csv"]);
+        card.configs = vec![config("a", false, files(&[("../../x", "a/*")]))];
+        let e = of_config(&card, &paths, None).unwrap_err().to_string();
+        assert!(e.contains("`../../x`"), "{e}");
     }
 }

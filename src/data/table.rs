@@ -1,10 +1,10 @@
 //! Rows in memory.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 
 use anyhow::{Context as _, Result, bail};
-use arrow::array::{ArrayRef, RecordBatch};
+use arrow::array::{ArrayRef, RecordBatch, new_null_array};
 use arrow::compute::{cast, interleave_record_batch};
 use arrow::datatypes::{DataType, Field, Schema, SchemaRef};
 
@@ -24,6 +24,10 @@ pub struct Table {
     pub classes: BTreeMap<String, Vec<String>>,
     /// Rows that could not be read and were left out.
     pub skipped: u64,
+    /// What the user should know about how it was read.
+    pub notes: Vec<String>,
+    /// Text columns without any value: in another file of the split they may have a type.
+    pub(super) untyped: BTreeSet<String>,
 }
 
 impl Table {
@@ -38,6 +42,8 @@ impl Table {
             .iter()
             .map(|f| Field::new(f.name(), plain(f.data_type()), true))
             .collect();
+        let nulls = schema.fields().iter().filter(|f| *f.data_type() == DataType::Null);
+        let untyped = nulls.map(|f| f.name().clone()).collect();
         let schema = Arc::new(Schema::new(fields));
         let batches = batches.into_iter().filter(|b| b.num_rows() > 0).map(|batch| {
             let columns = batch.columns().iter().zip(schema.fields());
@@ -46,7 +52,8 @@ impl Table {
             Ok(RecordBatch::try_new(Arc::clone(&schema), columns?)?)
         });
         let batches = batches.collect::<Result<_>>()?;
-        Ok(Self { schema, batches, classes: BTreeMap::new(), skipped: 0 })
+        let (classes, notes) = (BTreeMap::new(), Vec::new());
+        Ok(Self { schema, batches, classes, skipped: 0, notes, untyped })
     }
 
     /// From whole columns of equal length.
@@ -147,17 +154,32 @@ impl Table {
             let places: Result<Vec<(usize, usize)>> = chunk.iter().map(place).collect();
             batches.push(interleave_record_batch(&sources, &places?)?);
         }
-        let schema = Arc::clone(&self.schema);
-        Ok(Self { schema, batches, classes: self.classes.clone(), skipped: 0 })
+        let (schema, classes) = (Arc::clone(&self.schema), self.classes.clone());
+        let untyped = self.untyped.clone();
+        Ok(Self { schema, batches, classes, skipped: 0, notes: Vec::new(), untyped })
     }
 
-    /// The rows of another file below these: its columns may stand in another order, and number
-    /// types are widened to hold both.
+    /// The rows of another file below these: its columns may stand in another order, number types
+    /// are widened to hold both, and a column without a value takes the other's type. A file
+    /// without columns (JSON without a row) adds nothing.
     ///
     /// # Errors
     /// When a column is missing on either side or types do not go together; `name` and `other`
     /// are the files.
-    pub fn append(&mut self, more: Self, name: &str, other: &str) -> Result<()> {
+    pub fn append(&mut self, mut more: Self, name: &str, other: &str) -> Result<()> {
+        let skipped = self.skipped + more.skipped;
+        let mut notes = std::mem::take(&mut self.notes);
+        notes.append(&mut more.notes);
+        if self.columns().is_empty() {
+            *self = more;
+        } else if !more.columns().is_empty() {
+            self.join(more, name, other)?;
+        }
+        (self.skipped, self.notes) = (skipped, notes);
+        Ok(())
+    }
+
+    fn join(&mut self, mut more: Self, name: &str, other: &str) -> Result<()> {
         for (has, lacks, from, of) in [(&*self, &more, name, other), (&more, &*self, other, name)] {
             let gone: Vec<String> = has
                 .columns()
@@ -172,30 +194,54 @@ impl Table {
                     .into());
             }
         }
-        let mut fields = Vec::with_capacity(self.schema.fields().len());
+        let names: Vec<String> = self.columns().into_iter().map(str::to_owned).collect();
+        let untyped = self.untyped.intersection(&more.untyped).cloned().collect();
+        for column in &names {
+            match (self.untyped.contains(column), more.untyped.contains(column)) {
+                (true, false) => self.retype(column, more.type_of(column)?)?,
+                (false, true) => more.retype(column, self.type_of(column)?)?,
+                _ => {}
+            }
+        }
+        let mut fields = Vec::with_capacity(names.len());
         for field in self.schema.fields() {
-            let theirs = more.schema.field(more.index_of(field.name())?);
-            let wide = wider(field.data_type(), theirs.data_type()).ok_or_else(|| {
+            let theirs = more.type_of(field.name())?;
+            let wide = wider(field.data_type(), &theirs).ok_or_else(|| {
                 Fault::new(format!(
-                    "column `{}` is {} in {name} and {} in {other}",
+                    "column `{}` is {} in {name} and {theirs} in {other}",
                     field.name(),
                     field.data_type(),
-                    theirs.data_type()
                 ))
             })?;
             fields.push(Field::new(field.name(), wide, true));
         }
-        let names: Vec<String> = self.columns().into_iter().map(str::to_owned).collect();
-        let more = more.select(&names)?;
-        let schema = Schema::new(fields);
+        let mut classes = std::mem::take(&mut more.classes);
+        classes.extend(std::mem::take(&mut self.classes));
         let mut batches = std::mem::take(&mut self.batches);
-        batches.extend(more.batches);
-        let classes = std::mem::take(&mut self.classes);
-        let skipped = self.skipped + more.skipped;
-        *self = Self::new(&schema, batches)?;
-        self.skipped = skipped;
-        self.classes = more.classes;
-        self.classes.extend(classes);
+        batches.extend(more.select(&names)?.batches);
+        *self = Self::new(&Schema::new(fields), batches)?;
+        (self.classes, self.untyped) = (classes, untyped);
+        Ok(())
+    }
+
+    fn type_of(&self, column: &str) -> Result<DataType> {
+        Ok(self.schema.field(self.index_of(column)?).data_type().clone())
+    }
+
+    /// Gives a column without a value another type; as text it stays as it is (empty or null).
+    fn retype(&mut self, column: &str, ty: DataType) -> Result<()> {
+        if ty == DataType::Utf8 {
+            return Ok(());
+        }
+        let index = self.index_of(column)?;
+        let mut fields: Vec<Field> = self.schema.fields().iter().map(|f| Field::clone(f)).collect();
+        fields[index] = Field::new(column, ty.clone(), true);
+        self.schema = Arc::new(Schema::new(fields));
+        for batch in &mut self.batches {
+            let mut columns = batch.columns().to_vec();
+            columns[index] = new_null_array(&ty, batch.num_rows());
+            *batch = RecordBatch::try_new(Arc::clone(&self.schema), columns)?;
+        }
         Ok(())
     }
 }

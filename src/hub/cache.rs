@@ -1,12 +1,14 @@
 //! The shared cache on disk. Only names that were checked become paths in it.
 
+use std::collections::BTreeMap;
 use std::fs::{self, File, OpenOptions};
 use std::io::Write as _;
-use std::os::unix::fs::MetadataExt as _;
+use std::os::unix::fs::{MetadataExt as _, PermissionsExt as _};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use anyhow::{Context as _, Result, ensure};
+use serde::Deserialize;
 
 use super::{RepoFile, RepoType};
 use crate::source::Fault;
@@ -40,6 +42,18 @@ pub(super) fn check_repo(repo: &str) -> Result<()> {
     }
     let fault = Fault::new(format!("`{repo}` is not the name of a hub repository"));
     Err(fault.help("it is written `organisation/name`; a local path starts with `./`").into())
+}
+
+/// Opens a lock file, made with its folder if need be, and takes the lock; it falls with the
+/// handle.
+pub(super) fn take_lock(path: &Path) -> Result<File> {
+    if let Some(folder) = path.parent() {
+        fs::create_dir_all(folder).with_context(|| format!("making {}", folder.display()))?;
+    }
+    let file = OpenOptions::new().create(true).append(true).open(path);
+    let file = file.with_context(|| format!("opening {}", path.display()))?;
+    file.lock().with_context(|| format!("locking {}", path.display()))?;
+    Ok(file)
 }
 
 /// Where one blob lies or will lie.
@@ -126,29 +140,40 @@ impl Cache {
         write(&self.tree_path(ty, repo, commit), &serde_json::to_vec(files)?)
     }
 
-    /// The files of a snapshot that another program left: the links' targets are the digests.
-    pub(super) fn list_snapshot(
+    /// The list that Python's client keeps beside its snapshots (from version 1.22 on).
+    pub(super) fn read_python_tree(
         &self,
         ty: RepoType,
         repo: &str,
         commit: &str,
     ) -> Option<Vec<RepoFile>> {
-        let root = self.snapshot(ty, repo, commit);
-        let mut files = Vec::new();
-        let mut folders = vec![root.clone()];
-        while let Some(folder) = folders.pop() {
-            for item in fs::read_dir(folder).ok()?.flatten() {
-                let path = item.path();
-                if item.file_type().is_ok_and(|t| t.is_dir()) {
-                    folders.push(path);
-                    continue;
-                }
-                let Some(file) = listed(&root, &path) else { continue };
-                files.push(file);
-            }
+        #[derive(Deserialize)]
+        struct Listed {
+            size: u64,
+            blob_id: String,
+            lfs_sha256: Option<String>,
         }
-        files.sort_by(|a, b| a.path.cmp(&b.path));
-        (!files.is_empty()).then_some(files)
+        #[derive(Deserialize)]
+        struct List {
+            format_version: u32,
+            files: BTreeMap<String, Listed>,
+        }
+        let path = self.repo_dir(ty, repo).join("trees").join(format!("{commit}.json"));
+        let list: List = serde_json::from_slice(&fs::read(path).ok()?).ok()?;
+        let files = list.files.into_iter().map(|(path, f)| RepoFile {
+            path,
+            size: f.size,
+            oid: f.blob_id,
+            lfs_sha256: f.lfs_sha256,
+        });
+        let files: Vec<RepoFile> = files.collect();
+        let good = files.iter().all(|f| super::check_file(f).is_ok());
+        (list.format_version == 1 && good).then_some(files)
+    }
+
+    /// The folder of a snapshot, if there is one. What it holds may be a part of the repository.
+    pub(super) fn has_snapshot(&self, ty: RepoType, repo: &str, commit: &str) -> Option<PathBuf> {
+        Some(self.snapshot(ty, repo, commit)).filter(|path| path.is_dir())
     }
 
     pub(super) fn slot(&self, ty: RepoType, repo: &str, file: &RepoFile) -> Slot {
@@ -187,13 +212,10 @@ impl Cache {
 
     /// Takes the lock of a blob, as the Python client does; it falls with the handle.
     pub(super) fn lock(&self, slot: &Slot) -> Result<File> {
-        for folder in [slot.lock.parent(), slot.blob.parent()].into_iter().flatten() {
+        if let Some(folder) = slot.blob.parent() {
             fs::create_dir_all(folder).with_context(|| format!("making {}", folder.display()))?;
         }
-        let file = OpenOptions::new().create(true).append(true).open(&slot.lock);
-        let file = file.with_context(|| format!("opening {}", slot.lock.display()))?;
-        file.lock().with_context(|| format!("locking {}", slot.lock.display()))?;
-        Ok(file)
+        take_lock(&slot.lock)
     }
 
     /// Makes a checked part the blob.
@@ -204,48 +226,27 @@ impl Cache {
         Ok(())
     }
 
-    /// The path of a file in the snapshot, made if need be.
-    pub(super) fn link(
-        &self,
-        ty: RepoType,
-        repo: &str,
-        commit: &str,
-        file: &RepoFile,
-    ) -> Result<PathBuf> {
+    /// The path of a file in the snapshot, made if need be. In a cache that cannot be written it
+    /// is the blob's own path.
+    pub(super) fn link(&self, ty: RepoType, repo: &str, commit: &str, file: &RepoFile) -> PathBuf {
         let path = self.snapshot(ty, repo, commit).join(&file.path);
         let up = "../".repeat(file.path.split('/').count() + 1);
         let target = PathBuf::from(format!("{up}blobs/{}", file.digest()));
         if fs::read_link(&path).is_ok_and(|to| to == target) {
-            return Ok(path);
+            return path;
         }
-        let folder = path.parent().context("a snapshot's file lies in a folder")?;
-        fs::create_dir_all(folder).with_context(|| format!("making {}", folder.display()))?;
         // two threads may link the same file at once
         static LINKS: AtomicU64 = AtomicU64::new(0);
         let (pid, n) = (std::process::id(), LINKS.fetch_add(1, Ordering::Relaxed));
-        let temp = folder.join(format!(".{}.{pid}.{n}", file.digest()));
-        let _ = fs::remove_file(&temp);
-        std::os::unix::fs::symlink(&target, &temp)
-            .and_then(|()| fs::rename(&temp, &path))
-            .with_context(|| format!("linking {}", path.display()))?;
-        Ok(path)
+        let linked = path.parent().map_or(Ok(()), |folder| {
+            let temp = folder.join(format!(".{}.{pid}.{n}", file.digest()));
+            fs::create_dir_all(folder)?;
+            let _ = fs::remove_file(&temp);
+            std::os::unix::fs::symlink(&target, &temp)?;
+            fs::rename(&temp, &path)
+        });
+        if linked.is_ok() { path } else { self.slot(ty, repo, file).blob }
     }
-}
-
-fn listed(root: &Path, path: &Path) -> Option<RepoFile> {
-    let target = fs::read_link(path).ok()?;
-    let digest = target.file_name()?.to_str()?.to_owned();
-    let size = fs::metadata(path).ok()?.len();
-    let path = path.strip_prefix(root).ok()?.to_str()?.to_owned();
-    let large = is_hex(&digest, 64);
-    let file = RepoFile {
-        path,
-        size,
-        // The pointer's own digest is not in the cache; nothing reads it when there is SHA-256.
-        oid: if large { "0".repeat(40) } else { digest.clone() },
-        lfs_sha256: large.then_some(digest),
-    };
-    super::check_file(&file).is_ok().then_some(file)
 }
 
 fn stamp(stat: &fs::Metadata) -> String {
@@ -259,7 +260,9 @@ pub(super) fn write(path: &Path, content: &[u8]) -> Result<()> {
     let attempt = || -> std::io::Result<()> {
         let folder = path.parent().unwrap_or(Path::new("."));
         fs::create_dir_all(folder)?;
-        let mut temp = tempfile::NamedTempFile::new_in(folder)?;
+        // As any other file of a shared cache: the umask says who may read it.
+        let mode = fs::Permissions::from_mode(0o666);
+        let mut temp = tempfile::Builder::new().permissions(mode).tempfile_in(folder)?;
         temp.write_all(content)?;
         temp.persist(path).map_err(|e| e.error)?;
         Ok(())

@@ -95,12 +95,14 @@ impl Http {
         asked.map_or(own, |d| d.max(own)).min(LONGEST_PAUSE)
     }
 
-    /// One GET, of the bytes from `start` on; any status of 400 and above is a failure. The token
+    /// One GET, of the bytes from `start` on, or of all of them if what is there is not what
+    /// `validator` says (`If-Range`); any status of 400 and above is a failure. The token
     /// goes to the hub's own routes and nowhere else.
     pub(super) fn get_once(
         &self,
         url: &str,
         start: u64,
+        validator: Option<&str>,
     ) -> Result<Response, (Failure, Option<Duration>)> {
         // A body that was packed on the way has another digest.
         let mut request = self.agent.get(url).header("Accept-Encoding", "identity");
@@ -110,6 +112,9 @@ impl Http {
         }
         if start > 0 {
             request = request.header("Range", format!("bytes={start}-"));
+            if let Some(validator) = validator {
+                request = request.header("If-Range", validator);
+            }
         }
         let response = request.call().map_err(|e| (classify(e), None))?;
         let code = response.status().as_u16();
@@ -140,7 +145,7 @@ impl Http {
     }
 
     fn json_once(&self, url: &str) -> Result<Page, (Failure, Option<Duration>)> {
-        let mut response = self.get_once(url, 0)?;
+        let mut response = self.get_once(url, 0, None)?;
         let next = header(&response, "link").and_then(|link| next_page(&link));
         let next = next.map(|to| if to.starts_with('/') { self.host(&response) + &to } else { to });
         let body = response.body_mut().with_config().limit(LONGEST_JSON).read_to_vec();

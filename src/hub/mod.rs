@@ -23,7 +23,7 @@ mod tests;
 
 use std::collections::BTreeMap;
 use std::fmt;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use anyhow::{Context as _, Result, bail, ensure};
@@ -189,21 +189,19 @@ impl Hub {
             let known = self.cache.read_ref(ty, repo, revision);
             return known.ok_or_else(|| self.not_in_cache(&format!("{noun} {repo}@{revision}")));
         }
-        let route = hf_hub::Repo::with_revision(repo.into(), ty.hf(), revision.into()).api_url();
-        let body = self
-            .http
-            .json(&format!("{}/api/{route}", self.settings.endpoint))
-            .map_err(|f| self.explain(f, noun, repo, revision))?
-            .value;
+        let (endpoint, routes) = (&self.settings.endpoint, ty.as_str());
+        let route = format!("{endpoint}/api/{routes}/{repo}/revision/{}", http::encode(revision));
+        let body = self.http.json(&route).map_err(|f| self.explain(f, noun, repo, revision))?.value;
         let sha = body["sha"].as_str().unwrap_or_default().to_owned();
         ensure!(cache::is_commit(&sha), "the hub gave no commit for {noun} {repo}@{revision}");
-        self.cache.write_ref(ty, repo, revision, &sha)?;
+        // Only serves later runs: a cache that cannot be written (shared, read-only) is still good.
+        let _ = self.cache.write_ref(ty, repo, revision, &sha);
         Ok(sha)
     }
 
     /// The files of a repository at a commit, sorted by path. Asked for once: later calls read
-    /// the list that is kept in the cache. Offline, a snapshot that another program left there is
-    /// listed as it is, which may be less than the repository has.
+    /// the list that is kept in the cache, ours or that of Python's client. Offline and without a
+    /// list nothing says whether a snapshot in the cache is whole, so it is not taken.
     ///
     /// # Errors
     /// When the hub cannot be reached, has no such repository or commit, or names a file that
@@ -211,13 +209,18 @@ impl Hub {
     pub fn tree(&self, ty: RepoType, repo: &str, commit: &str) -> Result<Vec<RepoFile>> {
         cache::check_repo(repo)?;
         ensure!(cache::is_commit(commit), "`{commit}` is not a commit (40 hex digits)");
-        if let Some(files) = self.cache.read_tree(ty, repo, commit) {
+        let kept = self.cache.read_tree(ty, repo, commit);
+        let kept = kept.or_else(|| self.cache.read_python_tree(ty, repo, commit));
+        if let Some(files) = kept {
             return Ok(files);
         }
         let noun = ty.noun();
         if self.settings.offline {
-            let listed = self.cache.list_snapshot(ty, repo, commit);
-            return listed.ok_or_else(|| self.not_in_cache(&format!("{noun} {repo}@{commit}")));
+            let what = format!("{noun} {repo}@{commit}");
+            return Err(match self.cache.has_snapshot(ty, repo, commit) {
+                Some(folder) => unlisted(&what, &folder),
+                None => self.not_in_cache(&what),
+            });
         }
         let endpoint = &self.settings.endpoint;
         let route = format!("{endpoint}/api/{}/{repo}/tree/{commit}?recursive=true", ty.as_str());
@@ -234,7 +237,8 @@ impl Hub {
             next = page.next;
         }
         let files: Vec<RepoFile> = files.into_values().collect();
-        self.cache.write_tree(ty, repo, commit, &files)?;
+        // As with the revision: without it the hub is asked again.
+        let _ = self.cache.write_tree(ty, repo, commit, &files);
         Ok(files)
     }
 
@@ -277,7 +281,7 @@ impl Hub {
                 self.cache.land(&slot)?;
             }
         }
-        self.cache.link(ty, repo, commit, file)
+        Ok(self.cache.link(ty, repo, commit, file))
     }
 
     fn not_in_cache(&self, what: &str) -> anyhow::Error {
@@ -336,6 +340,17 @@ impl Hub {
             }
         }
     }
+}
+
+/// A snapshot that another program left without a list of the repository's files.
+fn unlisted(what: &str, folder: &Path) -> anyhow::Error {
+    let message =
+        format!("the cache may hold only a part of {what}, and no list says what is in it");
+    let help = format!(
+        "run once online; or, if you know that it is whole, name its folder as a local path: {}",
+        folder.display()
+    );
+    Fault::new(message).help(help).into()
 }
 
 fn repo_file(item: &serde_json::Value) -> Result<RepoFile> {

@@ -24,6 +24,8 @@ enum Fault {
     Cut(usize),
     /// Changes a byte of the body.
     Flip,
+    /// Cuts, and has another content from then on.
+    Replace(usize, &'static [u8]),
 }
 
 #[derive(Default)]
@@ -35,6 +37,8 @@ struct State {
     /// Names in the list of files that are not those of `files`.
     listed: Vec<String>,
     token: Option<String>,
+    /// Whether files have an `ETag`, and `If-Range` is obeyed.
+    tags: bool,
 }
 
 struct Server {
@@ -149,6 +153,9 @@ fn serve(mut stream: TcpStream, shared: &Mutex<State>) {
         return send(404, "X-Error-Code: EntryNotFound\r\n", b"", 0);
     };
     let fault = (!state.faults.is_empty()).then(|| state.faults.remove(0));
+    let tag = format!("\"{}\"", git(&body));
+    let stale = headers.get("if-range").is_some_and(|tagged| *tagged != tag);
+    let range = if stale { "" } else { range.as_str() };
     let from: Option<usize> =
         range.strip_prefix("bytes=").and_then(|r| r.trim_end_matches('-').parse().ok());
     let (mut code, mut more) = (200, String::new());
@@ -157,9 +164,15 @@ fn serve(mut stream: TcpStream, shared: &Mutex<State>) {
         body.drain(..from);
         (code, more) = (206, format!("Content-Range: bytes {from}-{}/{all}\r\n", all - 1));
     }
+    if state.tags {
+        more += &format!("ETag: {tag}\r\n");
+    }
+    if let Some(Fault::Replace(_, other)) = fault {
+        state.files.values_mut().for_each(|body| *body = other.to_vec());
+    }
     match fault {
         Some(Fault::Status(code)) => send(code, "", b"an error page", 99),
-        Some(Fault::Cut(n)) => send(code, &more, &body, n),
+        Some(Fault::Cut(n) | Fault::Replace(n, _)) => send(code, &more, &body, n),
         Some(Fault::Flip) => {
             body[0] ^= 1;
             send(code, &more, &body, usize::MAX);
@@ -362,13 +375,63 @@ fn offline_only_the_cache_is_read() {
     let e = get(&offline, "b.csv").unwrap_err();
     assert!(advice(&e)[0].contains("HF_HUB_OFFLINE"), "{e:?}");
     assert!(offline.commit(RepoType::Dataset, "org/other", "main").is_err());
-    // A cache that another program filled has no list of files: its links are the list.
+    // A cache that another program filled may hold a part of the repository.
     std::fs::remove_dir_all(dir.path().join(".flow")).unwrap();
+    let e = offline.tree(RepoType::Dataset, "org/name", COMMIT).unwrap_err();
+    let folder = dir.path().join("datasets--org--name/snapshots").join(COMMIT);
+    assert!(e.to_string().contains("only a part"), "{e}");
+    assert!(advice(&e)[0].contains(folder.to_str().unwrap()), "{e:?}");
+    // Python's client leaves a list.
+    let list = serde_json::json!({ "format_version": 1, "files": {
+        "a.csv": { "size": BODY.len(), "blob_id": git(BODY) },
+        "w.big": { "size": 1, "blob_id": git(b"p"), "lfs_sha256": sha256(b"w"), "lfs_size": 1 },
+    }});
+    let path = dir.path().join(format!("datasets--org--name/trees/{COMMIT}.json"));
+    std::fs::create_dir_all(path.parent().unwrap()).unwrap();
+    std::fs::write(path, list.to_string()).unwrap();
     let tree = offline.tree(RepoType::Dataset, "org/name", COMMIT).unwrap();
-    assert_eq!(tree.len(), 1);
-    assert_eq!((tree[0].path.as_str(), tree[0].oid.as_str()), ("a.csv", git(BODY).as_str()));
+    let digests: Vec<&str> = tree.iter().map(RepoFile::digest).collect();
+    assert_eq!(digests, [git(BODY), sha256(b"w")]);
     assert_eq!(std::fs::read(get(&offline, "a.csv").unwrap()).unwrap(), BODY);
+    assert!(get(&offline, "w.big").is_err());
     assert_eq!(server.state.lock().unwrap().seen.len(), before);
+}
+
+#[test]
+fn a_cache_that_cannot_be_written_serves_what_it_has() {
+    let server = Server::start(&[("a.csv", BODY)]);
+    let dir = tempfile::tempdir().unwrap();
+    get(&server.hub(dir.path()), "a.csv").unwrap();
+    // Permissions do not stop root; a file in the place of a folder does.
+    for folder in [".flow", "datasets--org--name/snapshots", "datasets--org--name/refs"] {
+        let _ = std::fs::remove_dir_all(dir.path().join(folder));
+        std::fs::write(dir.path().join(folder), "").unwrap();
+    }
+    let hub = server.hub(dir.path());
+    assert_eq!(hub.commit(RepoType::Dataset, "org/name", "main").unwrap(), COMMIT);
+    assert_eq!(std::fs::read(get(&hub, "a.csv").unwrap()).unwrap(), BODY);
+}
+
+#[test]
+fn files_of_the_cache_are_for_all_whom_the_umask_lets() {
+    use std::os::unix::fs::PermissionsExt as _;
+    let server = Server::start(&[("a.csv", BODY)]);
+    let dir = tempfile::tempdir().unwrap();
+    server.hub(dir.path()).commit(RepoType::Dataset, "org/name", "main").unwrap();
+    let plain = dir.path().join("plain");
+    std::fs::write(&plain, "").unwrap();
+    let mode = |path: &Path| std::fs::metadata(path).unwrap().permissions().mode();
+    let main = dir.path().join("datasets--org--name/refs/main");
+    assert_eq!(mode(&main), mode(&plain));
+}
+
+#[test]
+fn a_revision_is_one_segment() {
+    let server = Server::start(&[]);
+    let dir = tempfile::tempdir().unwrap();
+    server.hub(dir.path()).commit(RepoType::Dataset, "org/name", "pr/1?#%").unwrap();
+    let seen = server.state.lock().unwrap().seen.clone();
+    assert_eq!(seen, ["/api/datasets/org/name/revision/pr%2F1%3F%23%25"]);
 }
 
 #[test]
@@ -409,6 +472,38 @@ fn urls_are_checked_and_kept_by_content() {
     let kept = std::fs::read_dir(dir.path().join(".flow/urls")).unwrap().count();
     assert_eq!(kept, 1);
     assert!(hub.url("file:///etc/passwd", None, &quiet).is_err());
+}
+
+#[test]
+fn a_url_that_changes_on_the_way_is_not_mixed() {
+    let other = b"quite another text, and longer than the one before";
+    for tags in [true, false] {
+        let server = Server::start(&[("a.csv", BODY)]);
+        server.with(|s| (s.tags, s.faults) = (tags, vec![Fault::Replace(5, other)]));
+        let dir = tempfile::tempdir().unwrap();
+        let url = format!("{}/a.csv", server.endpoint);
+        let (digest, path) = server.hub(dir.path()).url(&url, None, &quiet).unwrap();
+        assert_eq!((digest, std::fs::read(path).unwrap()), (sha256(other), other.to_vec()));
+        let last = server.state.lock().unwrap().seen[1].clone();
+        assert_eq!(last, if tags { "/a.csv bytes=5-" } else { "/a.csv" });
+    }
+}
+
+#[test]
+fn a_later_run_goes_on_with_a_pinned_url() {
+    let server = Server::start(&[("a.csv", BODY)]);
+    server.with(|s| {
+        s.faults = vec![Fault::Cut(5), Fault::Cut(0), Fault::Cut(0), Fault::Cut(0), Fault::Cut(0)];
+    });
+    let dir = tempfile::tempdir().unwrap();
+    let url = format!("{}/a.csv", server.endpoint);
+    let digest = sha256(BODY);
+    assert!(server.hub(dir.path()).url(&url, Some(&digest), &quiet).is_err());
+    server.with(|s| (s.faults, s.seen) = (Vec::new(), Vec::new()));
+    let (_, path) = server.hub(dir.path()).url(&url, Some(&digest), &quiet).unwrap();
+    assert_eq!(std::fs::read(path).unwrap(), BODY);
+    assert_eq!(server.state.lock().unwrap().seen, ["/a.csv bytes=5-"]);
+    assert_eq!(std::fs::read_dir(dir.path().join(".flow/urls")).unwrap().count(), 1);
 }
 
 #[test]

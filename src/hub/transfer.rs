@@ -92,6 +92,13 @@ pub(super) struct Want<'a> {
     pub(super) name: String,
 }
 
+impl Want<'_> {
+    /// Whether any content is taken.
+    fn is_free(&self) -> bool {
+        matches!(&self.checksum, Checksum::Sha256(s) if s.is_empty())
+    }
+}
+
 /// Why it stopped.
 pub(super) enum Stopped {
     /// The server.
@@ -118,8 +125,7 @@ pub(super) fn fetch(
     loop {
         complete(http, want, part, progress)?;
         let found = want.checksum.of_file(part)?;
-        let free = matches!(&want.checksum, Checksum::Sha256(s) if s.is_empty());
-        if free || found == want.checksum {
+        if want.is_free() || found == want.checksum {
             return Ok(());
         }
         std::fs::remove_file(part).context("removing a file with wrong content")?;
@@ -143,6 +149,9 @@ fn complete(
     progress: Progress<'_>,
 ) -> Result<(), Stopped> {
     let mut tried = 0;
+    // What is not checked at the end may change between two tries: it goes on only with the
+    // server's word that it is still the same.
+    let mut validator: Option<String> = None;
     loop {
         let file = OpenOptions::new().create(true).append(true).open(part);
         let mut file = file.with_context(|| format!("writing {}", part.display()))?;
@@ -155,7 +164,11 @@ fn complete(
             file.sync_all().context("writing a download to disk")?;
             return Ok(());
         }
-        let (failure, wait) = match http.get_once(want.url, have) {
+        if have > 0 && want.is_free() && validator.is_none() {
+            file.set_len(0)?;
+            have = 0;
+        }
+        let (failure, wait) = match http.get_once(want.url, have, validator.as_deref()) {
             Err((Failure::Status { code: 416, .. }, _)) if have > 0 => {
                 file.set_len(0)?;
                 (Failure::Broken("the server has fewer bytes than were fetched".into()), None)
@@ -165,6 +178,9 @@ fn complete(
                 let from = resumed_at(&response).filter(|_| response.status().as_u16() == 206);
                 if from.unwrap_or(0) != have {
                     file.set_len(0)?;
+                }
+                if want.is_free() {
+                    validator = strong_validator(&response);
                 }
                 let start = file.metadata()?.len();
                 match receive(response, &mut file, want, start, progress)? {
@@ -199,6 +215,12 @@ fn complete(
 fn resumed_at(response: &super::http::Response) -> Option<u64> {
     let range = header(response, "content-range")?;
     range.trim().strip_prefix("bytes ")?.split('-').next()?.trim().parse().ok()
+}
+
+/// What tells one content of a URL from another: a strong `ETag`, else `Last-Modified`.
+fn strong_validator(response: &super::http::Response) -> Option<String> {
+    let tag = header(response, "etag").filter(|tag| !tag.starts_with("W/"));
+    tag.or_else(|| header(response, "last-modified"))
 }
 
 /// Appends a body to the file; the outer error is the disk's or the caller's, the inner one the

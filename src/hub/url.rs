@@ -30,32 +30,39 @@ impl Hub {
         let folder = self.cache.own("urls");
         if let Some(expected) = &expected {
             ensure!(cache::is_hex(expected, 64), "`{expected}` is not a SHA-256 (64 hex digits)");
+        }
+        let kept = || -> Result<Option<(String, PathBuf)>> {
+            let Some(expected) = &expected else { return Ok(None) };
             let path = folder.join(expected);
-            if path.exists() && transfer::sha256(&path)? == *expected {
-                return Ok((expected.clone(), path));
-            }
+            let good = path.exists() && transfer::sha256(&path)? == *expected;
+            Ok(good.then(|| (expected.clone(), path)))
+        };
+        if let Some(kept) = kept()? {
+            return Ok(kept);
         }
         if self.settings.offline {
             return Err(self.not_in_cache(url));
         }
         std::fs::create_dir_all(&folder).with_context(|| format!("making {}", folder.display()))?;
-        // One part by URL, content and process: another process has its own.
-        let name = format!("{url} {expected:?} {}", std::process::id());
-        let part = folder.join(format!("{}.incomplete", Digest::of(name.as_bytes()).short()));
-        let _ = std::fs::remove_file(&part);
-        let checksum = Checksum::Sha256(expected.unwrap_or_default());
-        let want = Want { url, size: None, checksum, name: format!("`{url}`") };
-        let fetched = transfer::fetch(&self.http, &want, &part, progress);
-        let landed = fetched.map_err(|stopped| refusal(url, stopped)).and_then(|()| {
-            let sha256 = transfer::sha256(&part)?;
-            let path = folder.join(&sha256);
-            std::fs::rename(&part, &path).with_context(|| format!("keeping `{url}`"))?;
-            Ok((sha256, path))
-        });
-        if landed.is_err() {
+        let name = Digest::of(format!("{url} {expected:?}").as_bytes());
+        let part = folder.join(format!("{name}.incomplete"));
+        let _lock = cache::take_lock(&self.cache.own("locks").join(format!("{name}.lock")))?;
+        // Another process may have fetched it while this one waited for the lock.
+        if let Some(kept) = kept()? {
+            return Ok(kept);
+        }
+        // What an earlier run left goes on only towards a content that is known.
+        if expected.is_none() {
             let _ = std::fs::remove_file(&part);
         }
-        landed
+        let checksum = Checksum::Sha256(expected.clone().unwrap_or_default());
+        let want = Want { url, size: None, checksum, name: format!("`{url}`") };
+        let fetched = transfer::fetch(&self.http, &want, &part, progress);
+        fetched.map_err(|stopped| refusal(url, stopped))?;
+        let sha256 = transfer::sha256(&part)?;
+        let path = folder.join(&sha256);
+        std::fs::rename(&part, &path).with_context(|| format!("keeping `{url}`"))?;
+        Ok((sha256, path))
     }
 }
 

@@ -72,7 +72,8 @@ impl StepKind for Command {
         ] {
             for name in names.into_iter().filter(|n| !is_name(n)) {
                 let message = format!("`{name}` cannot be a name here");
-                let help = "letters, digits and `_`, because it becomes part of a variable's name";
+                let help = "letters, digits and `_`, not a digit first, because it becomes part of \
+                            a variable's name";
                 problems.push(Problem::error(format!("{field}.{name}"), message).help(help));
             }
         }
@@ -179,8 +180,12 @@ impl Command {
                     let problem = Problem::error("run", message);
                     return Err(problem.help(help.unwrap_or_else(|| "declare it there".into())));
                 }
-                // The shell's own `${VARIABLE}`.
-                _ => filled += &rest[start..=start + length],
+                // The shell's own `${VARIABLE}`, in which there may be a reference.
+                _ => {
+                    filled += "${";
+                    rest = &rest[start + 2..];
+                    continue;
+                }
             }
             rest = &rest[start + length + 1..];
         }
@@ -204,7 +209,7 @@ impl Command {
 
 fn is_name(name: &str) -> bool {
     let plain = |c: char| c.is_ascii_alphanumeric() || c == '_';
-    !name.is_empty() && name.chars().all(plain)
+    !name.is_empty() && name.chars().all(plain) && !name.starts_with(|c: char| c.is_ascii_digit())
 }
 
 /// Whether a path stays below its folder and has no character that a shell would take apart.
@@ -223,7 +228,9 @@ fn text(path: &Path) -> Result<String> {
     Ok(text.to_owned())
 }
 
-/// Puts links to an artifact's files below a folder. The files themselves are read-only.
+/// Puts an artifact's files below a folder: links to the store's own, which are read-only, and
+/// read-only copies of what lies outside it (blocks are shared where the file system can), because
+/// a command that writes to its input must not change the user's file or the hub's cache.
 fn lay_out(cx: &Context<'_>, binding: &Binding, to: &Path) -> Result<()> {
     let view = cx.view(binding)?;
     let flat = view.ty.flat_ports();
@@ -235,9 +242,14 @@ fn lay_out(cx: &Context<'_>, binding: &Binding, to: &Path) -> Result<()> {
         };
         fs::create_dir_all(&folder)?;
         for (path, from) in view.files(port)? {
-            let link = folder.join(&path);
-            link.parent().map(fs::create_dir_all).transpose()?;
-            symlink(&from, &link).with_context(|| format!("linking `{path}`"))?;
+            let to = folder.join(&path);
+            to.parent().map(fs::create_dir_all).transpose()?;
+            if from.starts_with(view.store.root()) {
+                symlink(&from, &to).with_context(|| format!("linking `{path}`"))?;
+            } else {
+                view.store.disk().copy(&from, &to)?;
+                view.store.disk().set_mode(&to, 0o444)?;
+            }
         }
     }
     Ok(())
@@ -283,6 +295,20 @@ mod tests {
         let want = "python make.py --to ../out/table/table.csv ../out/model/model/x ${HOME} $x";
         assert_eq!(filled, want);
         assert!(command(run).check().is_empty());
+        let inner = command("cat ${X:-${out.table}} ${Y").filled("cat ${X:-${out.table}} ${Y");
+        assert_eq!(inner.unwrap(), "cat ${X:-../out/table/table.csv} ${Y");
+    }
+
+    #[test]
+    fn names_of_inputs_leave_room_for_edges() {
+        let edge = serde_json::json!({ "$input": { "type": "files" } });
+        let with = serde_json::json!({
+            "run": "true", "outputs": { "x": "x" }, "inputs": { "1": edge, "a1": edge },
+        });
+        let command: Command = serde_json::from_value(with).unwrap();
+        let problems = command.check();
+        assert_eq!(problems.len(), 1);
+        assert_eq!(problems[0].path, "inputs.1");
     }
 
     #[test]

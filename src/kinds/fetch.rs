@@ -12,7 +12,7 @@ use serde_json::Value;
 
 use super::rows::write_split;
 use crate::artifact::Type;
-use crate::data::{self, Card, Format, OnError, Reading, Table};
+use crate::data::{self, Card, Format, Found, OnError, Quote, Reading, Table};
 use crate::hub::{RepoFile, RepoType};
 use crate::source::{Fault, suggest};
 use crate::step::{Context, FileInput, Outside, Ports, Problem, StepKind};
@@ -24,12 +24,13 @@ use crate::step::{Context, FileInput, Outside, Ports, Problem, StepKind};
 ///
 /// Formats are CSV, TSV, JSON, JSON lines, Parquet and text (a row per line, column `text`), each
 /// also packed as `.gz` or `.zst`; the file's name says which. CSV and TSV have a header, and
-/// types are found from all rows; JSON is a list of objects, or an object with such a list in one
-/// field.
+/// types are found from all rows; JSON is a list of objects, an object of several lines with such
+/// a list in one field, or an object per line.
 ///
 /// Splits of a hub dataset are those of its card's `configs`; without them, and for a local
 /// folder, the words `train`, `test`, `validation` (or `valid`, `val`, `dev`) in file names say
-/// the split, and without such words all is `train`.
+/// the split (a shard's name, as in `train_sft-00000-of-00004`, is taken whole), and without such
+/// words all is `train`. Files that are left out are named in a warning.
 ///
 /// A hub revision is pinned to a commit, a URL to a checksum, in the lock beside the pipeline.
 #[derive(Debug, Clone, Serialize, Deserialize, JsonSchema)]
@@ -65,6 +66,10 @@ pub(super) struct Fetch {
     /// For JSON files that are an object: the field that holds the rows.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     field: Option<String>,
+    /// What a quote means in CSV and TSV: `double` (around a field, doubled inside it) or `none`
+    /// (quotes are plain text).
+    #[serde(default)]
+    quote: Quote,
     /// What to do with a row that cannot be read: `fail`, or `skip` it and count it.
     #[serde(default)]
     on_error: OnError,
@@ -175,6 +180,9 @@ impl StepKind for Fetch {
             let fetched = outside.url(url, |hub| Ok(hub.url(url, None, &|_, _| Ok(()))?.0))?;
             self.sha256 = Some(fetched);
         }
+        if let Some(sha256) = &mut self.sha256 {
+            sha256.make_ascii_lowercase();
+        }
         Ok(())
     }
 
@@ -232,7 +240,7 @@ impl StepKind for Fetch {
     fn run(&self, cx: &mut Context<'_>) -> Result<()> {
         let (splits, classes) = match (&self.dataset, &self.files, &self.url) {
             (Some(dataset), _, _) => self.parts_of_hub(cx, dataset)?,
-            (None, Some(files), _) => (self.parts_of_files(files)?, BTreeMap::new()),
+            (None, Some(files), _) => (self.parts_of_files(cx, files)?, BTreeMap::new()),
             (None, None, Some(url)) => (self.parts_of_url(cx, url)?, BTreeMap::new()),
             (None, None, None) => bail!("nothing says where the rows come from"),
         };
@@ -241,6 +249,7 @@ impl StepKind for Fetch {
             cx.stop()?;
             cx.progress(done as u64, total, "splits", format!("reading {split}"));
             let mut table = self.read(&parts).with_context(|| format!("split `{split}`"))?;
+            std::mem::take(&mut table.notes).into_iter().for_each(|note| cx.warn(note));
             for (column, names) in &classes {
                 if table.columns().contains(&column.as_str()) {
                     table.classes.entry(column.clone()).or_insert_with(|| names.clone());
@@ -277,12 +286,11 @@ impl Fetch {
         let field = if self.splits.is_some() { "splits" } else { "files" };
         for (i, split) in written.iter().enumerate() {
             let path = if field == "splits" { format!("splits[{i}]") } else { "files".into() };
-            let plain = |c: char| c.is_ascii_alphanumeric() || "_-.".contains(c);
             if split.contains(['[', '%']) {
                 let message = format!("`{split}` is not the name of a split");
                 let help = "take some rows of a split with a `sample` step";
                 problems.push(Problem::error(path, message).help(help));
-            } else if split.is_empty() || !split.chars().all(plain) || split.starts_with('.') {
+            } else if !data::is_split_name(split) {
                 let message = format!("`{split}` is not the name of a split");
                 problems.push(Problem::error(path, message).help("letters, digits, `_`, `-`, `.`"));
             } else if written[..i].contains(split) {
@@ -303,16 +311,19 @@ impl Fetch {
 
     /// Reads the files of a split as one table.
     fn read(&self, parts: &[Part]) -> Result<Table> {
-        let mut whole: Option<(String, Table)> = None;
-        for part in parts {
-            let reading = Reading::new(&part.name, self.on_error).field(self.field.as_deref());
-            let table = data::read(&part.path, reading)?;
-            match &mut whole {
-                None => whole = Some((part.name.clone(), table)),
-                Some((first, all)) => all.append(table, first, &part.name)?,
-            }
+        let reading = |name| {
+            Reading::new(name, self.on_error)
+                .field(self.field.as_deref())
+                .quote(self.quote)
+                .columns(self.columns.as_deref())
+        };
+        let files = parts.iter().map(|part| (part.path.as_path(), reading(&part.name)));
+        let table = data::read_all(files.collect())?;
+        if table.columns().is_empty() {
+            let names: Vec<&str> = parts.iter().map(|p| p.name.as_str()).collect();
+            bail!("there is no row with a field in {}", names.join(", "));
         }
-        whole.map(|(_, table)| table).context("it has no files")
+        Ok(table)
     }
 
     /// The splits that were asked for, of those there are.
@@ -355,8 +366,9 @@ impl Fetch {
             None => Card::default(),
         };
         let paths: Vec<&str> = tree.iter().map(|f| f.path.as_str()).collect();
-        let (config, splits) = data::of_config(&card, &paths, self.config.as_deref())
-            .with_context(|| format!("dataset {dataset}"))?;
+        let (config, Found { splits, left_out }) =
+            data::of_config(&card, &paths, self.config.as_deref())
+                .with_context(|| format!("dataset {dataset}"))?;
         let splits =
             self.chosen(splits).with_context(|| format!("dataset {dataset}, config `{config}`"))?;
         let mut parts = Parts::new();
@@ -368,18 +380,20 @@ impl Fetch {
             }
             parts.insert(split, here);
         }
+        warn_left_out(cx, &left_out);
         cx.fact("dataset", format!("{dataset}@{commit}"));
         cx.fact("config", config.clone());
         Ok((parts, card.classes(&config)))
     }
 
-    fn parts_of_files(&self, files: &Sources) -> Result<Parts> {
+    fn parts_of_files(&self, cx: &mut Context<'_>, files: &Sources) -> Result<Parts> {
         let parts = match files {
             Sources::One(input) if input.path.is_dir() => {
                 let found = parts_below(&input.path)?;
                 let names: Vec<&str> = found.iter().map(|p| p.name.as_str()).collect();
-                let splits = data::of_names(&names)
+                let Found { splits, left_out } = data::of_names(&names)
                     .with_context(|| format!("folder {}", input.path.display()))?;
+                warn_left_out(cx, &left_out);
                 let of = |files: Vec<String>| {
                     let parts = files.into_iter().map(|name| {
                         let path = input.path.join(&name);
@@ -391,7 +405,7 @@ impl Fetch {
             }
             Sources::One(input) => {
                 let part = part_of(input)?;
-                let split = data::of_names(&[&part.name])?;
+                let split = data::of_names(&[&part.name])?.splits;
                 let split = split.into_keys().next().context("a split")?;
                 Parts::from([(split, vec![part])])
             }
@@ -402,7 +416,11 @@ impl Fetch {
                     for input in inputs {
                         if input.path.is_dir() {
                             let mut below = parts_below(&input.path)?;
-                            below.retain(|p| Format::of_name(&p.name).is_some());
+                            let names: Vec<String> = below.iter().map(|p| p.name.clone()).collect();
+                            let names: Vec<&str> = names.iter().map(String::as_str).collect();
+                            let (taken, left_out) = data::with_rows(&names);
+                            below.retain(|p| taken.contains(&p.name.as_str()));
+                            warn_left_out(cx, &left_out);
                             here.extend(below);
                         } else {
                             here.push(part_of(input)?);
@@ -425,6 +443,20 @@ impl Fetch {
         let part = Part { name: url_name(url).to_owned(), path };
         Ok(Parts::from([(split.to_owned(), vec![part])]))
     }
+}
+
+/// Names the files that may hold rows and are not read.
+fn warn_left_out(cx: &mut Context<'_>, names: &[impl AsRef<str>]) {
+    const SHOWN: usize = 10;
+    if names.is_empty() {
+        return;
+    }
+    let shown: Vec<&str> = names.iter().take(SHOWN).map(AsRef::as_ref).collect();
+    let more = match names.len().saturating_sub(SHOWN) {
+        0 => String::new(),
+        n => format!(" and {n} more"),
+    };
+    cx.warn(format!("files that belong to no split are left out: {}{more}", shown.join(", ")));
 }
 
 /// The last segment of a URL's path.

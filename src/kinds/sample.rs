@@ -88,14 +88,14 @@ impl StepKind for Sample {
                 problems.push(Problem::error(format!("fraction.{split}"), message));
             }
         }
-        if let Some(known) = self.data.names() {
-            let known: Vec<&str> = known.iter().map(String::as_str).collect();
-            for (field, split) in self.fields() {
-                if !known.contains(&split) && !known.contains(&SOURCE) {
-                    let message = format!("the data has neither `{split}` nor `{SOURCE}`");
-                    let help = suggest(split, &known).unwrap_or_default();
-                    problems.push(Problem::error(format!("{field}.{split}"), message).help(help));
-                }
+        for (field, split) in self.fields() {
+            if !data::is_split_name(split) {
+                let message = format!("`{split}` is not the name of a split");
+                let help = "letters, digits, `_`, `-`, and `.` between them";
+                problems.push(Problem::error(format!("{field}.{split}"), message).help(help));
+            } else if let Some(fault) = self.without_source(split) {
+                let problem = Problem::error(format!("{field}.{split}"), fault.message);
+                problems.push(problem.help(fault.help.unwrap_or_default()));
             }
         }
         problems
@@ -103,7 +103,8 @@ impl StepKind for Sample {
 
     fn narrow(&mut self) {
         let asked = self.asked();
-        if asked.is_empty() {
+        // What lacks a source is refused by name, for which all names are needed.
+        if asked.is_empty() || asked.iter().any(|s| self.without_source(s).is_some()) {
             return;
         }
         let known = self.data.names().unwrap_or_default();
@@ -116,6 +117,9 @@ impl StepKind for Sample {
 
     fn check_inputs(&self, cx: &Context<'_>) -> Result<()> {
         let data = cx.open(&self.data)?;
+        if let Some(fault) = self.asked().iter().find_map(|s| self.without_source(s)) {
+            return Err(fault.into());
+        }
         let Some(column) = &self.stratify else {
             return Ok(());
         };
@@ -170,6 +174,18 @@ impl Sample {
         names
     }
 
+    /// What is wrong with a split that is neither in the data nor can be drawn from it, as far as
+    /// the data's splits are known.
+    fn without_source(&self, split: &str) -> Option<Fault> {
+        let known = self.data.names()?;
+        let known: Vec<&str> = known.iter().map(String::as_str).collect();
+        if known.contains(&split) || known.contains(&SOURCE) {
+            return None;
+        }
+        let fault = Fault::new(format!("the data has neither `{split}` nor `{SOURCE}`"));
+        Some(fault.help(suggest(split, &known).unwrap_or_else(|| "it has no splits".into())))
+    }
+
     /// Rows asked for a split, of a pool of so many.
     fn count(&self, split: &str, pool: usize) -> Result<usize> {
         if let Some(n) = self.rows.get(split) {
@@ -178,7 +194,13 @@ impl Sample {
         let share = self.fraction.get(split).copied().unwrap_or(1.0);
         // Rounded down, so that shares that add up to one never ask for a row too many; the
         // little more makes 0.29 of 100 rows 29 of them.
-        Ok(((share * pool as f64 + 1e-9) as usize).min(pool))
+        let rows = ((share * pool as f64 + 1e-9) as usize).min(pool);
+        if rows == 0 && self.fraction.contains_key(split) {
+            let pool = data::grouped(pool);
+            let message = format!("{share} of {pool} rows is not one row for `{split}`");
+            return Err(Fault::new(message).help("ask for a larger fraction").into());
+        }
+        Ok(rows)
     }
 
     fn draw(

@@ -1,10 +1,10 @@
 //! What a running step may touch.
 
 use std::collections::BTreeMap;
-use std::path::{Path, PathBuf};
+use std::path::{Component, Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
 
-use anyhow::{Context as _, Result};
+use anyhow::{Context as _, Result, ensure};
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 
@@ -123,8 +123,12 @@ impl Context<'_> {
     /// the port.
     ///
     /// # Errors
-    /// When it cannot be made.
+    /// When it cannot be made, or the name would lead out of the attempt's directory: names of
+    /// splits come from cards and pipelines that others wrote.
     pub fn out_dir(&self, port: &str) -> Result<PathBuf> {
+        let mut parts = Path::new(port).components();
+        let plain = matches!((parts.next(), parts.next()), (Some(Component::Normal(_)), None));
+        ensure!(plain && !port.contains(['/', '\0']), "`{port}` cannot be the name of an output");
         let dir = self.attempt_dir.join("out").join(port);
         std::fs::create_dir_all(&dir).with_context(|| format!("making {}", dir.display()))?;
         Ok(dir)
@@ -210,7 +214,36 @@ impl Context<'_> {
     /// # Errors
     /// When the run is being stopped.
     pub fn stop(&self) -> Result<()> {
-        anyhow::ensure!(!self.cancelled(), "interrupted");
+        ensure!(!self.cancelled(), "interrupted");
         Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::hub::{Hub, HubSettings};
+
+    #[test]
+    fn outputs_stay_in_the_attempt() {
+        let dir = tempfile::tempdir().unwrap();
+        let hub = Hub::new(HubSettings::new(dir.path()));
+        let cx = Context {
+            store: Store::open(&dir.path().join("store")).unwrap(),
+            hub: &hub,
+            attempt_dir: dir.path().join("attempt"),
+            threads: 1,
+            device: Device::Cpu,
+            env: BTreeMap::new(),
+            cancel: &AtomicBool::new(false),
+            emit: &|_| {},
+            produced: Produced::default(),
+        };
+        let evil = dir.path().join("evil");
+        for bad in ["../../evil", evil.to_str().unwrap(), "..", ".", "", "a/b", "a/", "a\0"] {
+            assert!(cx.out_dir(bad).is_err(), "{bad:?}");
+        }
+        assert!(!evil.exists());
+        assert_eq!(cx.out_dir("en.x-1").unwrap(), dir.path().join("attempt/out/en.x-1"));
     }
 }

@@ -31,7 +31,7 @@ impl Outside<'_> {
     pub fn commit(&mut self, ty: RepoType, repo: &str, revision: Option<&str>) -> Result<String> {
         let revision = revision.unwrap_or("main");
         if revision.len() == 40 && revision.bytes().all(|b| b.is_ascii_hexdigit()) {
-            return Ok(revision.to_owned());
+            return Ok(revision.to_ascii_lowercase());
         }
         let name = format!("hub:{}/{repo}@{revision}", ty.as_str());
         let hub = self.hub;
@@ -48,7 +48,9 @@ impl Outside<'_> {
         self.lock.get_or_insert(&format!("url:{url}"), || get(hub))
     }
 
-    /// Makes the path of a file input absolute and fills in its content digest.
+    /// Makes the path of a file input absolute and fills in its content digest. A file keeps the
+    /// name that was written, which says its format: a link in the hub's cache leads to a blob
+    /// without an ending.
     ///
     /// # Errors
     /// When it is not there or cannot be read.
@@ -59,7 +61,10 @@ impl Outside<'_> {
             let help = "paths in a pipeline are relative to the pipeline file";
             return Err(fault.help(help).into());
         }
-        let path = path.canonicalize()?;
+        let path = match (path.is_dir(), path.parent(), path.file_name()) {
+            (false, Some(folder), Some(name)) => folder.canonicalize()?.join(name),
+            _ => path.canonicalize()?,
+        };
         let tree = self.store.tree_of_path(&path)?;
         let value = serde_json::to_value(&tree)?;
         input.digest = Some(Digest::of_value("flow/file/v1", &value)?);

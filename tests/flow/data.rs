@@ -2,6 +2,7 @@
 
 #![allow(clippy::unwrap_used, reason = "helpers of tests fail by panicking")]
 
+mod hub;
 mod kinds;
 
 use std::io::Write as _;
@@ -61,7 +62,7 @@ fn every_format_gives_the_same_rows() {
     let json = r#"[{"text": "good, \"really\"\nfilm", "label": 1}, {"text": "bad", "label": 0}]"#;
     let lines = "{\"text\": \"good, \\\"really\\\"\\nfilm\", \"label\": 1}\n\n\
                  {\"label\": 0, \"text\": \"bad\"}\n";
-    let wrapped = format!(r#"{{"version": "1", "data": {json}}}"#);
+    let wrapped = format!("{{\"version\": \"1\", \"empty\": [],\n\"data\": {json}}}");
     let dir = tempfile::tempdir().unwrap();
     let parquet = dir.path().join("x");
     data::write(&read("a.csv", CSV).unwrap(), &parquet).unwrap();
@@ -96,6 +97,9 @@ fn every_format_gives_the_same_rows() {
 fn text_is_a_row_a_line() {
     let table = read("a.txt", "one\r\n\ntwo").unwrap();
     assert_eq!(texts(&table, "text"), ["one", "", "two"]);
+    let table = read("a.txt", "\u{feff}one\n".to_owned() + &"x\n".repeat(5000)).unwrap();
+    assert_eq!(texts(&table, "text")[0], "one");
+    assert!(table.batches.len() > 1);
     assert!(read("a.txt", b"ok\n\xff\n").unwrap_err().to_string().contains("reading a.txt"));
 }
 
@@ -108,6 +112,103 @@ fn types_of_csv_come_from_all_rows() {
     assert_eq!(ints(&table, "i"), [Some(1), None]);
     assert_eq!(texts(&table, "t"), ["x", ""]);
     assert_eq!(texts(&table, "code"), ["007", "08"]);
+    // What a number would not give back is text.
+    let table = read("a.csv", "phone,id,n\n+49176,99999999999999999999,-1\n1,2,3\n").unwrap();
+    assert_eq!(texts(&table, "phone"), ["+49176", "1"]);
+    assert_eq!(texts(&table, "id"), ["99999999999999999999", "2"]);
+    assert_eq!(ints(&table, "n"), [Some(-1), Some(3)]);
+    let long = read("a.csv", "a,b\n".to_owned() + &"1,x\n".repeat(5000)).unwrap();
+    assert_eq!((long.rows(), long.batches.len()), (5000, 2));
+    assert_eq!(ints(&long, "a")[4999], Some(1));
+}
+
+#[test]
+fn a_quote_that_is_never_closed_is_named() {
+    let content = "text,label\ngood,1\n\"bad,0\nworse,0\nworst,0\n";
+    for name in ["a.csv", "a.csv.zst"] {
+        let bytes = match name {
+            "a.csv" => content.into(),
+            _ => zstd::encode_all(content.as_bytes(), 1).unwrap(),
+        };
+        let e = read(name, bytes).unwrap_err();
+        let text = format!("{e:#}");
+        assert!(text.contains("row 2") && text.contains("line 3"), "{text}");
+        assert!(advice(&e)[0].contains("quote: none"), "{e:?}");
+    }
+    let e = format!("{:#}", read("a.csv", "\"text,label\ngood,1\n").unwrap_err());
+    assert!(e.contains("the header"), "{e}");
+    let e = format!("{:#}", read("a.csv", "").unwrap_err());
+    assert!(e.contains("a.csv is empty"), "{e}");
+    assert_eq!(read("a.csv", "text,label\n").unwrap().rows(), 0);
+    assert_eq!(texts(&read("a.csv", "text\n\"a\"").unwrap(), "text"), ["a"]);
+    let dir = tempfile::tempdir().unwrap();
+    let path = write(dir.path(), "x", content);
+    let reading = Reading::new("a.csv", OnError::Fail).quote(data::Quote::None);
+    let table = data::read(&path, reading).unwrap();
+    assert_eq!(texts(&table, "text"), ["good", "\"bad", "worse", "worst"]);
+}
+
+#[test]
+fn long_numbers_of_json_keep_their_digits() {
+    let table = read("a.jsonl", "{\"id\": 1}\n{\"id\": 18446744073709551615}\n").unwrap();
+    assert_eq!(texts(&table, "id"), ["1", "18446744073709551615"]);
+    let e = read("a.jsonl", "{\"id\": 0.5}\n{\"id\": 18446744073709551615}\n").unwrap_err();
+    assert!(format!("{e:#}").contains("row 2"), "{e:#}");
+}
+
+#[test]
+fn a_json_document_is_rows_in_one_way() {
+    let one = read("a.json", "{\"messages\": [{\"role\": \"user\"}]}\n").unwrap();
+    assert_eq!((one.rows(), one.columns()), (1, vec!["messages"]));
+    assert!(one.notes[0].contains("field: messages"), "{:?}", one.notes);
+    let e = read("a.json", "{\"a\": [{\"x\": 1}],\n\"b\": [{\"x\": 1}]}").unwrap_err();
+    assert!(advice(&e)[0].contains("a, b"), "{e:?}");
+    let dir = tempfile::tempdir().unwrap();
+    let field = |content: &str, field| {
+        let path = write(dir.path(), "x", content);
+        data::read(&path, Reading::new("a.json", OnError::Fail).field(Some(field)))
+    };
+    assert_eq!(field("{\"v\": [{\"x\": 1}, {\"x\": 2}]}", "v").unwrap().rows(), 2);
+    assert_eq!(field("{\"v\": []}", "v").unwrap().rows(), 0);
+    let e = field("[{\"v\": 1}]", "v").unwrap_err();
+    assert!(advice(&e)[0].contains("leave `field` out"), "{e:?}");
+}
+
+#[test]
+fn objects_without_a_field_are_left_out_by_name() {
+    let content = "{\"a\": 1, \"meta\": {}, \"m\": {\"x\": 1, \"y\": {}}}\n".repeat(2);
+    let table = read("a.jsonl", content).unwrap();
+    assert_eq!(table.columns(), ["a", "m"]);
+    assert!(table.notes[0].contains("`meta`"), "{:?}", table.notes);
+    let dir = tempfile::tempdir().unwrap();
+    data::write(&table, &dir.path().join("x")).unwrap();
+    assert_eq!(read("a.jsonl", "{\"meta\": {}}\n").unwrap().columns(), [""; 0]);
+}
+
+#[test]
+fn shards_may_lack_values() {
+    let dir = tempfile::tempdir().unwrap();
+    let all = |files: &[(&str, &str)]| {
+        let paths: Vec<PathBuf> = files.iter().map(|(n, c)| write(dir.path(), n, c)).collect();
+        let named = paths.iter().zip(files);
+        let read = named.map(|(p, (n, _))| (p.as_path(), Reading::new(n, OnError::Fail)));
+        data::read_all(read.collect())
+    };
+    let table = all(&[
+        ("0.jsonl", "{\"a\": null, \"l\": [], \"o\": {\"x\": null}}\n"),
+        ("1.jsonl", "{\"a\": 1, \"l\": [2], \"o\": {\"x\": 2.5}, \"b\": \"t\"}\n"),
+        ("2.json", ""),
+    ]);
+    let table = table.unwrap();
+    assert_eq!(table.columns(), ["a", "l", "o", "b"]);
+    assert_eq!(ints(&table, "a"), [None, Some(1)]);
+    assert_eq!(texts(&table, "b"), ["null", "t"]);
+    let shards = [("0.csv", "a,b\n,x\n"), ("1.csv", "b,a\n,7\n"), ("2.csv", "a,b\n,\n")];
+    let table = all(&shards).unwrap();
+    assert_eq!(ints(&table, "a"), [None, Some(7), None]);
+    assert_eq!(texts(&table, "b"), ["x", "", ""]);
+    let e = all(&[("0.jsonl", "{\"a\": 1}\n"), ("1.jsonl", "{\"a\": \"x\"}\n")]).unwrap_err();
+    assert!(format!("{e:#}").contains("1.jsonl, row 1, column `a`"), "{e:#}");
 }
 
 #[test]
@@ -141,7 +242,6 @@ fn damaged_files_are_errors() {
     assert!(read("a.csv.gz", &gz[..gz.len() / 2]).is_err());
     assert!(read("a.csv.zst", b"not zstd at all").is_err());
     assert!(read("a.parquet", b"PAR1 not parquet PAR1").is_err());
-    assert!(read("a.json", "{\"a\": 1}").is_err());
     assert!(read("a.json", "[{\"a\": 1}").is_err());
     let e = read("a.xlsx", "").unwrap_err();
     assert!(advice(&e)[0].contains(".parquet"), "{e}");
@@ -206,4 +306,9 @@ fn parquet_of_another_program_with_class_names() {
     assert_eq!(texts(&table, "text"), ["a fine film", "dull", "null"]);
     assert_eq!(texts(&table, "source"), ["web", "web", "print"]);
     assert_eq!(ints(&table, "label"), [Some(1), Some(0), None]);
+    let wanted = ["label".to_owned(), "text".to_owned()];
+    let reading = Reading::new("reviews.parquet", OnError::Fail).columns(Some(&wanted));
+    let some = data::read(&path, reading).unwrap();
+    assert_eq!(some.columns(), ["text", "label"]);
+    assert_eq!(ints(&some, "label"), ints(&table, "label"));
 }

@@ -20,23 +20,23 @@ use serde_json::{Value, json};
 use super::{CSV, ints, texts, write};
 
 /// A store, a hub client that must not be asked, and a folder of files.
-struct Room {
-    dir: tempfile::TempDir,
+pub(super) struct Room {
+    pub(super) dir: tempfile::TempDir,
     store: Store,
-    hub: Hub,
+    pub(super) hub: Hub,
     attempts: AtomicUsize,
     cancel: AtomicBool,
 }
 
 #[derive(Debug)]
-struct Ran {
-    ports: BTreeMap<String, Digest>,
+pub(super) struct Ran {
+    pub(super) ports: BTreeMap<String, Digest>,
     warnings: Vec<String>,
     log: Vec<String>,
 }
 
 impl Room {
-    fn new() -> Self {
+    pub(super) fn new() -> Self {
         let dir = tempfile::tempdir().unwrap();
         let store = Store::open(&dir.path().join("store")).unwrap();
         let mut settings = HubSettings::new(dir.path().join("hub"));
@@ -45,11 +45,11 @@ impl Room {
         Self { dir, store, hub: Hub::new(settings), attempts, cancel }
     }
 
-    fn file(&self, name: &str, content: impl AsRef<[u8]>) {
+    pub(super) fn file(&self, name: &str, content: impl AsRef<[u8]>) {
         write(self.dir.path(), name, content);
     }
 
-    fn parse(kind: &str, with: &Value) -> Result<Box<dyn Step>, String> {
+    pub(super) fn parse(kind: &str, with: &Value) -> Result<Box<dyn Step>, String> {
         let row = kinds::ALL.iter().find(|k| k.name == kind).unwrap();
         (row.parse)(with).map_err(|bad| format!("{}: {}", bad.path, bad.message))
     }
@@ -61,10 +61,14 @@ impl Room {
     }
 
     /// The life of a step as the engine lives it, without the cache.
-    fn run(&self, kind: &str, with: Value) -> Result<Ran> {
-        let mut step = Self::parse(kind, &with).map_err(anyhow::Error::msg)?;
+    pub(super) fn run(&self, kind: &str, with: Value) -> Result<Ran> {
+        let step = Self::parse(kind, &with).map_err(anyhow::Error::msg)?;
         let problems = step.check();
         assert!(problems.is_empty(), "{problems:?}");
+        self.run_step(step)
+    }
+
+    fn run_step(&self, mut step: Box<dyn Step>) -> Result<Ran> {
         self.resolve(step.as_mut())?;
         step.narrow();
         let n = self.attempts.fetch_add(1, Ordering::Relaxed);
@@ -104,24 +108,24 @@ impl Room {
         Ok(Ran { ports, warnings: produced.warnings, log })
     }
 
-    fn files(&self, ran: &Ran, port: &str) -> BTreeMap<String, PathBuf> {
+    pub(super) fn files(&self, ran: &Ran, port: &str) -> BTreeMap<String, PathBuf> {
         let tree = self.store.tree(&ran.ports[port]).unwrap().unwrap();
         let entries = tree.entries.into_iter();
         entries.map(|e| (e.path, self.store.locate(&e.digest).unwrap().unwrap())).collect()
     }
 
-    fn table(&self, ran: &Ran, split: &str) -> Table {
+    pub(super) fn table(&self, ran: &Ran, split: &str) -> Table {
         let path = &self.files(ran, split)["data.parquet"];
         data::read(path, Reading::new("data.parquet", OnError::Fail)).unwrap()
     }
 
-    fn features(&self, ran: &Ran, split: &str) -> Value {
+    pub(super) fn features(&self, ran: &Ran, split: &str) -> Value {
         let text = std::fs::read(&self.files(ran, split)["features.json"]).unwrap();
         serde_json::from_slice(&text).unwrap()
     }
 }
 
-fn edge(ty: &str, ran: &Ran) -> Value {
+pub(super) fn edge(ty: &str, ran: &Ran) -> Value {
     json!({ "$input": { "type": ty, "edge": 0, "ports": ran.ports } })
 }
 
@@ -176,6 +180,33 @@ fn fetch_says_what_there_is() {
     assert!(advice(&e)[0].contains("`label`"), "{e:?}");
     let e = room.run("fetch", json!({ "files": "nowhere" })).unwrap_err();
     assert!(e.to_string().contains("nowhere"), "{e}");
+}
+
+#[test]
+fn a_link_keeps_the_name_that_was_written() {
+    let room = Room::new();
+    room.file("hub/blobs/0123", CSV);
+    room.file("hub/snapshots/main/x", "");
+    let link = room.dir.path().join("hub/snapshots/main/train.csv");
+    std::os::unix::fs::symlink("../../blobs/0123", link).unwrap();
+    let with = json!({ "files": "hub/snapshots/main/train.csv" });
+    let ran = room.run("fetch", with).unwrap();
+    assert_eq!(room.table(&ran, "train").rows(), 2);
+}
+
+#[test]
+fn fetch_names_what_it_leaves_out() {
+    let room = Room::new();
+    room.file("d/reviews.csv", CSV);
+    room.file("d/LICENSE.txt", "Permission is granted\n");
+    for files in [json!("d"), json!({ "train": "d" })] {
+        let ran = room.run("fetch", json!({ "files": files })).unwrap();
+        assert_eq!(ints(&room.table(&ran, "train"), "label"), [Some(1), Some(0)]);
+        assert!(ran.warnings[0].ends_with("left out: LICENSE.txt"), "{:?}", ran.warnings);
+    }
+    room.file("none/a.jsonl", "");
+    let e = room.run("fetch", json!({ "files": "none" })).unwrap_err();
+    assert!(format!("{e:#}").contains("a.jsonl"), "{e:#}");
 }
 
 #[test]
@@ -254,6 +285,29 @@ fn sample_by_fraction() {
 }
 
 #[test]
+fn sample_says_what_it_cannot_draw() {
+    let room = Room::new();
+    let data = edge("dataset", &imdb(&room));
+    let with = json!({ "data": data, "fraction": { "validation": 0.0001 } });
+    let e = room.run("sample", with).unwrap_err().to_string();
+    assert!(e.contains("`validation`") && e.contains("1,000"), "{e}");
+    let problems = |data: &Value, rows: Value| {
+        Room::parse("sample", &json!({ "data": data, "rows": rows })).unwrap().check()
+    };
+    let message = problems(&data, json!({ "../x": 1 }))[0].message.clone();
+    assert!(message.contains("not the name of a split"), "{message}");
+    room.file("only/test.csv", CSV);
+    let only = edge("dataset", &room.run("fetch", json!({ "files": "only" })).unwrap());
+    let want = "the data has neither `validation` nor `train`";
+    assert_eq!(problems(&only, json!({ "validation": 1 }))[0].message, want);
+    // The same once the data is there, which is when its splits may first be known.
+    let step = Room::parse("sample", &json!({ "data": only, "rows": { "validation": 1 } }));
+    let e = room.run_step(step.unwrap()).unwrap_err();
+    assert_eq!(e.to_string(), want);
+    assert!(advice(&e)[0].contains("`test`"), "{e:?}");
+}
+
+#[test]
 fn sample_refuses_slices_that_teach_nothing() {
     let room = Room::new();
     let data = edge("dataset", &imdb(&room));
@@ -297,7 +351,7 @@ fn sample_names_the_class_and_depends_only_on_what_it_reads() {
     assert_eq!(e.to_string(), "all 3 rows of `train` have label 0");
 }
 
-fn safetensors(names: &[&str]) -> Vec<u8> {
+pub(super) fn safetensors(names: &[&str]) -> Vec<u8> {
     let header: Vec<String> = names
         .iter()
         .enumerate()
@@ -313,7 +367,7 @@ fn safetensors(names: &[&str]) -> Vec<u8> {
     bytes
 }
 
-fn model_folder(room: &Room, name: &str) {
+pub(super) fn model_folder(room: &Room, name: &str) {
     room.file(&format!("{name}/config.json"), "{}");
     room.file(&format!("{name}/tokenizer.json"), "{}");
     room.file(&format!("{name}/vocab.txt"), "a\n");
@@ -442,6 +496,38 @@ fn a_command_ends_with_the_run() {
     });
     assert_eq!(e.to_string(), "interrupted");
     assert!(started.elapsed() < std::time::Duration::from_secs(20));
+}
+
+#[test]
+fn a_command_cannot_change_what_it_reads() {
+    let room = Room::new();
+    model_folder(&room, "tiny");
+    room.file("tiny/model.safetensors", safetensors(&["a"]));
+    let model = room.run("model", json!({ "model": "./tiny" })).unwrap();
+    let run = "cd inputs/m && ls -l > ${out.x} && chmod u+w model.safetensors && \
+               echo more >> model.safetensors";
+    let with = json!({
+        "run": run.replace("${out.x}", "../../../out/x/x"),
+        "inputs": { "m": edge("model", &model) }, "outputs": { "x": "x" },
+    });
+    let ran = room.run("command", with).unwrap();
+    let list = std::fs::read_to_string(&room.files(&ran, "x")["x"]).unwrap();
+    assert!(list.lines().any(|l| l.starts_with("-r--r--r--") && l.ends_with(".safetensors")));
+    let weights = std::fs::read(room.dir.path().join("tiny/model.safetensors")).unwrap();
+    assert_eq!(weights, safetensors(&["a"]));
+}
+
+/// A process that left the command's group keeps its pipes open.
+#[test]
+#[cfg(target_os = "linux")]
+fn a_command_does_not_wait_for_what_it_left_behind() {
+    let room = Room::new();
+    let started = std::time::Instant::now();
+    let run = "setsid sleep 25 & echo said; echo 1 > ${out.x}";
+    let ran = room.run("command", json!({ "run": run, "outputs": { "x": "x" } })).unwrap();
+    assert!(started.elapsed() < std::time::Duration::from_secs(20));
+    assert!(ran.log.contains(&"said".to_owned()), "{:?}", ran.log);
+    assert!(ran.log.iter().any(|line| line.contains("left behind")), "{:?}", ran.log);
 }
 
 #[test]
