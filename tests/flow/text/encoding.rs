@@ -330,12 +330,12 @@ fn classification_keeps_its_special_tokens() {
 fn of_several_faults_the_first_row_is_told() {
     let dir = tempfile::tempdir().unwrap();
     let (rows, prompts) = (dir.path().join("rows.parquet"), dir.path().join("prompts.parquet"));
-    let texts: Vec<String> = (0..400).map(|i| review(if i < 3 { 5 } else { 100 + i })).collect();
+    let texts: Vec<String> = (0..400).map(|i| review(if i < 3 { 5 } else { 600 })).collect();
     let texts: Vec<&str> = texts.iter().map(String::as_str).collect();
     parquet(&rows, &[("text", texts)], Some(("label", vec![1; 400])));
     let formatter = alpaca(&[("0", "negative"), ("1", "positive")]);
     render_file(&rows, &prompts, &formatter, OnRefused::Fail, &mut |_, _| Ok(())).unwrap();
-    let encoder = encoder(90, Truncate::Error);
+    let encoder = encoder(400, Truncate::Error);
     let pool = rayon::ThreadPoolBuilder::new().num_threads(4).build().unwrap();
     let out = dir.path().join("out.parquet");
     for _ in 0..3 {

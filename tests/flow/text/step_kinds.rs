@@ -425,6 +425,8 @@ fn long_rows_keep_their_whole_answers() {
     assert!(rows.iter().all(|(text, _)| text.split_whitespace().count() > 300));
     let mut with = alpaca(&bench.dataset(&[("train", &rows)], &[]));
     with["output"]["words"] = json!({ "0": "negative", "1": "positive and more than that" });
+    with["template"] = json!("own");
+    with["own"] = json!({ "prompt": "{instruction}\n### Review:\n{input}\n\n### Response:" });
     let prompts = bench.run("format", &with).unwrap();
     let blank = bench.blank(llama(), "bpe");
     let with = json!({
@@ -461,8 +463,11 @@ fn long_rows_keep_their_whole_answers() {
         let word = ["negative</s>", "positive and more than that</s>"];
         assert_eq!(part(true).1, word[usize::try_from(*label).unwrap()]);
         let (length, prompt) = part(false);
-        assert!(prompt.starts_with("<s>Below is") && prompt.ends_with("\n\n### Response:"));
-        let left = prompt.split("### Input:\n").nth(1).unwrap().split("\n\n### Resp").next();
+        assert!(
+            prompt.starts_with("<s>Classify.\n### Review:\n")
+                && prompt.ends_with("\n\n### Response:")
+        );
+        let left = prompt.split("### Review:\n").nth(1).unwrap().split("\n\n### Resp").next();
         assert!(text.starts_with(left.unwrap()) && !left.unwrap().is_empty());
         prompts.insert(length);
     }
