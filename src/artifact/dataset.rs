@@ -98,6 +98,9 @@ pub struct PromptsInfo {
     /// The candidates as targets: each word with what the template puts around it.
     #[serde(default)]
     pub candidate_targets: Vec<String>,
+    /// What the template writes right before them.
+    #[serde(default)]
+    pub candidate_prompt: String,
     /// Class names in class order, for classification.
     #[serde(default)]
     pub classes: Vec<String>,

@@ -28,13 +28,13 @@ pub struct TokensInfo {
     pub rows: u64,
     /// Rows whose input was shortened.
     pub truncated: u64,
-    /// Rows left out because template and target alone were too long.
+    /// Rows left out: too long even when shortened, with nothing to learn, or with a second BOS.
     pub dropped: u64,
     /// Tokens in all rows.
     pub tokens: u64,
     /// Tokens with a label (causal only).
     pub target_tokens: u64,
-    /// Tokens of the longest row.
+    /// Positions of the longest row, with room for the longest candidate as its answer.
     pub longest: u64,
     /// The limit that was asked for.
     pub max_length: u64,
@@ -44,6 +44,9 @@ pub struct TokensInfo {
     pub pad_id: Option<u32>,
     /// The end-of-sequence id, if there is one.
     pub eos_id: Option<u32>,
+    /// Ids that end an answer: the end of sequence, or a chat template's end of turn.
+    #[serde(default)]
+    pub end_ids: Vec<u32>,
     /// The beginning-of-sequence id, if the tokenizer puts one.
     pub bos_id: Option<u32>,
     /// Tree digest of the tokenizer's files.

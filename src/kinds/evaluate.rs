@@ -261,6 +261,7 @@ impl Evaluate {
         let files = TokenizerFiles::open(any.base().0.clone())?;
         let tokenizer = Tokenizer::from_file(files.tokenizer()?).map_err(|e| anyhow!("{e}"))?;
         let text = |ids: &[u32]| tokenizer.decode(ids, false).map_err(|e| anyhow!("{e}"));
+        let ends: Vec<u32> = info.end_ids.iter().copied().chain(info.eos_id).collect();
         let mut samples = Vec::new();
         for (i, row) in RowReader::open(rows)?.take(usize::try_from(self.samples)?).enumerate() {
             cx.stop()?;
@@ -270,14 +271,14 @@ impl Evaluate {
                 max_new_tokens: usize::try_from(self.max_new_tokens)?,
                 temperature: self.temperature,
                 top_p: self.top_p,
-                eos: info.eos_id,
+                ends: &ends,
                 seed: self.seed.wrapping_add(i as u64),
             };
             let prompt = beginning(&row);
             let written = learn::generate(model, prompt, &how)?;
             let mut target = &row.ids[prompt.len()..];
-            if let (Some(eos), [rest @ .., last]) = (info.eos_id, target)
-                && *last == eos
+            if let [rest @ .., last] = target
+                && ends.contains(last)
             {
                 target = rest;
             }

@@ -5,6 +5,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
 
 use anyhow::{Context as _, Result};
+use arrow::datatypes::DataType;
 use schemars::{JsonSchema, Schema, SchemaGenerator, json_schema};
 use serde::de::value::MapAccessDeserializer;
 use serde::de::{MapAccess, Visitor};
@@ -12,11 +13,11 @@ use serde::{Deserialize, Deserializer, Serialize};
 
 use super::tokenize::load_tokenizer;
 use crate::artifact::{Dataset, Features, PromptsInfo, ROWS, TokenizerFiles, Type};
-use crate::source::{Fault, suggest};
+use crate::source::{Fault, advice, suggest};
 use crate::step::{Context, Input, Ports, Problem, StepKind};
 use crate::text::{
-    Classes, Fields, Formatter, LabelWords, Pattern, Rendered, Target, Task, Template, distinct,
-    render_file,
+    ChatTemplate, Classes, Fields, Formatter, LabelWords, OnRefused, Pattern, Rendered,
+    RenderedFile, Target, Task, Template, distinct, render_file, schema,
 };
 
 /// Renders rows into prompts and targets, or into texts and classes.
@@ -29,6 +30,8 @@ use crate::text::{
 /// keeps text and label apart, for encoders. `own` takes wording with `{column}` places.
 ///
 /// What is learnt is the target, by construction; only the `input` column may be shortened later.
+/// Label columns whose class names the data gives hold indices if they hold whole numbers; in
+/// other columns labels are class names if all are, else indices if all are.
 /// The splits of the data come out under the same names.
 #[derive(Debug, Clone, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
@@ -62,7 +65,7 @@ pub(super) struct Format {
     /// `alpaca-llamafactory`.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     system: Option<String>,
-    /// The column of whole conversations (chat): a list of `{role, content}`.
+    /// The column of whole conversations (chat): a list of `{role, content}`, or that as JSON.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     messages: Option<String>,
     /// Whose chat template is used (chat).
@@ -71,6 +74,10 @@ pub(super) struct Format {
     /// The date that a chat template prints as today's, `YYYY-MM-DD`.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     date: Option<String>,
+    /// What happens to a row whose conversation cannot be rendered (chat): the template refuses
+    /// it, it has no answer, a message calls a tool or has an unknown role.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    on_refused: Option<OnRefused>,
     /// Own wording (template `own`).
     #[serde(default, skip_serializing_if = "Option::is_none")]
     own: Option<Own>,
@@ -221,11 +228,28 @@ impl StepKind for Format {
                 wrong(&format!("classes[{at}]"), format!("class `{class}` is named twice"), "");
             }
         }
+        if let Some(date) = &self.date
+            && let Err(e) = ChatTemplate::date(date)
+        {
+            wrong("date", e.to_string(), "");
+        }
         if let Some(own) = &self.own {
-            for (field, text) in [("own.prompt", &own.prompt), ("own.target", &own.target)] {
+            let texts = [("own.prompt", &own.prompt), ("own.target", &own.target)];
+            let mut parsed = true;
+            for (field, text) in texts {
                 if let Err(e) = Pattern::parse(text) {
+                    parsed = false;
                     wrong(field, e.to_string(), "`{name}` is a place; write `{{` for a brace");
                 }
+            }
+            // class names are not known yet; with words they are of no account
+            let words = self.words(None).ok().flatten();
+            let own = Some((own.prompt.as_str(), own.target.as_str()));
+            if parsed
+                && self.template == Template::Own
+                && let Err(e) = Formatter::new(Template::Own, own, None, self.fields(None, words))
+            {
+                wrong("own", e.to_string(), &advice(&e).join("; "));
             }
         }
         problems
@@ -233,17 +257,18 @@ impl StepKind for Format {
 
     fn check_inputs(&self, cx: &Context<'_>) -> Result<()> {
         let data = cx.open(&self.data)?;
-        for split in data.splits() {
-            let features = data.split(split)?.features;
-            let known: Vec<&str> = features.columns.iter().map(|(name, _)| name.as_str()).collect();
-            // classes do not matter for which columns are read
-            let formatter = self.formatter(cx, &features, Classes::default())?;
+        let splits: Vec<String> = data.splits().map(str::to_owned).collect();
+        let formatter = self.formatter(cx, self.classes(&data, &splits, false)?)?;
+        for split in &splits {
+            let schema = schema(&data.split(split)?.rows)?;
+            let known: Vec<&str> = schema.fields().iter().map(|f| f.name().as_str()).collect();
             for column in formatter.columns() {
-                if !known.contains(&column) {
+                let Ok(field) = schema.field_with_name(column) else {
                     let fault = Fault::new(format!("split `{split}` has no column `{column}`"));
                     let help = suggest(column, &known).unwrap_or_default();
                     return Err(fault.help(format!("{help} ({})", known.join(", "))).into());
-                }
+                };
+                self.check_type(split, column, field.data_type())?;
             }
         }
         Ok(())
@@ -252,37 +277,60 @@ impl StepKind for Format {
     fn run(&self, cx: &mut Context<'_>) -> Result<()> {
         let data = cx.open(&self.data)?;
         let splits: Vec<String> = data.splits().map(str::to_owned).collect();
-        let classes = self.classes(&data, &splits)?;
+        let classes = self.classes(&data, &splits, true)?;
+        let formatter = self.formatter(cx, classes.clone())?;
+        let words = match formatter.target() {
+            Some(Target::Words(_, words)) => words.words(),
+            _ => Vec::new(),
+        };
         for name in &splits {
             let split = data.split(name)?;
-            let formatter = self.formatter(cx, &split.features, classes.clone())?;
             let dir = cx.out_dir(name)?;
             let mut progress = |done, total| {
                 cx.progress(done, total, "rows", name.as_str());
                 cx.stop()
             };
-            let (rows, samples) =
-                render_file(&split.rows, &dir.join(ROWS), &formatter, &mut progress)
-                    .with_context(|| format!("split `{name}`"))?;
+            let on_refused = self.on_refused.unwrap_or_default();
+            let out = dir.join(ROWS);
+            let made = render_file(&split.rows, &out, &formatter, on_refused, &mut progress)
+                .with_context(|| format!("split `{name}`"))?;
             let task =
                 if formatter.classifies() { Task::SequenceClassification } else { Task::CausalLm };
+            let classes = classes.as_ref().filter(|_| formatter.classifies());
             let info = PromptsInfo {
-                rows,
+                rows: made.rows,
                 task: task.name().to_owned(),
                 template: self.template.name().to_owned(),
-                candidates: self.words(&split.features).map(|w| w.words()).unwrap_or_default(),
+                candidates: words.clone(),
                 candidate_targets: formatter.candidate_targets()?,
-                classes: if formatter.classifies() { classes.0.clone() } else { Vec::new() },
+                candidate_prompt: formatter.candidate_prompt()?,
+                classes: classes.map(|c| c.names().to_vec()).unwrap_or_default(),
                 special_tokens: formatter.writes_special_tokens(),
             };
             cx.write_json(&dir, "prompts.json", &info)?;
-            cx.write_json(&dir, "samples.json", &samples)?;
-            if let Some(first) = samples.first() {
-                cx.log(format!("first row of `{name}`:\n{}", shown(first)));
-            }
-            cx.fact(&format!("rows.{name}"), rows);
+            cx.write_json(&dir, "samples.json", &made.samples)?;
+            report(cx, name, &made);
         }
         Ok(())
+    }
+}
+
+fn report(cx: &mut Context<'_>, split: &str, made: &RenderedFile) {
+    if let Some(first) = made.samples.first() {
+        cx.log(format!("first row of `{split}`:\n{}", shown(first)));
+    }
+    cx.fact(&format!("rows.{split}"), made.rows);
+    if let Some(why) = &made.first_refusal {
+        cx.fact(&format!("refused.{split}"), made.refused);
+        cx.warn(format!("{} rows of `{split}` were left out; {why}", made.refused));
+    }
+    if made.last_only > 0 {
+        cx.fact(&format!("last_only.{split}"), made.last_only);
+        cx.warn(format!(
+            "of {} conversations of `{split}` only the last answer is learnt: the chat template \
+             writes earlier ones otherwise once they are answered",
+            made.last_only
+        ));
     }
 }
 
@@ -305,6 +353,7 @@ impl Format {
             ("messages", self.messages.is_some(), t == Chat),
             ("tokenizer", self.tokenizer.is_some(), t == Chat),
             ("date", self.date.is_some(), t == Chat),
+            ("on_refused", self.on_refused.is_some(), t == Chat),
             ("own", self.own.is_some(), t == Own),
         ];
         let misplaced = rows.into_iter().filter(|(_, given, read)| *given && !read);
@@ -316,47 +365,84 @@ impl Format {
         misplaced.map(problem).collect()
     }
 
-    /// Class names: those given, those of the data, or the values of the label column.
-    fn classes(&self, data: &Dataset, splits: &[String]) -> Result<Classes> {
-        let Some(column) = &self.label else { return Ok(Classes::default()) };
-        if !self.classes.is_empty() {
-            return Ok(Classes(self.classes.clone()));
+    /// Refuses a column whose values cannot be what they are read as.
+    fn check_type(&self, split: &str, column: &str, held: &DataType) -> Result<()> {
+        let json = Some(column) == self.messages.as_deref();
+        let text = matches!(held, DataType::Utf8 | DataType::LargeUtf8 | DataType::Utf8View);
+        let lists = matches!(held, DataType::List(_) | DataType::LargeList(_));
+        let bytes = matches!(
+            held,
+            DataType::Binary
+                | DataType::LargeBinary
+                | DataType::BinaryView
+                | DataType::FixedSizeBinary(_)
+        );
+        let (fits, expected) = if json {
+            (text || lists, "lists of messages, or these as JSON")
+        } else {
+            (!held.is_nested() && !bytes, "text or numbers")
+        };
+        if fits {
+            return Ok(());
+        }
+        let message = format!("column `{column}` of split `{split}` holds {held}");
+        let fault = Fault::new(message).help(format!("it should hold {expected}"));
+        Err(fault.into())
+    }
+
+    /// The classes of the label column, with the names that are given or that the data has; of
+    /// its values if it has none, and then only for classification. Without `scan` values are
+    /// not looked at.
+    fn classes(&self, data: &Dataset, splits: &[String], scan: bool) -> Result<Option<Classes>> {
+        let column = self.label.as_ref().or(self.output.as_ref().map(|o| &o.column));
+        let Some(column) = column else { return Ok(None) };
+        let mut names = self.classes.clone();
+        for split in splits {
+            let features = data.split(split)?.features;
+            let Some(own) = features.classes.get(column).filter(|n| !n.is_empty()) else {
+                continue;
+            };
+            if names.is_empty() {
+                names.clone_from(own);
+            }
+            if holds_indices(&features, column) {
+                return Ok(Some(Classes::indexed(names)));
+            }
+        }
+        if names.is_empty() && self.label.is_none() {
+            return Ok(None);
         }
         let mut values = BTreeSet::new();
-        for split in splits {
-            let split = data.split(split)?;
-            if let Some(names) = split.features.classes.get(column).filter(|n| !n.is_empty()) {
-                return Ok(Classes(names.clone()));
-            }
-            values.extend(distinct(&split.rows, column, MOST_LABELS)?);
+        for split in splits.iter().filter(|_| scan) {
+            values.extend(distinct(&data.split(split)?.rows, column, MOST_LABELS)?);
         }
-        Ok(Classes::of_values(values.iter().map(String::as_str)))
+        let values = values.iter().map(String::as_str);
+        let of_values = names.is_empty();
+        Ok(Some(if of_values { Classes::of_values(values) } else { Classes::named(names, values) }))
     }
 
     /// The words of the labels, if targets are such; the column's class names if none are given
     /// for a column that has them.
-    fn words(&self, features: &Features) -> Option<LabelWords> {
-        let Output { column, words } = self.output.as_ref()?;
-        let names = features.classes.get(column).map_or(&[][..], Vec::as_slice);
-        if !words.is_empty() {
-            return Some(LabelWords::new(words, names));
+    fn words(&self, classes: Option<Classes>) -> Result<Option<LabelWords>> {
+        match &self.output {
+            Some(output) if !output.words.is_empty() => {
+                let words = LabelWords::new(&output.words, classes);
+                words.with_context(|| format!("words for column `{}`", output.column)).map(Some)
+            }
+            _ => Ok(classes.map(LabelWords::from_classes)),
         }
-        (!names.is_empty()).then(|| LabelWords::from_classes(names))
     }
 
-    fn formatter(
-        &self,
-        cx: &Context<'_>,
-        features: &Features,
-        classes: Classes,
-    ) -> Result<Formatter> {
-        let target = match (&self.label, &self.output, self.words(features)) {
-            (Some(column), _, _) => Some(Target::Class(column.clone(), classes)),
+    fn fields(&self, classes: Option<Classes>, words: Option<LabelWords>) -> Fields {
+        let target = match (&self.label, &self.output, words) {
+            (Some(column), _, _) => {
+                Some(Target::Class(column.clone(), classes.unwrap_or_default()))
+            }
             (_, Some(output), Some(words)) => Some(Target::Words(output.column.clone(), words)),
             (_, Some(output), None) => Some(Target::Text(output.column.clone())),
             _ => None,
         };
-        let fields = Fields {
+        Fields {
             system: self.system.clone(),
             instruction: self.instruction.clone(),
             instruction_column: self.instruction_column.clone(),
@@ -364,7 +450,12 @@ impl Format {
             pair: self.pair.clone(),
             target,
             messages: self.messages.clone(),
-        };
+        }
+    }
+
+    fn formatter(&self, cx: &Context<'_>, classes: Option<Classes>) -> Result<Formatter> {
+        let words = if self.label.is_some() { None } else { self.words(classes.clone())? };
+        let fields = self.fields(classes, words);
         let chat = match &self.tokenizer {
             Some(tokenizer) => {
                 let tokenizer = load_tokenizer(&cx.open(tokenizer)?)?;
@@ -375,6 +466,15 @@ impl Format {
         let own = self.own.as_ref().map(|own| (own.prompt.as_str(), own.target.as_str()));
         Formatter::new(self.template, own, chat, fields)
     }
+}
+
+/// Whether a column holds whole numbers or truth values, as columns of class indices do.
+fn holds_indices(features: &Features, column: &str) -> bool {
+    let held = features.columns.iter().find(|(name, _)| name == column);
+    held.is_some_and(|(_, held)| {
+        let bits = held.strip_prefix("UInt").or_else(|| held.strip_prefix("Int"));
+        held == "Boolean" || bits.is_some_and(|bits| bits.parse::<u8>().is_ok())
+    })
 }
 
 /// A rendered row for the log, parts told apart.

@@ -10,7 +10,9 @@ use serde_json::{Value, json};
 use crate::artifact::{Dataset, Type};
 use crate::learn::{ModelConfig, random_weights};
 use crate::step::{Context, Input, Needs, Ports, Problem, StepKind};
-use crate::text::{Algorithm, Tokenizer, TokenizerSource, TokenizerSpec, texts, train_tokenizer};
+use crate::text::{
+    Algorithm, ChatTemplate, Tokenizer, TokenizerSource, TokenizerSpec, texts, train_tokenizer,
+};
 
 /// Makes a small base model from nothing: a tokenizer trained on the data, and random weights.
 ///
@@ -83,6 +85,19 @@ impl StepKind for InitModel {
             let problem = Problem::error("config", format!("{:#}", e));
             let help = crate::source::advice(&e).join("; ");
             problems.push(if help.is_empty() { problem } else { problem.help(help) });
+        }
+        let (size, least) =
+            (self.tokenizer.vocab_size, self.tokenizer.algorithm.least_vocabulary());
+        if size < least {
+            let message = format!("a vocabulary of {size} is too small");
+            let problem = Problem::error("tokenizer.vocab_size", message);
+            let help = format!("special tokens and single characters alone are {least} or more");
+            problems.push(problem.help(help));
+        }
+        if let Some(template) = &self.tokenizer.chat_template
+            && let Err(e) = ChatTemplate::new(template, BTreeMap::new(), None)
+        {
+            problems.push(Problem::error("tokenizer.chat_template", format!("{e:#}")));
         }
         if let Some(known) = self.tokenizer.data.names()
             && !known.contains(&self.tokenizer.split)

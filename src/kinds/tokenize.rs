@@ -13,11 +13,12 @@ use crate::text::{
 
 /// Turns rendered rows into token ids, in Parquet, with labels on the target only.
 ///
-/// The prompt is one string to the tokenizer, as it is in use; the target is encoded by itself
-/// and ends with the end-of-sequence token. The beginning-of-sequence token stands once where
-/// the tokenizer puts one. `truncate: input` shortens the row's input and never the template or
-/// the target, so that a long row keeps its question and its answer; what still does not fit is
-/// left out and counted.
+/// The prompt is one string to the tokenizer, as it is in use; the target is encoded as it
+/// stands after it, as in transformers (by itself where the prompt's tokens would differ), and
+/// ends with the end-of-sequence token. The beginning-of-sequence token stands once where the
+/// tokenizer puts one. `truncate: input` shortens the row's input and never the template or the
+/// target, so that a long row keeps its question and its answer; what still does not fit is left
+/// out and counted. Where targets are label words, every row keeps room for the longest word.
 #[derive(Debug, Clone, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub(super) struct Tokenize {
@@ -27,8 +28,8 @@ pub(super) struct Tokenize {
     tokenizer: Input<TokenizerFiles>,
     /// Most tokens of a row.
     max_length: usize,
-    /// What happens to longer rows; `input` for prompts and `right` for classification, if not
-    /// given.
+    /// What happens to longer rows. If not given, `input` for prompts, and `right` for
+    /// classification and for rows that are nothing but target (`completion` without `input`).
     #[serde(default, skip_serializing_if = "Option::is_none")]
     truncate: Option<Truncate>,
     /// What happens to rows that are too long even without their input.
@@ -75,8 +76,7 @@ impl StepKind for Tokenize {
         let tokenizer = load_tokenizer(&cx.open(&self.tokenizer)?)?;
         for split in data.splits() {
             let (_, info) = data.split(split)?;
-            let encoder = self.encoder(tokenizer.clone(), &info)?;
-            encoder.candidates(&info.candidates, &info.candidate_targets)?;
+            self.encoder(tokenizer.clone(), &info)?;
         }
         Ok(())
     }
@@ -107,15 +107,14 @@ impl StepKind for Tokenize {
             };
             if made.rows == 0 && info.rows > 0 {
                 let message = format!("no row of `{name}` is left: {}", left_out(&made));
-                return Err(Fault::new(message).help("raise `max_length`").into());
+                return Err(Fault::new(message).help(help(&made)).into());
             }
-            let words = encoder.candidates(&info.candidates, &info.candidate_targets)?;
-            let candidates = info.candidates.iter().zip(words);
+            let candidates = info.candidates.iter().zip(encoder.candidates());
             let tokens = TokensInfo {
                 task: info.task.clone(),
                 rows: made.rows,
                 truncated: made.truncated,
-                dropped: made.too_long + made.no_target,
+                dropped: made.left_out(),
                 tokens: made.tokens,
                 target_tokens: made.target_tokens,
                 longest: made.longest,
@@ -123,16 +122,25 @@ impl StepKind for Tokenize {
                 vocab_size: tokenizer.vocab_size() as u64,
                 pad_id: tokenizer.pad_id(),
                 eos_id: tokenizer.eos_id(),
+                end_ids: made.ends.iter().copied().collect(),
                 bos_id: tokenizer.bos_id().filter(|_| task == Task::CausalLm),
                 tokenizer: Some(cx.open(&self.tokenizer)?.0.port("tokenizer")?),
                 candidates: candidates
-                    .map(|(word, ids)| Candidate { word: word.clone(), ids })
+                    .map(|(word, ids)| Candidate { word: word.clone(), ids: ids.to_vec() })
                     .collect(),
                 classes: info.classes.clone(),
             };
             cx.write_json(&dir, "tokens.json", &tokens)?;
             cx.write_json(&dir, "samples.json", &made.samples)?;
             report(cx, name, &made);
+            if info.special_tokens && made.without_bos > 0 {
+                let bos = tokenizer.bos_id().map(|id| tokenizer.token(id)).unwrap_or_default();
+                cx.warn(format!(
+                    "{} of {} rows of `{name}` do not begin with `{bos}`, which the tokenizer puts \
+                     before a text: the chat template does not write it",
+                    made.without_bos, made.rows
+                ));
+            }
         }
         Ok(())
     }
@@ -141,15 +149,16 @@ impl StepKind for Tokenize {
 impl Tokenize {
     fn encoder(&self, tokenizer: Tokenizer, info: &PromptsInfo) -> Result<Encoder> {
         let causal = task_of(info)? == Task::CausalLm;
-        let usual = if causal { Truncate::Input } else { Truncate::Right };
         let limits = Limits {
             max_length: self.max_length,
-            truncate: self.truncate.unwrap_or(usual),
+            truncate: self.truncate,
             on_too_long: self.on_too_long,
             append_eos: self.append_eos && causal,
             special_tokens: info.special_tokens,
         };
-        Encoder::new(tokenizer, limits)
+        let encoder = Encoder::new(tokenizer, limits)?;
+        let (words, targets) = (&info.candidates, &info.candidate_targets);
+        encoder.with_candidates(words, targets, &info.candidate_prompt)
     }
 }
 
@@ -158,7 +167,30 @@ fn task_of(info: &PromptsInfo) -> Result<Task> {
 }
 
 fn left_out(made: &Tokenized) -> String {
-    format!("{} are too long, {} have nothing to learn", made.too_long, made.no_target)
+    let mut parts = Vec::new();
+    if made.too_long > 0 {
+        parts.push(format!("{} are too long", made.too_long));
+    }
+    if made.no_target > 0 {
+        parts.push(format!("{} have nothing to learn", made.no_target));
+    }
+    for (part, rows) in &made.second_bos {
+        parts.push(format!("the {part} of {rows} begins with a second BOS"));
+    }
+    parts.join(", ")
+}
+
+/// What to do about most of the rows that were left out.
+fn help(made: &Tokenized) -> &'static str {
+    let second_bos = made.second_bos.values().sum::<u64>();
+    if made.too_long >= made.no_target.max(second_bos) {
+        "raise `max_length`"
+    } else if made.no_target >= second_bos {
+        "see whether `output` of the format step names the column of the answers, and, with \
+         `truncate: right`, whether `max_length` reaches them"
+    } else {
+        "take the beginning-of-sequence token out of the data; the tokenizer puts one by itself"
+    }
 }
 
 fn report(cx: &mut Context<'_>, split: &str, made: &Tokenized) {
@@ -171,8 +203,8 @@ fn report(cx: &mut Context<'_>, split: &str, made: &Tokenized) {
         cx.fact(&format!("truncated.{split}"), made.truncated);
         cx.warn(format!("{} of {} rows of `{split}` were shortened", made.truncated, made.rows));
     }
-    if made.too_long + made.no_target > 0 {
-        cx.fact(&format!("dropped.{split}"), made.too_long + made.no_target);
+    if made.left_out() > 0 {
+        cx.fact(&format!("dropped.{split}"), made.left_out());
         cx.warn(format!("rows of `{split}` were left out: {}", left_out(made)));
     }
 }

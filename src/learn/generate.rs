@@ -9,15 +9,15 @@ use super::model::Model;
 
 /// How the next token is chosen.
 #[derive(Debug, Clone, Copy, PartialEq)]
-pub struct Generation {
+pub struct Generation<'a> {
     /// Tokens at most.
     pub max_new_tokens: usize,
     /// 0 takes the likeliest token; above 0 logits are divided by it and a token is drawn.
     pub temperature: f64,
     /// Draws only from the likeliest tokens that hold this much probability together.
     pub top_p: Option<f64>,
-    /// Ends the text, and is not part of it.
-    pub eos: Option<u32>,
+    /// Each ends the text, and is not part of it.
+    pub ends: &'a [u32],
     /// Seeds the draws.
     pub seed: u64,
 }
@@ -27,7 +27,7 @@ pub struct Generation {
 ///
 /// # Errors
 /// When the prompt is empty or an id is outside the vocabulary.
-pub fn generate(model: &Model, prompt: &[u32], how: &Generation) -> Result<Vec<u32>> {
+pub fn generate(model: &Model, prompt: &[u32], how: &Generation<'_>) -> Result<Vec<u32>> {
     ensure!(!prompt.is_empty(), "there is no prompt to continue");
     let sampling = match (how.temperature > 0.0, how.top_p) {
         (false, _) => Sampling::ArgMax,
@@ -39,7 +39,7 @@ pub fn generate(model: &Model, prompt: &[u32], how: &Generation) -> Result<Vec<u
     let room = model.config().max_positions().saturating_sub(prompt.len());
     for _ in 0..how.max_new_tokens.min(room) {
         let next = sampler.sample(&next_logits(model, &ids)?)?;
-        if Some(next) == how.eos {
+        if how.ends.contains(&next) {
             break;
         }
         ids.push(next);

@@ -28,6 +28,16 @@ impl Message {
     }
 }
 
+/// What is learnt of a conversation.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Turns {
+    /// Prompt and targets, in order.
+    pub pieces: Vec<Piece>,
+    /// Whether only the last answer is learnt, since the template writes earlier ones otherwise
+    /// once they are answered (Qwen3 leaves out what was thought).
+    pub last_only: bool,
+}
+
 #[derive(Serialize)]
 struct Turn<'a> {
     role: &'a str,
@@ -64,8 +74,7 @@ impl ChatTemplate {
             Err(Error::new(ErrorKind::InvalidOperation, message))
         });
         if let Some(date) = date {
-            let day: jiff::civil::Date =
-                date.parse().with_context(|| format!("`{date}` is not a date like 2026-01-31"))?;
+            let day = Self::date(date)?;
             env.add_function("strftime_now", move |format: String| -> Result<String, Error> {
                 let time = day.at(0, 0, 0, 0);
                 jiff::fmt::strtime::format(&format, time)
@@ -75,6 +84,14 @@ impl ChatTemplate {
         env.add_template_owned(NAME, without_generation_tags(source))
             .map_err(|e| anyhow::anyhow!("the chat template does not compile: {e:#}"))?;
         Ok(Self { env, specials })
+    }
+
+    /// A date as it is written in a pipeline.
+    ///
+    /// # Errors
+    /// When it is not one.
+    pub fn date(text: &str) -> Result<jiff::civil::Date> {
+        text.parse().with_context(|| format!("`{text}` is not a date like 2026-01-31"))
     }
 
     /// Renders a conversation, with the opening of the assistant's answer if asked for.
@@ -109,29 +126,57 @@ impl ChatTemplate {
                     .help("it prints today's date; give one with `date: YYYY-MM-DD`")
                     .into();
             }
-            anyhow::Error::from(fault)
+            anyhow::Error::from(fault.help("leave such rows out with `on_refused: drop`"))
         })
     }
 
     /// A conversation as pieces: what the template writes for each assistant message is a
-    /// target (blank space after its end-of-turn token excepted), all else is prompt.
+    /// target (blank space after its end-of-turn token excepted), all else is prompt. Empty
+    /// answers are part of the prompt of later ones. Where the template does not write a prompt
+    /// as the start of what it writes when the answer is there, the prompt in training would not
+    /// be the prompt in use; then only the last answer is learnt.
     ///
     /// # Errors
-    /// When there is no assistant message, the template fails, or what it writes for the
-    /// messages before an answer is not how it starts when the answer is there: then the prompt
-    /// in training would not be the prompt in use.
-    pub fn pieces(&self, messages: &[Message]) -> Result<Vec<Piece>> {
+    /// When there is no assistant message, the template fails, or even the last prompt is not
+    /// the start of what is written with the answer.
+    pub fn pieces(&self, messages: &[Message]) -> Result<Turns> {
+        let answers = messages.iter().enumerate().filter(|(_, m)| m.role == "assistant");
+        let Some((first, _)) = answers.clone().next() else {
+            let fault = Fault::new("the conversation has no answer to learn");
+            return Err(fault.help("one message needs the role `assistant`").into());
+        };
+        let full = answers.filter(|(_, m)| !m.content.trim().is_empty());
+        let full: Vec<usize> = full.map(|(at, _)| at).collect();
+        let Some(last) = full.last() else {
+            // the bare end of a turn is nothing to learn
+            let prompt = self.render(&messages[..first], true)?;
+            let pieces = vec![Piece::new(Part::Template, prompt), Piece::new(Part::Target, "")];
+            return Ok(Turns { pieces, last_only: false });
+        };
+        if let Ok(pieces) = self.learnt(messages, &full)? {
+            return Ok(Turns { pieces, last_only: false });
+        }
+        match self.learnt(messages, &[*last])? {
+            Ok(pieces) => Ok(Turns { pieces, last_only: true }),
+            Err(at) => Err(not_a_prefix(at)),
+        }
+    }
+
+    /// The conversation up to the last of some answers, these as targets; or the answer whose
+    /// prompt is not the start of what is written with it.
+    fn learnt(
+        &self,
+        messages: &[Message],
+        answers: &[usize],
+    ) -> Result<std::result::Result<Vec<Piece>, usize>> {
         let mut pieces = Vec::new();
         let mut done = String::new();
         let mut marked_done = 0;
-        for (at, message) in messages.iter().enumerate() {
-            if message.role != "assistant" {
-                continue;
-            }
+        for at in answers.iter().copied() {
             let prompt = self.render(&messages[..at], true)?;
             let full = self.render(&messages[..=at], false)?;
-            let opening = prompt.strip_prefix(done.as_str()).ok_or_else(|| not_a_prefix(at))?;
-            let target = full.strip_prefix(&prompt).ok_or_else(|| not_a_prefix(at))?;
+            let Some(opening) = prompt.strip_prefix(done.as_str()) else { return Ok(Err(at)) };
+            let Some(target) = full.strip_prefix(&prompt) else { return Ok(Err(at)) };
             let marked = self.marked(&messages[..at])?;
             match marked.get(marked_done..) {
                 Some(marked) => mark(&mut pieces, opening, marked, messages),
@@ -144,11 +189,7 @@ impl ChatTemplate {
             // same text as `done`, with marks in place of inputs
             marked_done = marked.len() + learnt.len();
         }
-        if pieces.is_empty() {
-            let fault = Fault::new("the conversation has no answer to learn");
-            return Err(fault.help("one message needs the role `assistant`").into());
-        }
-        Ok(pieces)
+        Ok(Ok(pieces))
     }
 
     /// The prompt with a mark in place of each input.
@@ -167,7 +208,8 @@ fn not_a_prefix(at: usize) -> anyhow::Error {
         "the chat template writes the messages before message {} otherwise when it follows",
         at + 1
     ));
-    fault.help("train on conversations with one answer, or on another template").into()
+    let help = "use another template, or leave such rows out with `on_refused: drop`";
+    fault.help(help).into()
 }
 
 /// No text holds this by chance, and no template changes it (no blank, no punctuation).

@@ -1,5 +1,6 @@
 //! Columns of a Parquet file as text, and the writer that rendered rows go through.
 
+use std::borrow::Cow;
 use std::collections::BTreeSet;
 use std::fs::File;
 use std::path::Path;
@@ -116,14 +117,17 @@ impl Columns {
         Ok(texts.is_valid(row).then(|| texts.value(row)))
     }
 
-    /// A cell that holds a list or a struct.
+    /// A cell that holds a list or a struct, or JSON as text.
     ///
     /// # Errors
-    /// When there is no such column, or it holds plain values.
-    pub fn nested(&self, column: &str, row: usize) -> Result<&Value> {
-        let values = self.nested[self.index(column)?].as_ref();
-        let values = values.with_context(|| format!("column `{column}` does not hold lists"))?;
-        Ok(&values[row])
+    /// When there is no such column, or its text is not JSON.
+    pub fn nested(&self, column: &str, row: usize) -> Result<Cow<'_, Value>> {
+        if let Some(values) = &self.nested[self.index(column)?] {
+            return Ok(Cow::Borrowed(&values[row]));
+        }
+        let text = self.text(column, row)?.unwrap_or("null");
+        let value = serde_json::from_str(text);
+        value.map(Cow::Owned).with_context(|| format!("column `{column}` does not hold JSON"))
     }
 }
 

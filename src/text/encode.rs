@@ -5,6 +5,7 @@ use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use tokenizers::{TruncationDirection, TruncationParams, TruncationStrategy};
 
+use super::fit;
 use super::piece::{Part, Piece};
 use super::tokenizer::{Tokenizer, wrong};
 use crate::source::Fault;
@@ -42,8 +43,9 @@ pub enum TooLong {
 pub struct Limits {
     /// Most tokens of a row.
     pub max_length: usize,
-    /// What happens to longer ones.
-    pub truncate: Truncate,
+    /// What happens to longer ones; if not given, [`Truncate::Input`], but [`Truncate::Right`]
+    /// for a row that is nothing but target, and so has no prompt and no question to keep.
+    pub truncate: Option<Truncate>,
     /// What happens to those that cannot be shortened.
     pub on_too_long: TooLong,
     /// Whether the end-of-sequence token follows the last target.
@@ -65,8 +67,12 @@ pub struct Encoded {
     pub labels: Vec<i32>,
     /// Which text of a pair a token is of; empty where there is one text.
     pub type_ids: Vec<u32>,
+    /// Positions that it needs: its tokens, or more where another candidate answer is longer.
+    pub positions: usize,
     /// Whether something was cut off.
     pub truncated: bool,
+    /// The special token that ends the last answer, if one does.
+    pub end: Option<u32>,
 }
 
 /// What became of a row.
@@ -78,6 +84,8 @@ pub enum Row {
     TooLong(usize),
     /// It is left out: nothing in it can be learnt.
     NoTarget,
+    /// It is left out: this part of it begins with a second beginning-of-sequence token.
+    SecondBos(Part),
 }
 
 /// Encodes rows with one tokenizer and one set of limits.
@@ -85,6 +93,8 @@ pub enum Row {
 pub struct Encoder {
     tokenizer: Tokenizer,
     limits: Limits,
+    /// Targets that stand for classes, with their tokens.
+    candidates: Vec<(String, Vec<u32>)>,
 }
 
 impl Encoder {
@@ -99,7 +109,52 @@ impl Encoder {
             let help = "give `eos_token` in tokenizer_config.json, or set `append_eos: false`";
             return Err(fault.help(help).into());
         }
-        Ok(Self { tokenizer, limits })
+        Ok(Self { tokenizer, limits, candidates: Vec::new() })
+    }
+
+    /// With the label words that rows have as targets: `targets` are the `words` with what the
+    /// template puts around them, `before` what it writes right before them. A row whose target
+    /// is one of them gets these tokens, and every row keeps room for the longest of them, so
+    /// that what is left of a prompt does not depend on its answer.
+    ///
+    /// # Errors
+    /// When the tokens of one word begin those of another (or are the same), so that no model
+    /// could tell them apart.
+    pub fn with_candidates(
+        mut self,
+        words: &[String],
+        targets: &[String],
+        before: &str,
+    ) -> Result<Self> {
+        let context = self.tokenizer.encode(before)?;
+        let mut found: Vec<(String, Vec<u32>)> = Vec::with_capacity(targets.len());
+        for (at, target) in targets.iter().enumerate() {
+            let ids = self.ended(self.following(before, &context, target)?)?;
+            let alike =
+                |(_, known): &(String, Vec<u32>)| known.starts_with(&ids) || ids.starts_with(known);
+            if let Some(other) = found.iter().position(alike) {
+                let name = |i: usize| words.get(i).map_or("?", String::as_str);
+                let (one, two) = (name(other), name(at));
+                let fault = if found[other].1 == ids {
+                    Fault::new(format!("`{one}` and `{two}` have the same tokens"))
+                        .help("choose other words for these labels")
+                } else {
+                    let (short, long) =
+                        if found[other].1.len() < ids.len() { (one, two) } else { (two, one) };
+                    Fault::new(format!("the tokens of `{long}` begin with those of `{short}`"))
+                        .help("set `append_eos: true`, or choose other words for these labels")
+                };
+                return Err(fault.into());
+            }
+            found.push((target.clone(), ids));
+        }
+        self.candidates = found;
+        Ok(self)
+    }
+
+    /// The tokens of each label word as a target, its end included.
+    pub fn candidates(&self) -> impl Iterator<Item = &[u32]> {
+        self.candidates.iter().map(|(_, ids)| ids.as_slice())
     }
 
     /// The tokenizer.
@@ -115,7 +170,9 @@ impl Encoder {
     pub fn prompt(&self, text: &str) -> Result<Vec<u32>> {
         let mut ids = self.prefix().to_vec();
         ids.extend(self.tokenizer.encode(text)?);
-        self.check_bos(&ids)?;
+        if self.has_second_bos(&ids) {
+            return Err(second_bos());
+        }
         Ok(ids)
     }
 
@@ -123,20 +180,48 @@ impl Encoder {
         if self.limits.special_tokens { &[] } else { self.tokenizer.prefix() }
     }
 
-    fn check_bos(&self, ids: &[u32]) -> Result<()> {
+    fn has_second_bos(&self, ids: &[u32]) -> bool {
         let bos = self.tokenizer.bos_id();
-        if bos.is_some() && ids.first().copied() == bos && ids.get(1).copied() == bos {
-            let fault = Fault::new("the row begins with two beginning-of-sequence tokens");
-            let help = "the tokenizer puts one by itself; take it out of the template";
-            return Err(fault.help(help).into());
-        }
-        Ok(())
+        bos.is_some() && ids.first().copied() == bos && ids.get(1).copied() == bos
     }
 
-    /// A target's tokens, with the end that the last target of a row gets.
-    fn target(&self, text: &str, last: bool) -> Result<Vec<u32>> {
-        let mut ids = self.tokenizer.encode(text)?;
-        if !last || !self.limits.append_eos {
+    /// The part of a row that begins with the second beginning-of-sequence token.
+    fn second_bos(&self, pieces: &[Piece]) -> Part {
+        let bos = self.tokenizer.bos_id().map_or(0, |bos| self.tokenizer.token(bos).len());
+        let at = if self.prefix().is_empty() { bos } else { 0 };
+        let mut end = 0;
+        let part = pieces.iter().find(|piece| {
+            end += piece.text.len();
+            end > at
+        });
+        part.map_or(Part::Template, |piece| piece.part)
+    }
+
+    /// Tokens of a text that follows another, whose tokens are `ids`: those that the two have as
+    /// one string, as in transformers, provided that the first then keeps its own; else those of
+    /// the text by itself. (A tokenizer may put a blank before every text that it is given, or
+    /// join a character to the one before it.)
+    fn following(&self, before: &str, ids: &[u32], text: &str) -> Result<Vec<u32>> {
+        let mut context = near_end(before);
+        let mut alone = self.tokenizer.encode(context)?;
+        // from the first token on that both have, nothing further back has a part in the rest
+        let agree = alone.iter().rev().zip(ids.iter().rev()).take_while(|(a, b)| a == b).count();
+        if context.len() < before.len() && agree < alone.len().min(2) {
+            context = before;
+            alone = self.tokenizer.encode(context)?;
+        }
+        if context.len() < before.len() || ids.ends_with(&alone) {
+            let joint = self.tokenizer.encode(&format!("{context}{text}"))?;
+            if let Some(rest) = joint.strip_prefix(alone.as_slice()) {
+                return Ok(rest.to_vec());
+            }
+        }
+        self.tokenizer.encode(text)
+    }
+
+    /// The tokens of a row's last target with the end that it gets.
+    fn ended(&self, mut ids: Vec<u32>) -> Result<Vec<u32>> {
+        if !self.limits.append_eos {
             return Ok(ids);
         }
         let eos = self.tokenizer.eos_id();
@@ -153,59 +238,32 @@ impl Encoder {
         Ok(ids)
     }
 
-    /// The tokens of each label word as a target; `targets` are the words with what the template
-    /// puts around them.
-    ///
-    /// # Errors
-    /// When two words have the same tokens, so that no model could tell them apart.
-    pub fn candidates(&self, words: &[String], targets: &[String]) -> Result<Vec<Vec<u32>>> {
-        let mut found: Vec<Vec<u32>> = Vec::with_capacity(targets.len());
-        for (at, target) in targets.iter().enumerate() {
-            let ids = self.target(target, true)?;
-            if let Some(other) = found.iter().position(|known| *known == ids) {
-                let name = |i: usize| words.get(i).map_or("?", String::as_str);
-                let message = format!("`{}` and `{}` have the same tokens", name(other), name(at));
-                let help = "choose other words for these labels";
-                return Err(Fault::new(message).help(help).into());
-            }
-            found.push(ids);
-        }
-        Ok(found)
-    }
-
     /// Encodes a row for a causal language model. The prompt pieces between two targets are one
-    /// string to the tokenizer; targets are encoded by themselves.
+    /// string to the tokenizer; what follows them is encoded as it stands there.
     ///
     /// # Errors
-    /// When the tokenizer fails, the row begins with two BOS, or it is too long and that is to
-    /// fail.
+    /// When the tokenizer fails, the template begins with a second BOS, or the row is too long
+    /// and that is to fail.
     pub fn causal(&self, pieces: &[Piece]) -> Result<Row> {
         let last = pieces.iter().rposition(|p| p.part == Part::Target && !p.text.is_empty());
         let Some(last) = last else { return Ok(Row::NoTarget) };
-        let mut runs = self.runs(&pieces[..=last])?;
-        let length = |runs: &[Run]| {
-            self.prefix().len() + runs.iter().map(|run| run.ids.len()).sum::<usize>()
-        };
+        let pieces = &pieces[..=last];
+        let mut runs = runs(pieces);
+        self.encode_runs(&mut runs, 0)?;
         let max = self.limits.max_length;
-        let full = length(&runs);
-        let mut truncated = full > max;
-        if truncated {
-            match self.limits.truncate {
+        let full = self.length(&runs);
+        let usual = if runs.len() == 1 { Truncate::Right } else { Truncate::Input };
+        let truncate = self.limits.truncate.unwrap_or(usual);
+        if full > max {
+            match truncate {
                 Truncate::Error => return Err(self.too_long(full)),
                 Truncate::Drop => return Ok(Row::TooLong(full)),
                 Truncate::Right => {}
                 Truncate::Input => {
-                    for (run, piece) in longest_inputs(&runs) {
-                        let over = length(&runs).saturating_sub(max);
-                        if over > 0 {
-                            self.shorten(&mut runs[run], piece, over)?;
-                        }
-                    }
-                    let left = length(&runs);
-                    if left > max && self.limits.on_too_long == TooLong::Fail {
-                        return Err(self.too_long(left));
-                    } else if left > max {
-                        return Ok(Row::TooLong(left));
+                    fit::shorten(self, &mut runs, max)?;
+                    let left = self.length(&runs);
+                    if left > max {
+                        return self.left_over(left);
                     }
                 }
             }
@@ -222,78 +280,87 @@ impl Encoder {
                 row.labels.resize(row.input_ids.len(), NO_LABEL);
             }
         }
-        self.check_bos(&row.input_ids)?;
-        if self.limits.append_eos {
-            let end = row.input_ids.last().copied();
-            let ended = end == self.tokenizer.eos_id()
-                || end.is_some_and(|id| self.tokenizer.is_special(id));
-            anyhow::ensure!(ended, "the row does not end with an end-of-sequence token");
+        if self.has_second_bos(&row.input_ids) {
+            return match self.second_bos(pieces) {
+                Part::Template => Err(second_bos()),
+                part => Ok(Row::SecondBos(part)),
+            };
         }
-        truncated &= row.input_ids.len() <= max || self.limits.truncate == Truncate::Right;
-        row.truncated = truncated;
-        row.input_ids.truncate(max);
-        row.labels.truncate(max);
+        row.end =
+            row.input_ids.last().copied().filter(|id| {
+                Some(*id) == self.tokenizer.eos_id() || self.tokenizer.is_special(*id)
+            });
+        if self.limits.append_eos {
+            anyhow::ensure!(
+                row.end.is_some(),
+                "the row does not end with an end-of-sequence token"
+            );
+        }
+        row.truncated = full > max && (truncate != Truncate::Right || row.input_ids.len() > max);
+        if row.input_ids.len() > max {
+            row.end = None;
+            row.input_ids.truncate(max);
+            row.labels.truncate(max);
+        }
         // the first token of a row is never predicted, so a label on it teaches nothing
         if row.labels.iter().skip(1).all(|label| *label == NO_LABEL) {
             return Ok(Row::NoTarget);
         }
+        row.positions = row.input_ids.len();
+        if !self.candidates.is_empty() {
+            row.positions = row.positions.max(self.length(&runs));
+        }
         Ok(Row::Kept(row))
+    }
+
+    /// Tokens of a row, with room for the longest candidate as its last target.
+    pub(super) fn length(&self, runs: &[Run]) -> usize {
+        let reserve = self.candidates().map(<[u32]>::len).max().unwrap_or(0);
+        let all: usize = runs.iter().map(|run| run.ids.len()).sum();
+        let last = runs.last().map_or(0, |run| run.ids.len());
+        self.prefix().len() + all - last + last.max(reserve)
+    }
+
+    /// What becomes of a row that is too long and cannot be shortened.
+    fn left_over(&self, length: usize) -> Result<Row> {
+        match self.limits.on_too_long {
+            TooLong::Drop => Ok(Row::TooLong(length)),
+            TooLong::Fail => Err(self.too_long(length)),
+        }
     }
 
     fn too_long(&self, length: usize) -> anyhow::Error {
         let max = self.limits.max_length;
         let fault = Fault::new(format!("it has {length} tokens, more than `max_length: {max}`"));
-        fault.help("raise `max_length`, or set `truncate: input` or `on_too_long: drop`").into()
+        let help = "raise `max_length`; or `truncate: input` shortens inputs, `truncate: right` \
+                    cuts the end off, target or not, `on_too_long: drop` leaves such rows out";
+        fault.help(help).into()
     }
 
-    fn runs(&self, pieces: &[Piece]) -> Result<Vec<Run>> {
-        let mut runs: Vec<Run> = Vec::new();
-        for piece in pieces {
-            let target = piece.part == Part::Target;
-            match runs.last_mut() {
-                Some(run) if run.target == target => run.pieces.push(piece.clone()),
-                _ => runs.push(Run { target, pieces: vec![piece.clone()], ids: Vec::new() }),
-            }
-        }
+    /// Encodes the runs of a row from one of them on; those before it have their tokens.
+    pub(super) fn encode_runs(&self, runs: &mut [Run], from: usize) -> Result<()> {
         let last = runs.len().saturating_sub(1);
+        let (mut before, mut ids) = (String::new(), Vec::new());
         for (at, run) in runs.iter_mut().enumerate() {
             let text = run.text();
-            run.ids = if run.target {
-                self.target(&text, at == last)?
-            } else {
-                self.tokenizer.encode(&text)?
-            };
-        }
-        Ok(runs)
-    }
-
-    /// Cuts the end of one input piece until its run has lost `over` tokens, or the piece is
-    /// empty. The cut is at the end of a token, on a character boundary; the run is encoded
-    /// again as a whole, since tokens at the seam may differ.
-    fn shorten(&self, run: &mut Run, piece: usize, over: usize) -> Result<()> {
-        let allowed = run.ids.len().saturating_sub(over);
-        let start: usize = run.pieces[..piece].iter().map(|p| p.text.len()).sum();
-        let whole = run.pieces[piece].text.clone();
-        let end = start + whole.len();
-        let encoding = self.tokenizer.inner.encode(run.text(), false).map_err(wrong("encoding"))?;
-        let ends: Vec<usize> = encoding
-            .get_offsets()
-            .iter()
-            .filter(|(from, to)| *to > start && *from < end)
-            .map(|(_, to)| (*to).min(end) - start)
-            .collect();
-        let mut keep = ends.len().saturating_sub(over);
-        loop {
-            let cut = if keep == 0 { 0 } else { whole.floor_char_boundary(ends[keep - 1]) };
-            run.pieces[piece].text.clear();
-            run.pieces[piece].text.push_str(&whole[..cut]);
-            run.ids = self.tokenizer.encode(&run.text())?;
-            let over = run.ids.len().saturating_sub(allowed);
-            if over == 0 || keep == 0 {
-                return Ok(());
+            if at >= from {
+                let candidate = self.candidates.iter().find(|(target, _)| *target == text);
+                run.ids = match candidate.filter(|_| run.target && at == last) {
+                    Some((_, ids)) => ids.clone(),
+                    None => {
+                        let ids = if before.is_empty() {
+                            self.tokenizer.encode(&text)?
+                        } else {
+                            self.following(&before, &ids, &text)?
+                        };
+                        if run.target && at == last { self.ended(ids)? } else { ids }
+                    }
+                };
             }
-            keep = keep.saturating_sub(over);
+            before.push_str(&text);
+            ids.extend(&run.ids);
         }
+        Ok(())
     }
 
     /// Encodes a text, or two, for sequence classification, with the tokenizer's special tokens.
@@ -310,13 +377,13 @@ impl Encoder {
         let (max, full) = (self.limits.max_length, encoding.len());
         let truncated = full > max;
         if truncated {
-            match self.limits.truncate {
+            match self.limits.truncate.unwrap_or(Truncate::Right) {
                 Truncate::Error => return Err(self.too_long(full)),
                 Truncate::Drop => return Ok(Row::TooLong(full)),
                 Truncate::Right | Truncate::Input => {
                     encoding = self.truncated(text, pair)?;
                     if encoding.len() > max {
-                        return Ok(Row::TooLong(encoding.len()));
+                        return self.left_over(encoding.len());
                     }
                 }
             }
@@ -325,7 +392,9 @@ impl Encoder {
             input_ids: encoding.get_ids().to_vec(),
             labels: Vec::new(),
             type_ids: pair.map_or_else(Vec::new, |_| encoding.get_type_ids().to_vec()),
+            positions: encoding.len(),
             truncated,
+            end: None,
         }))
     }
 
@@ -346,35 +415,53 @@ impl Encoder {
         };
         let (first, second) = (one(text)?, pair.map(one).transpose()?);
         let cut = tokenizers::utils::truncation::truncate_encodings(first, second, &params);
-        let (first, second) = cut.map_err(|e| anyhow::anyhow!("truncating: {e}"))?;
+        let (mut first, mut second) = cut.map_err(|e| anyhow::anyhow!("truncating: {e}"))?;
+        // what was cut off stays attached, and every two such parts would be joined to a row
+        first.take_overflowing();
+        if let Some(second) = &mut second {
+            second.take_overflowing();
+        }
         inner.post_process(first, second, true).map_err(wrong("adding special tokens"))
     }
 }
 
+/// A text of up to this many bytes is encoded whole where only its end matters.
+const NEAR: usize = 64;
+
+/// The end of a text from a blank on, short where the text has blanks: what the tokens after it
+/// may depend on.
+fn near_end(text: &str) -> &str {
+    let from = text.floor_char_boundary(text.len().saturating_sub(NEAR));
+    &text[text[..from].rfind(' ').unwrap_or(0)..]
+}
+
+fn second_bos() -> anyhow::Error {
+    let fault = Fault::new("the row begins with two beginning-of-sequence tokens");
+    fault.help("the tokenizer puts one by itself; take it out of the template").into()
+}
+
 /// Pieces between two changes from prompt to target, with the tokens of their text.
 #[derive(Debug)]
-struct Run {
-    target: bool,
-    pieces: Vec<Piece>,
-    ids: Vec<u32>,
+pub(super) struct Run {
+    pub(super) target: bool,
+    pub(super) pieces: Vec<Piece>,
+    pub(super) ids: Vec<u32>,
 }
 
 impl Run {
-    fn text(&self) -> String {
+    pub(super) fn text(&self) -> String {
         self.pieces.iter().map(|p| p.text.as_str()).collect()
     }
 }
 
-/// (run, piece) of every input, the longest first, ties in order.
-fn longest_inputs(runs: &[Run]) -> Vec<(usize, usize)> {
-    let mut inputs = Vec::new();
-    for (r, run) in runs.iter().enumerate() {
-        for (p, piece) in run.pieces.iter().enumerate() {
-            if piece.part == Part::Input {
-                inputs.push((std::cmp::Reverse(piece.text.len()), r, p));
-            }
+fn runs(pieces: &[Piece]) -> Vec<Run> {
+    let mut runs: Vec<Run> = Vec::new();
+    for piece in pieces {
+        let target = piece.part == Part::Target;
+        match runs.last_mut() {
+            Some(run) if run.target == target => run.pieces.push(piece.clone()),
+            _ => runs.push(Run { target, pieces: vec![piece.clone()], ids: Vec::new() }),
         }
     }
-    inputs.sort_unstable();
-    inputs.into_iter().map(|(_, r, p)| (r, p)).collect()
+    runs
 }

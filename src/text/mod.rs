@@ -7,22 +7,25 @@
 mod chat;
 mod columns;
 mod encode;
+mod fit;
 mod labels;
 mod pattern;
 mod piece;
 mod prompts;
+mod render;
 mod template;
 mod tokenizer;
 mod tokens;
 mod train_tokenizer;
 
-pub use chat::{ChatTemplate, Message};
+pub use chat::{ChatTemplate, Message, Turns};
 pub use columns::{Columns, distinct, schema, texts};
 pub use encode::{Encoded, Encoder, Limits, Pair, Row, TooLong, Truncate};
 pub use labels::{Classes, LabelWords};
 pub use pattern::Pattern;
 pub use piece::{Part, Piece};
-pub use prompts::{Conversation, Fields, Formatter, Rendered, Target, render_file};
+pub use prompts::{Conversation, Fields, Formatter, Rendered, Target};
+pub use render::{OnRefused, RenderedFile, render_file};
 pub use template::{Template, Wording};
 pub use tokenizer::{Tokenizer, TokenizerSource};
 pub use tokens::{Task, Tokenized, tokenize_file};

@@ -1,18 +1,11 @@
 //! From rows of a dataset to rendered rows.
 
-use std::path::Path;
-use std::sync::Arc;
-
 use anyhow::{Context as _, Result};
-use arrow::array::{
-    ArrayRef, Int32Builder, ListBuilder, RecordBatch, StringBuilder, StructBuilder,
-};
-use arrow::datatypes::{DataType, Field, FieldRef, Schema};
 use serde::Serialize;
 use serde_json::Value;
 
 use super::chat::{ChatTemplate, Message};
-use super::columns::{Columns, Writer, read};
+use super::columns::Columns;
 use super::labels::{Classes, LabelWords};
 use super::pattern::Pattern;
 use super::piece::{Part, Piece};
@@ -82,6 +75,15 @@ pub enum Rendered {
     },
 }
 
+/// What becomes of a row.
+#[derive(Debug)]
+pub(super) enum Outcome {
+    /// It is rendered; whether all but its last answer had to be left to the prompt.
+    Row(Rendered, bool),
+    /// Its conversation cannot be rendered, for this reason.
+    Refused(anyhow::Error),
+}
+
 #[derive(Debug)]
 enum Form {
     Wording { with: Pattern, without: Pattern, system: (String, String), target: Pattern },
@@ -97,6 +99,21 @@ pub struct Formatter {
     fields: Fields,
 }
 
+/// The roles that chat templates know.
+const ROLES: [&str; 5] = ["system", "developer", "user", "assistant", "tool"];
+const LEAVE_OUT: &str = "leave such rows out with `on_refused: drop`";
+
+/// Whether a field of a message holds a call.
+fn called(value: &Value) -> bool {
+    match value {
+        Value::Null => false,
+        Value::Array(items) => !items.is_empty(),
+        Value::Object(fields) => fields.values().any(|v| !v.is_null()),
+        Value::String(text) => !text.is_empty(),
+        _ => true,
+    }
+}
+
 /// A whole conversation: `{role, content}` (OpenAI) or `{from, value}` (ShareGPT) entries.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Conversation(pub Vec<Message>);
@@ -105,21 +122,34 @@ impl Conversation {
     /// Reads a cell.
     ///
     /// # Errors
-    /// When it is not a list of messages, or a message has no role or no text.
+    /// When it is not a list of messages, or a message has no role or no text, a role that chat
+    /// templates do not write, or calls a tool (which would be lost: only text is rendered).
     pub fn read(cell: &Value) -> Result<Self> {
         let list = cell.as_array().context("a conversation is a list of messages")?;
         let messages = list.iter().enumerate().map(|(i, m)| {
             let get = |names: [&str; 2]| names.into_iter().find_map(|n| m.get(n)?.as_str());
+            let number = i + 1;
             let role = get(["role", "from"]);
-            let role = role.with_context(|| format!("message {} has no role", i + 1))?;
+            let role = role.with_context(|| format!("message {number} has no role"))?;
             let role = match role {
                 "human" => "user",
                 "gpt" => "assistant",
                 "observation" => "tool",
                 same => same,
             };
-            let text = get(["content", "value"]);
-            let text = text.with_context(|| format!("message {} has no text", i + 1))?;
+            if !ROLES.contains(&role) {
+                let fault = Fault::new(format!("message {number} has the unknown role `{role}`"));
+                let help = format!("known are {}; {LEAVE_OUT}", ROLES.join(", "));
+                return Err(fault.help(help).into());
+            }
+            let call = ["tool_calls", "function_call"].into_iter().find(|key| called(&m[*key]));
+            if let Some(call) = call {
+                let fault = Fault::new(format!("message {number} calls a tool (`{call}`)"));
+                let help = format!("only the text of messages is rendered; {LEAVE_OUT}");
+                return Err(fault.help(help).into());
+            }
+            let text = get(["content", "value"]).or((role == "assistant").then_some(""));
+            let text = text.with_context(|| format!("message {number} has no text"))?;
             let input_from = (role == "user").then_some(0);
             Ok(Message { role: role.to_owned(), content: text.to_owned(), input_from })
         });
@@ -188,6 +218,16 @@ impl Formatter {
         columns
     }
 
+    /// What is learnt.
+    pub fn target(&self) -> Option<&Target> {
+        self.fields.target.as_ref()
+    }
+
+    /// Whether rows have a second text.
+    pub(super) fn pairs(&self) -> bool {
+        self.fields.pair.is_some()
+    }
+
     /// Whether rows are for sequence classification.
     pub fn classifies(&self) -> bool {
         matches!(self.form, Form::Classification)
@@ -206,21 +246,46 @@ impl Formatter {
     pub fn candidate_targets(&self) -> Result<Vec<String>> {
         let Some(Target::Words(_, words)) = &self.fields.target else { return Ok(Vec::new()) };
         let target_of = |word: String| -> Result<String> {
-            let pieces = match &self.form {
-                Form::Wording { target, .. } | Form::Own { target, .. } => {
-                    target.render(Part::Target, |_| Ok((Part::Target, &word)))?
-                }
-                Form::Chat(chat) => {
-                    // what follows an answer does not depend on what was asked
-                    let asked = self.conversation("", "?", &word);
-                    chat.pieces(&asked)?
-                }
-                Form::Classification => Vec::new(),
-            };
-            let target = pieces.into_iter().find(|p| p.part == Part::Target);
+            let target = self.example(&word)?.into_iter().find(|p| p.part == Part::Target);
             Ok(target.map(|p| p.text).unwrap_or_default())
         };
         words.words().into_iter().map(target_of).collect()
+    }
+
+    /// The template's text right before a candidate; empty where a row's own text stands there.
+    ///
+    /// # Errors
+    /// When the template fails.
+    pub fn candidate_prompt(&self) -> Result<String> {
+        let Some(Target::Words(_, words)) = &self.fields.target else { return Ok(String::new()) };
+        let Some(word) = words.words().into_iter().next() else { return Ok(String::new()) };
+        let example = self.example(&word)?;
+        let before = example.iter().take_while(|p| p.part != Part::Target).last();
+        let before = before.filter(|p| p.part == Part::Template);
+        Ok(before.map(|p| p.text.clone()).unwrap_or_default())
+    }
+
+    /// A row with a word as its answer, and something for an input.
+    fn example(&self, word: &str) -> Result<Vec<Piece>> {
+        let f = &self.fields;
+        let value = |name: &str| {
+            let fixed = match name {
+                "system" => f.system.as_deref(),
+                "instruction" => f.instruction.as_deref(),
+                _ => None,
+            };
+            Ok(fixed.map_or((Part::Input, "?"), |text| (Part::Template, text)))
+        };
+        match &self.form {
+            Form::Wording { with: prompt, target, .. } | Form::Own { prompt, target } => {
+                let mut pieces = prompt.render(Part::Template, value)?;
+                pieces.extend(target.render(Part::Target, |_| Ok((Part::Target, word)))?);
+                Ok(pieces)
+            }
+            // what follows an answer does not depend on what was asked
+            Form::Chat(chat) => Ok(chat.pieces(&self.conversation("", "?", word))?.pieces),
+            Form::Classification => Ok(Vec::new()),
+        }
     }
 
     fn conversation(&self, instruction: &str, input: &str, output: &str) -> Vec<Message> {
@@ -240,11 +305,21 @@ impl Formatter {
     /// # Errors
     /// When a column is missing, a label unknown, or the chat template refuses the row.
     pub fn row(&self, columns: &Columns, row: usize) -> Result<Rendered> {
+        match self.outcome(columns, row)? {
+            Outcome::Row(rendered, _) => Ok(rendered),
+            Outcome::Refused(why) => Err(why),
+        }
+    }
+
+    pub(super) fn outcome(&self, columns: &Columns, row: usize) -> Result<Outcome> {
         let f = &self.fields;
         let cell = |column: &str| Ok::<_, anyhow::Error>(columns.text(column, row)?.unwrap_or(""));
         let optional = |column: &Option<String>| column.as_deref().map_or(Ok(""), cell);
         let label = |column: &str| {
-            columns.text(column, row)?.with_context(|| format!("column `{column}` is empty"))
+            columns.text(column, row)?.ok_or_else(|| {
+                let fault = Fault::new(format!("there is no label: column `{column}` is null"));
+                anyhow::Error::from(fault.help("give the row a label, or leave it out of the data"))
+            })
         };
         let input = optional(&f.input)?;
         if let (Form::Classification, Some(Target::Class(column, classes))) =
@@ -252,8 +327,10 @@ impl Formatter {
         {
             let label = classes.of(label(column)?)?;
             let pair = f.pair.as_deref().map(cell).transpose()?.map(str::to_owned);
-            return Ok(Rendered::Text { text: input.to_owned(), text_pair: pair, label });
+            let rendered = Rendered::Text { text: input.to_owned(), text_pair: pair, label };
+            return Ok(Outcome::Row(rendered, false));
         }
+        let mut last_only = false;
         let (output, label) = match &f.target {
             Some(Target::Words(column, words)) => {
                 let (class, word) = words.of(label(column)?)?;
@@ -307,14 +384,23 @@ impl Formatter {
             }
             Form::Chat(chat) => {
                 let messages = match &f.messages {
-                    Some(column) => Conversation::read(columns.nested(column, row)?)?.0,
-                    None => self.conversation(instruction, input, output),
+                    Some(column) => {
+                        let cell = columns.nested(column, row);
+                        cell.and_then(|cell| Conversation::read(&cell)).map(|found| found.0)
+                    }
+                    None => Ok(self.conversation(instruction, input, output)),
                 };
-                chat.pieces(&messages)?
+                match messages.and_then(|messages| chat.pieces(&messages)) {
+                    Ok(turns) => {
+                        last_only = turns.last_only;
+                        turns.pieces
+                    }
+                    Err(why) => return Ok(Outcome::Refused(why)),
+                }
             }
             Form::Classification => anyhow::bail!("classification needs a label column"),
         };
-        Ok(Rendered::Segments { segments, label })
+        Ok(Outcome::Row(Rendered::Segments { segments, label }, last_only))
     }
 }
 
@@ -333,105 +419,20 @@ fn check_own(prompt: &Pattern, target: &Pattern, fields: &Fields) -> Result<()> 
         let fault = Fault::new("the target is the same for every row");
         return Err(fault.help("give it a field, like `{output}`").into());
     }
+    let given = [
+        ("instruction", fields.instruction.is_some(), None),
+        ("instruction_column", fields.instruction_column.is_some(), None),
+        ("input", fields.input.is_some(), fields.input.as_deref()),
+        ("output", answer.is_some(), answer.map(Target::column)),
+        ("system", fields.system.is_some(), None),
+    ];
+    for (field, _, column) in given.into_iter().filter(|(_, given, _)| *given) {
+        let place = if field == "instruction_column" { "instruction" } else { field };
+        let mut places = prompt.fields().chain(target.fields());
+        if !places.any(|name| name == place || Some(name) == column) {
+            let fault = Fault::new(format!("the wording does not use `{field}`"));
+            return Err(fault.help(format!("write `{{{place}}}` where it goes")).into());
+        }
+    }
     Ok(())
-}
-
-/// Renders a Parquet file into another: `segments` (and `label` where targets are label words),
-/// or `text`, `text_pair`, `label`. Returns the number of rows and the first three.
-/// `progress` gets rows done and rows in all.
-///
-/// # Errors
-/// When a row cannot be rendered (the message has its number, from 1), or the disk refuses.
-pub fn render_file(
-    input: &Path,
-    output: &Path,
-    formatter: &Formatter,
-    progress: &mut dyn FnMut(u64, u64) -> Result<()>,
-) -> Result<(u64, Vec<Rendered>)> {
-    let (total, reader) = read(input, &formatter.columns())?;
-    let labelled = matches!(formatter.fields.target, Some(Target::Words(..)));
-    let schema = Arc::new(if formatter.classifies() {
-        text_schema(formatter.fields.pair.is_some())
-    } else {
-        segments_schema(labelled)
-    });
-    let mut writer = Writer::create(output, schema.clone())?;
-    let (mut done, mut samples) = (0, Vec::new());
-    for batch in reader {
-        let columns = Columns::new(&batch?)?;
-        let mut rows = Vec::with_capacity(columns.rows());
-        for row in 0..columns.rows() {
-            let number = done + row as u64 + 1;
-            rows.push(formatter.row(&columns, row).with_context(|| format!("row {number}"))?);
-        }
-        samples.extend(rows.iter().take(3 - samples.len()).cloned());
-        writer.write(&batch_of(&rows, schema.clone())?)?;
-        done += rows.len() as u64;
-        progress(done, total)?;
-    }
-    writer.finish()?;
-    Ok((done, samples))
-}
-
-fn segment_fields() -> [FieldRef; 2] {
-    let text = |name: &str| Arc::new(Field::new(name, DataType::Utf8, false));
-    [text("kind"), text("text")]
-}
-
-fn segments_schema(labelled: bool) -> Schema {
-    let item = Field::new("item", DataType::Struct(segment_fields().into_iter().collect()), false);
-    let mut fields = vec![Field::new("segments", DataType::List(Arc::new(item)), false)];
-    if labelled {
-        fields.push(Field::new("label", DataType::Int32, false));
-    }
-    Schema::new(fields)
-}
-
-fn text_schema(pair: bool) -> Schema {
-    let mut fields = vec![Field::new("text", DataType::Utf8, false)];
-    if pair {
-        fields.push(Field::new("text_pair", DataType::Utf8, false));
-    }
-    fields.push(Field::new("label", DataType::Int32, false));
-    Schema::new(fields)
-}
-
-fn batch_of(rows: &[Rendered], schema: Arc<Schema>) -> Result<RecordBatch> {
-    let strings: Vec<Box<dyn arrow::array::ArrayBuilder>> =
-        vec![Box::new(StringBuilder::new()), Box::new(StringBuilder::new())];
-    let fields: Vec<FieldRef> = segment_fields().into();
-    let item = Field::new("item", DataType::Struct(fields.clone().into()), false);
-    let mut segments = ListBuilder::new(StructBuilder::new(fields, strings)).with_field(item);
-    let (mut texts, mut pairs) = (StringBuilder::new(), StringBuilder::new());
-    let mut labels = Int32Builder::new();
-    for row in rows {
-        match row {
-            Rendered::Segments { segments: pieces, label } => {
-                for piece in pieces {
-                    let item = segments.values();
-                    for (at, text) in [piece.part.name(), &piece.text].into_iter().enumerate() {
-                        let builder = item.field_builder::<StringBuilder>(at);
-                        builder.context("segments have two text fields")?.append_value(text);
-                    }
-                    item.append(true);
-                }
-                segments.append(true);
-                labels.append_option(label.map(|l| i32::try_from(l).unwrap_or(i32::MAX)));
-            }
-            Rendered::Text { text, text_pair, label } => {
-                texts.append_value(text);
-                pairs.append_value(text_pair.as_deref().unwrap_or_default());
-                labels.append_value(i32::try_from(*label)?);
-            }
-        }
-    }
-    let columns = schema.fields().iter().map(|field| -> ArrayRef {
-        match field.name().as_str() {
-            "segments" => Arc::new(segments.finish()),
-            "text" => Arc::new(texts.finish()),
-            "text_pair" => Arc::new(pairs.finish()),
-            _ => Arc::new(labels.finish()),
-        }
-    });
-    Ok(RecordBatch::try_new(schema.clone(), columns.collect())?)
 }

@@ -10,8 +10,9 @@ pub enum Template {
     /// Stanford Alpaca, word for word: a form with and a form without input; the prompt ends
     /// with `### Response:` and no newline.
     Alpaca,
-    /// The shortened Alpaca prompt that tutorials use: the sentence of Stanford's form without
-    /// input, the Input section kept even when it is empty, a newline after `### Response:`.
+    /// A shortened Alpaca wording with one form for all rows: the sentence of Stanford's form
+    /// without input, the Input section kept even when it is empty, and a newline after
+    /// `### Response:`. It is not Stanford's; models trained on `alpaca` expect that.
     AlpacaSeed,
     /// Alpaca as axolotl writes it: Stanford's sentences (or `system`), and a newline after
     /// `### Response:`.

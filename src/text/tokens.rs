@@ -1,5 +1,6 @@
 //! From rendered rows in Parquet to token ids in Parquet.
 
+use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
 use std::sync::Arc;
 
@@ -61,11 +62,17 @@ pub struct Tokenized {
     pub too_long: u64,
     /// Rows left out because nothing in them is learnt.
     pub no_target: u64,
+    /// Rows left out because a part of them (its name) begins with a second BOS.
+    pub second_bos: BTreeMap<&'static str, u64>,
+    /// Rows that do not begin with the BOS that the tokenizer puts before a text.
+    pub without_bos: u64,
+    /// Special tokens that end a row's last answer.
+    pub ends: BTreeSet<u32>,
     /// Tokens written.
     pub tokens: u64,
     /// Of these, tokens with a label.
     pub target_tokens: u64,
-    /// Tokens of the longest row.
+    /// Positions of the longest row, with room for the longest candidate answer.
     pub longest: u64,
     /// The first three rows.
     pub samples: Vec<TokenSample>,
@@ -108,18 +115,22 @@ pub fn tokenize_file(
             };
             encoded.with_context(|| format!("row {}", done + row as u64 + 1))
         });
-        let rows: Vec<Row> = rows.collect::<Result<_>>()?;
+        let rows: Vec<Result<Row>> = rows.collect();
         let labels = labelled.then(|| labels(&batch)).transpose()?;
         let mut kept = Vec::with_capacity(rows.len());
         for (at, row) in rows.into_iter().enumerate() {
-            match row {
+            // of several faults the first in the file is told, whatever the threads
+            match row? {
                 Row::Kept(row) => kept.push((row, labels.map_or(0, |l| l.value(at)))),
                 Row::TooLong(_) => out.too_long += 1,
                 Row::NoTarget => out.no_target += 1,
+                Row::SecondBos(part) => *out.second_bos.entry(part.name()).or_default() += 1,
             }
         }
+        let bos = encoder.tokenizer().bos_id();
         for (row, label) in &kept {
             out.count(row);
+            out.without_bos += u64::from(bos.is_some() && row.input_ids.first().copied() != bos);
             if out.samples.len() < 3 {
                 let label = labelled.then_some(*label);
                 out.samples.push(sample(encoder.tokenizer(), row, label));
@@ -134,13 +145,19 @@ pub fn tokenize_file(
 }
 
 impl Tokenized {
+    /// Rows left out, for whatever reason.
+    pub fn left_out(&self) -> u64 {
+        self.too_long + self.no_target + self.second_bos.values().sum::<u64>()
+    }
+
     fn count(&mut self, row: &Encoded) {
         let learnt = row.labels.iter().filter(|l| **l >= 0).count();
         self.rows += 1;
         self.truncated += u64::from(row.truncated);
         self.tokens += row.input_ids.len() as u64;
         self.target_tokens += learnt as u64;
-        self.longest = self.longest.max(row.input_ids.len() as u64);
+        self.longest = self.longest.max(row.positions as u64);
+        self.ends.extend(row.end);
     }
 }
 

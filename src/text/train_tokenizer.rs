@@ -59,6 +59,15 @@ impl Algorithm {
         }
     }
 
+    /// Entries that any vocabulary has: special tokens and the known alphabet (all bytes), or at
+    /// least one character of it.
+    pub fn least_vocabulary(self) -> usize {
+        match self {
+            Self::Bpe => BPE_SPECIALS.len() + 256,
+            Self::Wordpiece => WORDPIECE_SPECIALS.len() + 1,
+        }
+    }
+
     /// What continues a word is written with this before it.
     fn prefix(self) -> &'static str {
         match self {
@@ -225,7 +234,8 @@ fn count_words(
     Ok(())
 }
 
-/// Single characters: all 256 bytes, or those seen, at the start of a word and inside one.
+/// Single characters: all 256 bytes, or those seen, and those seen inside a word once more as
+/// such.
 fn alphabet(algorithm: Algorithm, words: &BTreeMap<String, u64>) -> Vec<String> {
     if algorithm == Algorithm::Bpe {
         let bytes: BTreeSet<char> =
@@ -243,17 +253,13 @@ fn alphabet(algorithm: Algorithm, words: &BTreeMap<String, u64>) -> Vec<String> 
     frequent.sort_unstable();
     frequent.truncate(ALPHABET);
     let kept: BTreeSet<char> = frequent.into_iter().map(|(_, c)| c).collect();
-    let (mut first, mut inside) = (BTreeSet::new(), BTreeSet::new());
+    let mut inside = BTreeSet::new();
     for word in words.keys() {
-        for (at, c) in word.chars().enumerate().filter(|(_, c)| kept.contains(c)) {
-            if at == 0 {
-                first.insert(c.to_string());
-            } else {
-                inside.insert(format!("##{c}"));
-            }
-        }
+        let rest = word.chars().skip(1).filter(|c| kept.contains(c));
+        inside.extend(rest.map(|c| format!("##{c}")));
     }
-    first.into_iter().chain(inside).collect()
+    // any of them may begin a word that is still to come, as in BERT's trainer
+    kept.into_iter().map(String::from).chain(inside).collect()
 }
 
 type Bigram = (u32, u32);

@@ -2,6 +2,7 @@
 #![allow(clippy::unwrap_used, reason = "a test fails by it")]
 
 mod encoding;
+mod seams;
 mod step_kinds;
 mod templates;
 mod training;
@@ -55,7 +56,7 @@ fn tokenizer(algorithm: Algorithm) -> Tokenizer {
 fn limits(max_length: usize, truncate: Truncate) -> Limits {
     Limits {
         max_length,
-        truncate,
+        truncate: Some(truncate),
         on_too_long: TooLong::Drop,
         append_eos: true,
         special_tokens: false,

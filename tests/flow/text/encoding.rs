@@ -3,14 +3,14 @@
 use std::path::Path;
 
 use flow::text::{
-    Algorithm, Encoded, Encoder, Fields, Formatter, LabelWords, Limits, Part, Piece, Row, Target,
-    Task, Template, TooLong, Truncate, render_file, tokenize_file,
+    Algorithm, Encoded, Encoder, Fields, Formatter, LabelWords, Limits, OnRefused, Part, Piece,
+    Row, Target, Task, Template, TooLong, Truncate, render_file, tokenize_file,
 };
 use proptest::prelude::*;
 
 use super::{chain, encoder, limits, map, parquet, spec, tokenizer, train_into};
 
-fn row(input: &str, target: &str) -> Vec<Piece> {
+pub(super) fn row(input: &str, target: &str) -> Vec<Piece> {
     vec![
         Piece::new(Part::Template, "### Input:\n"),
         Piece::new(Part::Input, input),
@@ -19,14 +19,14 @@ fn row(input: &str, target: &str) -> Vec<Piece> {
     ]
 }
 
-fn kept(row: Row) -> Encoded {
+pub(super) fn kept(row: Row) -> Encoded {
     match row {
         Row::Kept(row) => row,
         other => panic!("left out: {other:?}"),
     }
 }
 
-fn split(row: &Encoded) -> (Vec<u32>, Vec<u32>) {
+pub(super) fn split(row: &Encoded) -> (Vec<u32>, Vec<u32>) {
     let at = row.labels.iter().position(|l| *l >= 0).unwrap();
     assert!(row.labels[at..].iter().all(|l| *l >= 0), "the target is in one piece");
     (row.input_ids[..at].to_vec(), row.input_ids[at..].to_vec())
@@ -107,17 +107,26 @@ fn several_answers_are_all_learnt() {
 fn candidates_are_targets() {
     let encoder = encoder(256, Truncate::Error);
     let words = ["negative".to_owned(), "positive".to_owned()];
-    let candidates = encoder.candidates(&words, &words).unwrap();
-    for (word, ids) in words.iter().zip(&candidates) {
+    let before = "\n\n### Response:";
+    let encoder = encoder.with_candidates(&words, &words, before).unwrap();
+    for (word, ids) in words.iter().zip(encoder.candidates()) {
         let row = kept(encoder.causal(&row("x", word)).unwrap());
         assert_eq!(split(&row).1, *ids);
     }
     let same = ["yes".to_owned(), "yes".to_owned()];
-    let said = chain(&encoder.candidates(&words, &same).unwrap_err());
+    let again = |limits| Encoder::new(encoder.tokenizer().clone(), limits).unwrap();
+    let found = again(limits(256, Truncate::Error)).with_candidates(&words, &same, before);
+    let said = chain(&found.unwrap_err());
     assert!(said.contains("`negative` and `positive` have the same tokens"), "{said}");
+    // without an end the shorter word is always the likelier one
+    let words = ["good".to_owned(), "good and bad".to_owned()];
+    let open = Limits { append_eos: false, ..limits(256, Truncate::Error) };
+    let said = chain(&again(open).with_candidates(&words, &words, before).unwrap_err());
+    assert!(said.contains("tokens of `good and bad` begin with those of `good`"), "{said}");
+    assert!(again(limits(256, Truncate::Error)).with_candidates(&words, &words, before).is_ok());
 }
 
-fn review(words: usize) -> String {
+pub(super) fn review(words: usize) -> String {
     let words: Vec<&str> =
         "the film was good and the ending bad".split(' ').cycle().take(words).collect();
     words.join(" ")
@@ -148,6 +157,20 @@ fn what_cannot_be_shortened_is_left_out_or_fails() {
 }
 
 #[test]
+fn what_to_do_with_long_rows_if_not_told() {
+    let limits = Limits { truncate: None, ..limits(64, Truncate::Error) };
+    let encoder = Encoder::new(tokenizer(Algorithm::Bpe), limits).unwrap();
+    let text = [Piece::new(Part::Target, review(200))];
+    let cut = kept(encoder.causal(&text).unwrap());
+    assert_eq!((cut.input_ids.len(), cut.truncated, cut.end), (64, true, None));
+    let row = kept(encoder.causal(&row(&review(200), "positive")).unwrap());
+    assert_eq!(encoder.tokenizer().decode(&split(&row).1, false).unwrap(), "positive</s>");
+    // with a prompt there is an answer to keep
+    let answer = [Piece::new(Part::Template, "Tell:"), Piece::new(Part::Target, review(200))];
+    assert!(matches!(encoder.causal(&answer).unwrap(), Row::TooLong(_)));
+}
+
+#[test]
 fn the_longest_input_is_shortened_first() {
     let pieces = [
         Piece::new(Part::Input, "short and good"),
@@ -162,6 +185,18 @@ fn the_longest_input_is_shortened_first() {
     let text = encoder.tokenizer().decode(&prompt, true).unwrap();
     assert!(text.starts_with("short and good | the film"), "{text}");
     assert!(row.input_ids.len() > 35, "not more is cut than must be: {}", row.input_ids.len());
+    // two long ones are left about as long as each other
+    let pieces = [
+        Piece::new(Part::Input, review(100)),
+        Piece::new(Part::Template, " | "),
+        Piece::new(Part::Input, review(120)),
+        Piece::new(Part::Template, " ="),
+        Piece::new(Part::Target, "yes"),
+    ];
+    let (prompt, _) = split(&kept(encoder.causal(&pieces).unwrap()));
+    let text = encoder.tokenizer().decode(&prompt, true).unwrap();
+    let (one, two) = text.strip_suffix(" =").unwrap().split_once(" | ").unwrap();
+    assert!(one.len().abs_diff(two.len()) < 12, "{text}");
 }
 
 proptest! {
@@ -203,7 +238,7 @@ proptest! {
                 );
                 prop_assert!(bare.input_ids.len() > max_length);
             }
-            Row::NoTarget => prop_assert!(false, "a target was there"),
+            other => prop_assert!(false, "a target was there: {other:?}"),
         }
     }
 }
@@ -212,7 +247,7 @@ fn alpaca(words: &[(&str, &str)]) -> Formatter {
     let fields = Fields {
         instruction: Some("Classify the sentiment.".into()),
         input: Some("text".into()),
-        target: Some(Target::Words("label".into(), LabelWords::new(&map(words), &[]))),
+        target: Some(Target::Words("label".into(), LabelWords::new(&map(words), None).unwrap())),
         ..Fields::default()
     };
     Formatter::new(Template::Alpaca, None, None, fields).unwrap()
@@ -225,7 +260,7 @@ fn tokenized(dir: &Path, threads: usize, out: &str) -> (Vec<u8>, flow::text::Tok
     let texts: Vec<&str> = texts.iter().map(String::as_str).collect();
     parquet(&rows, &[("text", texts)], Some(("label", labels)));
     let formatter = alpaca(&[("0", "negative"), ("1", "positive")]);
-    render_file(&rows, &prompts, &formatter, &mut |_, _| Ok(())).unwrap();
+    render_file(&rows, &prompts, &formatter, OnRefused::Fail, &mut |_, _| Ok(())).unwrap();
     train_into(dir, &spec(Algorithm::Bpe, 600));
     let encoder = Encoder::new(super::load(dir), limits(256, Truncate::Input)).unwrap();
     let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap();
@@ -280,6 +315,36 @@ fn classification_keeps_its_special_tokens() {
     assert_eq!((pair.input_ids.len(), pair.type_ids.len()), (16, 16));
     assert_eq!(ids(&pair).iter().filter(|t| *t == "[SEP]").count(), 2);
     assert_eq!((pair.type_ids[0], pair.type_ids[15]), (0, 1));
+    // what is cut off two long texts is gone, and not joined to millions of rows
+    let long = review(20_000);
+    let pair = kept(encoder.classification((&long, Some(&long))).unwrap());
+    assert_eq!(pair.input_ids.len(), 16);
+    // not even the special tokens fit
+    let fail = Limits { max_length: 1, on_too_long: TooLong::Fail, ..limits };
+    let encoder = Encoder::new(encoder.tokenizer().clone(), fail).unwrap();
+    let said = chain(&encoder.classification(("the film", None)).unwrap_err());
+    assert!(said.contains("2 tokens, more than `max_length: 1`"), "{said}");
+}
+
+#[test]
+fn of_several_faults_the_first_row_is_told() {
+    let dir = tempfile::tempdir().unwrap();
+    let (rows, prompts) = (dir.path().join("rows.parquet"), dir.path().join("prompts.parquet"));
+    let texts: Vec<String> = (0..400).map(|i| review(if i < 3 { 5 } else { 600 })).collect();
+    let texts: Vec<&str> = texts.iter().map(String::as_str).collect();
+    parquet(&rows, &[("text", texts)], Some(("label", vec![1; 400])));
+    let formatter = alpaca(&[("0", "negative"), ("1", "positive")]);
+    render_file(&rows, &prompts, &formatter, OnRefused::Fail, &mut |_, _| Ok(())).unwrap();
+    let encoder = encoder(400, Truncate::Error);
+    let pool = rayon::ThreadPoolBuilder::new().num_threads(4).build().unwrap();
+    let out = dir.path().join("out.parquet");
+    for _ in 0..3 {
+        let made = pool.install(|| {
+            tokenize_file(&prompts, &out, &encoder, Task::CausalLm, &mut |_, _| Ok(()))
+        });
+        let said = chain(&made.unwrap_err());
+        assert!(said.starts_with("row 4:"), "{said}");
+    }
 }
 
 #[test]

@@ -6,13 +6,15 @@ use std::sync::Mutex;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 
 use anyhow::Result;
+use arrow::array::AsArray as _;
+use arrow::datatypes::Int32Type;
 use flow::digest::Digest;
 use flow::hub::{Hub, HubSettings};
 use flow::step::{Context, Device, Event, Produced, Step};
 use flow::store::Store;
 use serde_json::{Value, json};
 
-use super::{chain, corpus, parquet};
+use super::{chain, corpus, fixture, parquet};
 
 /// A store, and what is needed to run a kind on it.
 struct Bench {
@@ -106,12 +108,29 @@ impl Bench {
         serde_json::from_slice(&std::fs::read(self.file(ports, port, name)).unwrap()).unwrap()
     }
 
+    /// A dataset of one split and one column of texts.
+    fn texts(&self, column: &str, texts: Vec<&str>) -> Value {
+        let dir = tempfile::tempdir_in(self.dir.path()).unwrap();
+        let features = json!({ "rows": texts.len(), "columns": [[column, "Utf8"]], "classes": {} });
+        parquet(&dir.path().join("data.parquet"), &[(column, texts)], None);
+        std::fs::write(dir.path().join("features.json"), features.to_string()).unwrap();
+        let tree = self.store.publish_tree(dir.path()).unwrap();
+        edge("dataset", &Ports::from([("train".to_owned(), tree)]))
+    }
+
     fn blank(&self, config: Value, algorithm: &str) -> Ran {
+        self.blank_with(config, algorithm, None)
+    }
+
+    fn blank_with(&self, config: Value, algorithm: &str, chat_template: Option<&str>) -> Ran {
         let texts = corpus();
         let rows: Vec<(&str, i64)> = texts.iter().map(|t| (t.as_str(), 0)).collect();
         let data = self.dataset(&[("train", &rows)], &[]);
-        let tokenizer =
+        let mut tokenizer =
             json!({ "data": data, "column": "text", "algorithm": algorithm, "vocab_size": 500 });
+        if let Some(template) = chat_template {
+            tokenizer["chat_template"] = json!(template);
+        }
         let with = json!({ "config": config, "tokenizer": tokenizer, "seed": 7 });
         self.run("init_model", &with).unwrap()
     }
@@ -295,6 +314,16 @@ fn what_a_template_needs_and_does_not_read() {
     let words = json!({ "column": "label", "words": { "0": "yes", "1": "yes" } });
     let same = json!({ "template": "completion", "output": words });
     assert_eq!(messages(with(same)), ["output.words.1: `yes` stands for two labels"]);
+    let own = json!({ "prompt": "{text} {output}" });
+    let own = json!({ "template": "own", "output": "label", "own": own });
+    assert_eq!(messages(with(own)), ["own: the prompt shows the answer: `{output}`"]);
+    let own = json!({ "template": "own", "output": "label", "own": { "prompt": "{text}" } });
+    assert_eq!(messages(with(own.clone())), [] as [&str; 0]);
+    let mut unused = own;
+    unused["system"] = json!("Be good.");
+    assert_eq!(messages(with(unused)), ["own: the wording does not use `system`"]);
+    let dated = json!({ "template": "chat", "output": "label", "input": "text", "date": "today" });
+    assert!(messages(with(dated)).contains(&"date: `today` is not a date like 2026-01-31".into()));
 
     // mistakes inside `output` are placed
     let bad = json!({ "data": data, "template": "alpaca", "output": { "colum": "label" } });
@@ -324,9 +353,168 @@ fn a_model_from_nothing_is_the_same_every_time() {
     };
     assert_eq!(with(llama(), "train"), []);
     assert_eq!(with(llama(), "trian")[0].0, "tokenizer.split");
+    let tokenizer = json!({
+        "data": data, "column": "text", "algorithm": "bpe", "vocab_size": 259,
+        "chat_template": "{% for %}",
+    });
+    let found = problems("init_model", &json!({ "config": llama(), "tokenizer": tokenizer }));
+    let paths: Vec<&str> = found.iter().map(|(path, _)| path.as_str()).collect();
+    assert_eq!(paths, ["tokenizer.vocab_size", "tokenizer.chat_template"]);
     let mut config = llama();
     config["vocab_size"] = json!(9);
     assert_eq!(with(config, "train")[0].0, "config.vocab_size");
     let found = with(json!({ "model_type": "gpt9" }), "train");
     assert!(found[0].1.contains("`gpt9` is not supported"), "{found:?}");
+}
+
+/// Labels of the first three rows of a split.
+fn labels(bench: &Bench, made: &Ran) -> Vec<i64> {
+    let samples = bench.json(&made.ports, "train", "samples.json");
+    samples.as_array().unwrap().iter().map(|row| row["label"].as_i64().unwrap()).collect()
+}
+
+#[test]
+fn class_names_that_are_numbers() {
+    let bench = Bench::new();
+    let stars = ["1", "2", "3", "4", "5"];
+    let rows = [("bad", 0), ("poor", 1), ("best", 4)];
+    let named = bench.dataset(&[("train", &rows)], &stars);
+    let classification = |data: &Value, classes: &[&str]| {
+        let mut with = json!({
+            "data": data, "template": "classification", "input": "text", "label": "label",
+        });
+        if !classes.is_empty() {
+            with["classes"] = json!(classes);
+        }
+        bench.run("format", &with).unwrap()
+    };
+    assert_eq!(labels(&bench, &classification(&named, &[])), [0, 1, 4]);
+    // the column holds the names where no header says that it holds indices
+    let plain = bench.dataset(&[("train", &[("bad", 1), ("poor", 2), ("best", 5)])], &[]);
+    assert_eq!(labels(&bench, &classification(&plain, &stars)), [0, 1, 4]);
+    let plain = bench.dataset(&[("train", &rows)], &[]);
+    assert_eq!(labels(&bench, &classification(&plain, &stars)), [0, 1, 4]);
+    let codes = bench.dataset(&[("train", &[("a", 9000), ("b", 100)])], &[]);
+    let made = classification(&codes, &[]);
+    assert_eq!(labels(&bench, &made), [1, 0]);
+    assert_eq!(bench.json(&made.ports, "train", "prompts.json")["classes"], json!(["100", "9000"]));
+
+    let worded = |words: Value| {
+        let mut with = alpaca(&named);
+        with["output"] = json!({ "column": "label", "words": words });
+        let made = bench.run("format", &with).unwrap();
+        let samples = bench.json(&made.ports, "train", "samples.json");
+        let segments = samples[2]["segments"].as_array().unwrap();
+        segments.last().unwrap()["text"].as_str().unwrap().to_owned()
+    };
+    let names = json!({ "1": "awful", "2": "poor", "3": "fair", "4": "good", "5": "great" });
+    assert_eq!(worded(names), "great");
+    let indices = json!({ "0": "awful", "1": "poor", "2": "fair", "3": "good", "4": "great" });
+    assert_eq!(worded(indices), "great");
+}
+
+#[test]
+fn long_rows_keep_their_whole_answers() {
+    let bench = Bench::new();
+    let lines = std::fs::read_to_string(fixture("long_reviews.jsonl")).unwrap();
+    let rows: Vec<Value> = lines.lines().map(|line| serde_json::from_str(line).unwrap()).collect();
+    let rows: Vec<(&str, i64)> = rows
+        .iter()
+        .map(|row| (row["text"].as_str().unwrap(), row["label"].as_i64().unwrap()))
+        .collect();
+    assert!(rows.iter().all(|(text, _)| text.split_whitespace().count() > 300));
+    let mut with = alpaca(&bench.dataset(&[("train", &rows)], &[]));
+    with["output"]["words"] = json!({ "0": "negative", "1": "positive and more than that" });
+    with["template"] = json!("own");
+    with["own"] = json!({ "prompt": "{instruction}\n### Review:\n{input}\n\n### Response:" });
+    let prompts = bench.run("format", &with).unwrap();
+    let blank = bench.blank(llama(), "bpe");
+    let with = json!({
+        "data": edge("prompts", &prompts.ports), "tokenizer": edge("model", &blank.ports),
+        "max_length": 128,
+    });
+    let tokens = bench.run("tokenize", &with).unwrap();
+    let info = bench.json(&tokens.ports, "train", "tokens.json");
+    assert_eq!((&info["rows"], &info["truncated"]), (&json!(8), &json!(8)));
+    assert_eq!((&info["dropped"], &info["end_ids"]), (&json!(0), &json!([1])));
+    assert!(info["longest"].as_u64().unwrap() <= 128);
+
+    let file = std::fs::File::open(bench.file(&tokens.ports, "train", "data.parquet")).unwrap();
+    let reader =
+        parquet::arrow::arrow_reader::ParquetRecordBatchReader::try_new(file, 100).unwrap();
+    let batch = reader.into_iter().next().unwrap().unwrap();
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("tokenizer.json");
+    std::fs::copy(bench.file(&blank.ports, "tokenizer", "tokenizer.json"), &path).unwrap();
+    let tokenizer = super::load(dir.path());
+    let list = |name: &str, row: usize| -> Vec<i32> {
+        let lists = batch.column_by_name(name).unwrap().as_list::<i32>().value(row);
+        lists.as_primitive::<Int32Type>().values().to_vec()
+    };
+    let mut prompts = std::collections::BTreeSet::new();
+    for (at, (text, label)) in rows.iter().enumerate() {
+        let (ids, labels) = (list("input_ids", at), list("labels", at));
+        assert!(ids.len() <= 128);
+        let part = |learnt: bool| {
+            let both = ids.iter().zip(&labels).filter(|(_, label)| (**label >= 0) == learnt);
+            let ids: Vec<u32> = both.map(|(id, _)| u32::try_from(*id).unwrap()).collect();
+            (ids.len(), tokenizer.decode(&ids, false).unwrap())
+        };
+        let word = ["negative</s>", "positive and more than that</s>"];
+        assert_eq!(part(true).1, word[usize::try_from(*label).unwrap()]);
+        let (length, prompt) = part(false);
+        assert!(
+            prompt.starts_with("<s>Classify.\n### Review:\n")
+                && prompt.ends_with("\n\n### Response:")
+        );
+        let left = prompt.split("### Review:\n").nth(1).unwrap().split("\n\n### Resp").next();
+        assert!(text.starts_with(left.unwrap()) && !left.unwrap().is_empty());
+        prompts.insert(length);
+    }
+    let spread = prompts.last().unwrap() - prompts.first().unwrap();
+    assert!(spread <= 3, "the answer does not show in the prompt's length: {prompts:?}");
+}
+
+#[test]
+fn conversations_in_json_and_those_that_are_refused() {
+    let bench = Bench::new();
+    let template = std::fs::read_to_string(fixture("strict.jinja")).unwrap();
+    let chatty = bench.blank_with(llama(), "bpe", Some(&template));
+    let talk = |first: &str| json!([{ "role": first, "content": "Hi" }, { "role": "assistant", "content": "Yes" }]);
+    let call = json!([
+        { "role": "user", "content": "Hi" },
+        { "role": "assistant", "content": null, "tool_calls": [{ "name": "look" }] },
+    ]);
+    let rows = [talk("user").to_string(), talk("assistant").to_string(), call.to_string()];
+    let data = bench.texts("messages", rows.iter().map(String::as_str).collect());
+    let mut with = json!({
+        "data": data, "template": "chat", "messages": "messages",
+        "tokenizer": edge("model", &chatty.ports),
+    });
+    let said = chain(&bench.run("format", &with).err().unwrap());
+    assert!(said.contains("row 2") && said.contains("roles must alternate"), "{said}");
+    assert!(said.contains("on_refused: drop"), "{said}");
+    with["on_refused"] = json!("drop");
+    let made = bench.run("format", &with).unwrap();
+    assert_eq!(bench.json(&made.ports, "train", "prompts.json")["rows"], 1);
+    let warned = made.warnings.iter().any(|w| w.starts_with("2 rows of `train` were left out"));
+    assert!(warned, "{:?}", made.warnings);
+
+    // the template writes no BOS, which the tokenizer puts before other texts
+    let with_tokens = json!({
+        "data": edge("prompts", &made.ports), "tokenizer": edge("model", &chatty.ports),
+        "max_length": 64,
+    });
+    let tokens = bench.run("tokenize", &with_tokens).unwrap();
+    let warned = tokens.warnings.iter().any(|w| w.contains("1 of 1 rows of `train` do not begin"));
+    assert!(warned, "{:?}", tokens.warnings);
+
+    let data = bench.texts("messages", vec!["not JSON"]);
+    with["data"] = data;
+    let said = chain(&bench.run("format", &with).err().unwrap());
+    assert!(said.contains("no row is left: row 1") && said.contains("JSON"), "{said}");
+    with["data"] = bench.reviews();
+    with["messages"] = json!("label");
+    let said = chain(&bench.run("format", &with).err().unwrap());
+    assert!(said.contains("column `label` of split `test` holds Int64"), "{said}");
 }

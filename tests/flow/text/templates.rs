@@ -1,8 +1,8 @@
 //! Wording, exactly.
 
 use flow::text::{
-    ChatTemplate, Columns, Fields, Formatter, LabelWords, Message, Part, Piece, Rendered, Target,
-    Template, render_file,
+    ChatTemplate, Columns, Conversation, Fields, Formatter, LabelWords, Message, OnRefused, Part,
+    Piece, Rendered, Target, Template, Turns, render_file,
 };
 
 use super::{chain, fixture, map, parquet};
@@ -51,6 +51,9 @@ fn text(pieces: &[Piece], target: bool) -> String {
 fn rendered(template: Template, fields: Fields, row: usize) -> Vec<Piece> {
     let own = Some(("Q: {input} ({other}) {{", " A: {output}"));
     let own = own.filter(|_| template == Template::Own);
+    // own wording is refused what it does not use
+    let instruction = fields.instruction.filter(|_| template != Template::Own);
+    let fields = Fields { instruction, ..fields };
     let formatter = Formatter::new(template, own, None, fields).unwrap();
     pieces(formatter.row(&columns(), row).unwrap())
 }
@@ -131,10 +134,12 @@ fn own_wording_that_shows_the_answer_is_refused() {
     }
     let e = Formatter::new(Template::Own, Some(("{input}", "fixed")), None, fields());
     assert!(chain(&e.unwrap_err()).contains("same for every row"));
+    let e = Formatter::new(Template::Own, Some(("{input}", "{output}")), None, fields());
+    assert!(chain(&e.unwrap_err()).contains("does not use `instruction`"));
 }
 
 fn words() -> Fields {
-    let words = LabelWords::new(&map(&[("0", "negative"), ("1", "positive")]), &[]);
+    let words = LabelWords::new(&map(&[("0", "negative"), ("1", "positive")]), None).unwrap();
     Fields { target: Some(Target::Words("label".into(), words)), ..fields() }
 }
 
@@ -146,6 +151,7 @@ fn labels_become_words() {
     };
     assert_eq!((text(&segments, true).as_str(), label), ("positive", Some(1)));
     assert_eq!(formatter.candidate_targets().unwrap(), ["negative", "positive"]);
+    assert_eq!(formatter.candidate_prompt().unwrap(), "\n\n### Response:");
 }
 
 #[test]
@@ -154,7 +160,7 @@ fn an_unknown_label_names_row_and_value() {
     let (from, to) = (dir.path().join("a.parquet"), dir.path().join("b.parquet"));
     parquet(&from, &[("input", vec!["a", "b"])], Some(("label", vec![1, 7])));
     let formatter = Formatter::new(Template::Alpaca, None, None, words()).unwrap();
-    let e = render_file(&from, &to, &formatter, &mut |_, _| Ok(())).unwrap_err();
+    let e = render_file(&from, &to, &formatter, OnRefused::Drop, &mut |_, _| Ok(())).unwrap_err();
     let said = chain(&e);
     for part in ["row 2", "`7`", "`0`, `1`"] {
         assert!(said.contains(part), "{said}");
@@ -215,7 +221,8 @@ fn chats_are_masked_by_construction() {
     ] {
         let template = chat(name, None);
         let messages = conversation();
-        let found = template.pieces(&messages).unwrap();
+        let Turns { pieces: found, last_only } = template.pieces(&messages).unwrap();
+        assert!(!last_only);
         let of = |part: Part| -> Vec<&str> {
             found.iter().filter(|p| p.part == part).map(|p| p.text.as_str()).collect()
         };
@@ -248,6 +255,7 @@ fn a_chat_from_columns() {
     );
     let candidates = formatter.candidate_targets().unwrap();
     assert_eq!(candidates, ["negative<|im_end|>", "positive<|im_end|>"]);
+    assert!(formatter.candidate_prompt().unwrap().ends_with("<|im_start|>assistant\n"));
     assert!(formatter.writes_special_tokens());
 }
 
@@ -276,6 +284,86 @@ fn templates_may_refuse() {
     let said = chain(&template.pieces(&conversation()).unwrap_err());
     assert!(said.contains("otherwise when it follows"), "{said}");
     assert!(ChatTemplate::new("{% if %}", map(&[]), None).is_err());
+}
+
+/// What Jinja2 3.1 writes with its `loopcontrols`, which transformers turns on.
+#[test]
+fn loops_may_break_and_continue() {
+    let mut messages = conversation();
+    messages[3].content = "stop".into();
+    let template = chat("controls", None);
+    let asked = template.render(&conversation()[..2], true).unwrap();
+    assert_eq!(asked, "<user>Hi  \n<end><assistant>");
+    let said = template.render(&messages, false).unwrap();
+    assert_eq!(said, "<user>Hi  \n<end><assistant>Yes<end><stopped>");
+}
+
+/// Qwen3's way: what was thought before an answer is left out once the user has gone on.
+const THINKING: &str = "{% for m in messages %}{{ '<' + m.role + '>' }}\
+    {% if m.role == 'assistant' and loop.last %}{{ '<think></think>' }}{% endif %}\
+    {{ m.content + '<end>' }}{% endfor %}\
+    {% if add_generation_prompt %}{{ '<assistant>' }}{% endif %}";
+
+#[test]
+fn of_a_rewritten_conversation_the_last_answer_is_learnt() {
+    let template = ChatTemplate::new(THINKING, map(&[]), None).unwrap();
+    let messages = conversation();
+    let Turns { pieces, last_only } = template.pieces(&messages).unwrap();
+    assert!(last_only);
+    let prompt = template.render(&messages[..4], true).unwrap();
+    assert_eq!(text(&pieces, false), prompt);
+    assert_eq!(text(&pieces, true), "<think></think>No<end>");
+    let inputs: Vec<_> = pieces.iter().filter(|p| p.part == Part::Input).collect();
+    assert_eq!(inputs.len(), 2);
+    assert!(!template.pieces(&messages[..3]).unwrap().last_only);
+}
+
+#[test]
+fn empty_answers_are_not_learnt() {
+    let template = chat("chatml", None);
+    let mut messages = conversation();
+    messages[2].content = " ".into();
+    let found = template.pieces(&messages).unwrap().pieces;
+    assert_eq!(text(&found, true), "No<|im_end|>");
+    assert_eq!(text(&found, false), template.render(&messages[..4], true).unwrap());
+    messages[4].content = String::new();
+    let found = template.pieces(&messages).unwrap().pieces;
+    assert_eq!(text(&found, true), "");
+    assert_eq!(found.last().unwrap().part, Part::Target);
+}
+
+#[test]
+fn what_a_conversation_may_hold() {
+    let read = |role: &str, rest: serde_json::Value| {
+        let mut message = serde_json::json!({ "role": role, "content": "text" });
+        for (key, value) in rest.as_object().unwrap() {
+            message[key] = value.clone();
+        }
+        Conversation::read(&serde_json::json!([message]))
+    };
+    use serde_json::json;
+    assert!(read("tool", json!({ "tool_calls": [], "function_call": null })).is_ok());
+    let said = chain(&read("assistant", json!({ "tool_calls": [{ "id": 1 }] })).unwrap_err());
+    assert!(said.contains("message 1 calls a tool (`tool_calls`)"), "{said}");
+    let said = chain(&read("function", json!({})).unwrap_err());
+    assert!(said.contains("unknown role `function`") && said.contains("on_refused"), "{said}");
+    let silent = read("assistant", json!({ "content": null })).unwrap();
+    assert_eq!(silent.0[0].content, "");
+    assert!(read("user", json!({ "content": null })).is_err());
+}
+
+#[test]
+fn a_null_label_is_told() {
+    let columns: [(&str, arrow::array::ArrayRef); 2] = [
+        ("input", std::sync::Arc::new(arrow::array::StringArray::from(vec!["a"]))),
+        ("label", std::sync::Arc::new(arrow::array::Int64Array::from(vec![None]))),
+    ];
+    let batch = arrow::array::RecordBatch::try_from_iter_with_nullable(
+        columns.map(|(name, column)| (name, column, true)),
+    );
+    let formatter = Formatter::new(Template::Alpaca, None, None, words()).unwrap();
+    let said = chain(&formatter.row(&Columns::new(&batch.unwrap()).unwrap(), 0).unwrap_err());
+    assert!(said.contains("there is no label: column `label` is null"), "{said}");
 }
 
 #[test]

@@ -69,6 +69,8 @@ fn merges_are_the_most_frequent_pairs() {
     assert_eq!(tokens("widest"), ["w", "##i", "##d", "##est"]);
     assert_eq!(tokens("low"), ["low"]);
     assert_eq!(tokens("newest"), ["n", "##e", "##w", "##est"]);
+    // a character seen inside words only may begin another
+    assert_eq!(tokens("to"), ["t", "##o"]);
 }
 
 #[test]
