@@ -131,18 +131,19 @@ fn type_of(schema: &Value, about: &Value) -> String {
             return types.join(" | ");
         }
     }
-    match &about["type"] {
-        Value::String(one) if one == "object" && about["additionalProperties"].is_object() => {
+    let types: Vec<&str> = match &about["type"] {
+        Value::String(one) => vec![one],
+        Value::Array(many) => many.iter().filter_map(Value::as_str).collect(),
+        _ => return "any".to_owned(),
+    };
+    let words = types.into_iter().filter(|t| *t != "null").map(|one| match one {
+        "array" => format!("[{}]", type_of(schema, &about["items"])),
+        "object" if about["additionalProperties"].is_object() => {
             format!("map of {}", type_of(schema, &about["additionalProperties"]))
         }
-        Value::String(one) if one == "array" => format!("[{}]", type_of(schema, &about["items"])),
-        Value::String(one) => one.clone(),
-        Value::Array(many) => {
-            let words = many.iter().filter_map(Value::as_str).filter(|t| *t != "null");
-            words.collect::<Vec<_>>().join(" | ")
-        }
-        _ => "any".to_owned(),
-    }
+        other => other.to_owned(),
+    });
+    words.collect::<Vec<_>>().join(" | ")
 }
 
 /// `flow schema [KIND] [--write DIR]`.

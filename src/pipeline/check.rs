@@ -186,8 +186,8 @@ impl Lookup<'_, '_> {
             for (name, span) in &written.env {
                 if self.names.scope.is_secret(name) {
                     let message = format!("`{name}` is a secret: its value cannot be in the key");
-                    let help = "name it under `secrets` only, in every step that needs it: the step \
-                                sees it all the same";
+                    let help = "name it under `secrets` only, in each step that needs it; the \
+                                step sees it all the same";
                     self.found.push(Diagnostic::error(*span, message, "a secret").help(help));
                 }
             }

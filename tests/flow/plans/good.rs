@@ -303,7 +303,8 @@ steps:
     let deep = set("params.deep.x", "${params.n}").unwrap();
     assert_eq!(params(&deep, "one")["values"]["x"], json!(3));
     let told = |path: &str, raw: &str| told(text, &set(path, raw).unwrap_err());
-    assert!(told("params.m", "1").contains("did you mean `n`?"));
+    assert!(told("params.m", "1").contains("there is `n`, `deep`"));
+    assert!(told("params.depe.x", "1").contains("did you mean `deep`?"));
     assert!(told("n", "1").contains("write `--set params.n=1`"));
     assert!(told("params.n", "[1").contains("not valid YAML"));
     assert!(told("params.deep.y", "1").contains("no such parameter"));
@@ -424,7 +425,7 @@ steps:
     assert_eq!(params(&plan, "some@n=100")["rows"], json!({ "train": 100, "validation": 500 }));
     assert_eq!(params(&plan, "some@seed=3")["rows"], json!({ "validation": 500 }));
     // An entry that is left out leaves no edge behind.
-    assert_eq!(reads(&plan, "show@n=100"), ["some@n=100", "rows"]);
+    assert_eq!(reads(&plan, "show@n=100"), ["rows", "some@n=100"]);
     assert_eq!(reads(&plan, "show@seed=3"), ["some@seed=3"]);
 }
 

@@ -26,7 +26,7 @@ fn a_path_into_an_axis_that_leads_nowhere() {
         ))
     };
     let scalar = into("{ grid: { r: [4, 8] } }", "r.alpha");
-    assert!(scalar.starts_with("4:66 axis `r` has no part `alpha`\n"), "{scalar}");
+    assert!(scalar.starts_with("4:62 axis `r` has no part `alpha`\n"), "{scalar}");
     assert!(scalar.contains("write `${sweep.r}`"), "{scalar}");
     assert_eq!(scalar.lines().count(), 2, "{scalar}");
     // One point of three lacks it.
@@ -48,7 +48,7 @@ fn a_salt_that_is_not_a_word() {
          \x20 nil: {{ kind: fetch, with: {{ dataset: x }}, salt: \"${{params.none}}\" }}\n{ROWS}"
     );
     let told = errors(&text);
-    assert!(told.starts_with("3:52 expected text, a number or a boolean, found a list"), "{told}");
+    assert!(told.starts_with("3:51 expected text, a number or a boolean, found a list"), "{told}");
     assert_eq!(told.lines().count(), 2, "{told}");
 }
 
@@ -106,11 +106,12 @@ fn too_many_points_are_counted_before_they_are_made() {
     assert!(errors(&sweep("")).contains("1000000 points, above its cap of 256"));
     assert!(begun.elapsed() < Duration::from_secs(2), "{:?}", begun.elapsed());
     // What is excluded does not count.
-    let text = "sweep: { grid: { a: [1, 2, 3], b: [1, 2, 3] }, exclude: [{ a: 1 }, { b: 1 }], cap: 4 }\n\
+    let text = "sweep:\n  grid: { a: [1, 2, 3], b: [1, 2, 3] }\n  \
+                exclude: [{ a: 1 }, { b: 1 }]\n  cap: 4\n\
                 steps:\n  one: { kind: fetch, with: { dataset: \"${sweep.a}-${sweep.b}\" } }\n";
     assert_eq!(plan(text).unwrap().points.len(), 4);
     let small = Settings { sweep_cap: 3, ..settings() };
-    let found = plan_with(&text.replace(", cap: 4", ""), &small).unwrap_err();
+    let found = plan_with(&text.replace("  cap: 4\n", ""), &small).unwrap_err();
     assert!(found[0].message.contains("4 points, above its cap of 3"), "{found:?}");
     let negative = errors(&text.replace("cap: 4", "cap: -1"));
     assert!(negative.contains("expected a whole number, 1 or more, found the number -1"));
@@ -119,7 +120,8 @@ fn too_many_points_are_counted_before_they_are_made() {
 #[test]
 fn an_axis_beside_its_own_part() {
     let text = format!(
-        "sweep: {{ zip: {{ lora: {{ r: [4, 8] }} }}, include: [{{ lora: none }}] }}\nsteps:\n{ROWS}  \
+        "sweep: {{ zip: {{ lora: {{ r: [4, 8] }} }}, include: [{{ lora: none }}] }}\n\
+         steps:\n{ROWS}  \
          one: {{ kind: command, with: {{ run: ls, values: {{ x: \"${{sweep.lora}}\" }} }} }}\n"
     );
     let told = errors(&text);
