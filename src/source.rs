@@ -159,19 +159,32 @@ pub fn advice(error: &anyhow::Error) -> Vec<String> {
     faults.filter_map(|f| f.help.clone()).collect()
 }
 
-/// The known name that a mistyped one most likely meant, if any is near.
+/// The known name that a mistyped one most likely meant, if any is near: one that holds it or that
+/// it holds (`bench`, `benchmark`) or that it abbreviates (`lr`, `learning_rate`), else the one
+/// with the fewest edits.
 pub fn nearest<'a>(
     wrong: &str,
     known: impl IntoIterator<Item = impl Into<&'a str>>,
 ) -> Option<&'a str> {
-    let limit = (wrong.chars().count() / 3).max(2);
-    let scored = known.into_iter().map(Into::into).map(|name: &str| {
-        let d = strsim::damerau_levenshtein(&wrong.to_lowercase(), &name.to_lowercase());
-        let inside = wrong.len() >= 3 && (name.contains(wrong) || wrong.contains(name));
-        (if inside { d.min(limit) } else { d }, name)
+    let wrong = wrong.to_lowercase();
+    let length = wrong.chars().count();
+    let scored = known.into_iter().map(Into::into).filter_map(|name: &str| {
+        let other = name.to_lowercase();
+        let other_length = other.chars().count();
+        let edits = strsim::damerau_levenshtein(&wrong, &other);
+        let holds = other.contains(&wrong) || wrong.contains(&other);
+        let initials = other.split(['_', '-']).filter_map(|word| word.chars().next());
+        let related = holds && length.min(other_length) >= 3
+            || length >= 2 && initials.collect::<String>() == wrong;
+        // Of a short name nothing would be left.
+        let limit = (length / 3).max(2).min(length.saturating_sub(1)).min(other_length);
+        (related || edits <= limit).then_some((!related, edits, name))
     });
-    scored.filter(|(d, _)| *d <= limit).min_by_key(|(d, _)| *d).map(|(_, name)| name)
+    scored.min_by_key(|(unrelated, edits, _)| (*unrelated, *edits)).map(|(.., name)| name)
 }
+
+/// Names that are listed where nothing is near.
+const LISTED: usize = 20;
 
 /// "did you mean `x`?" or, with nothing near, the list of what there is.
 pub fn suggest(wrong: &str, known: &[&str]) -> Option<String> {
@@ -179,8 +192,12 @@ pub fn suggest(wrong: &str, known: &[&str]) -> Option<String> {
         return Some(format!("did you mean `{name}`?"));
     }
     (!known.is_empty()).then(|| {
-        let list: Vec<String> = known.iter().map(|k| format!("`{k}`")).collect();
-        format!("there is {}", list.join(", "))
+        let list: Vec<String> = known.iter().take(LISTED).map(|k| format!("`{k}`")).collect();
+        let more = match known.len().saturating_sub(LISTED) {
+            0 => String::new(),
+            n => format!(" and {n} more"),
+        };
+        format!("there is {}{more}", list.join(", "))
     })
 }
 
@@ -203,5 +220,14 @@ mod tests {
         assert_eq!(nearest("tokenise", ["tokenize", "train"]), Some("tokenize"));
         assert_eq!(nearest("q", ["tokenize", "train"]), None);
         assert_eq!(suggest("zzzzzz", &["a", "b"]).unwrap(), "there is `a`, `b`");
+        let lora = ["r", "alpha", "dropout", "lora"];
+        assert_eq!(nearest("lora_alpha", lora), Some("alpha"));
+        assert_eq!(nearest("lr", ["r", "learning_rate", "model"]), Some("learning_rate"));
+        assert_eq!(nearest("bench", ["merge", "benchmark"]), Some("benchmark"));
+        assert_eq!(nearest("a", ["b"]), None);
+        assert_eq!(nearest("abr", ["r"]), None);
+        let many: Vec<String> = (100..150).map(|i| format!("name-{i}")).collect();
+        let many: Vec<&str> = many.iter().map(String::as_str).collect();
+        assert!(suggest("zz", &many).unwrap().ends_with("`name-119` and 30 more"));
     }
 }

@@ -6,7 +6,7 @@ use clap::{Args, Parser, Subcommand};
 
 const AFTER: &str = "Exit codes: 0 done, 1 a step failed, 2 pipeline or command wrong, \
     3 store, disk or internal, 130 interrupted.\n\
-    Environment: FLOW_STORE, FLOW_CUDA_WORKER, HF_ENDPOINT, HF_HOME, HF_HUB_CACHE, HF_TOKEN, \
+    Environment: FLOW_STORE, HF_ENDPOINT, HF_HOME, HF_HUB_CACHE, HF_TOKEN, HF_TOKEN_PATH, \
     HF_HUB_OFFLINE, NO_COLOR.";
 
 /// A declarative runner for fine-tuning experiments.
@@ -34,6 +34,8 @@ pub(super) enum Command {
     Plan(PlanOptions),
     /// Check a pipeline file: all mistakes at once, nothing is run or asked for.
     Validate(PipelineOptions),
+    /// Ask for every outside name of a pipeline again, and write what it is now into the lock.
+    Update(PipelineOptions),
     /// The DAG of a pipeline in Graphviz's dot language.
     Graph(PipelineOptions),
     /// Why a step ran (or was taken from the cache) in a run.
@@ -76,10 +78,11 @@ pub(super) enum Command {
 pub(super) struct PipelineOptions {
     /// The pipeline file.
     pub(super) file: PathBuf,
-    /// Give a parameter another value: `--set params.seed=7` (a value is read as YAML).
+    /// Give a parameter another value, like `--set params.seed=7`; can be given several times.
+    /// The value is read as YAML: `--set params.ranks=[4,8]`.
     #[arg(long = "set", value_name = "PATH=VALUE")]
     pub(super) sets: Vec<String>,
-    /// Largest sweep that is accepted.
+    /// Points that a sweep may have if it gives no `cap` of its own.
     #[arg(long, value_name = "POINTS", default_value_t = 256)]
     pub(super) sweep_cap: usize,
 }
@@ -88,7 +91,7 @@ pub(super) struct PipelineOptions {
 pub(super) struct PlanOptions {
     #[command(flatten)]
     pub(super) pipeline: PipelineOptions,
-    /// Only these steps (or instances like `train@lora.r=8`) and what they need.
+    /// Only these steps (or points of them, like `train@lora.r=8`) and what they need.
     #[arg(value_name = "STEP")]
     pub(super) steps: Vec<String>,
     /// CPU slots [default: all cores].
@@ -119,7 +122,7 @@ pub(super) struct RunOptions {
 
 #[derive(Debug, Args)]
 pub(super) struct StepOptions {
-    /// The step, or an instance like `train@lora.r=8`; all steps of the run if left out.
+    /// The step, or points of it like `train@lora.r=8`; all steps of the run if left out.
     pub(super) step: Option<String>,
     /// The run (a unique prefix, or `latest`).
     #[arg(long, value_name = "RUN", default_value = "latest")]

@@ -2,19 +2,23 @@
 
 use std::collections::BTreeMap;
 use std::env;
-use std::path::{Path, PathBuf};
+use std::ffi::OsString;
+use std::path::{Component, Path, PathBuf};
 
 use crate::hub::{ENDPOINT, Hub, HubSettings, Token};
 
 /// Everything that the environment says, read once.
 pub(super) struct Environment {
-    /// All variables, for `${env.NAME}`, declared `env:` and `secrets:`.
+    /// All variables that are Unicode, for `${env.NAME}`, declared `env:` and `secrets:`.
     pub(super) variables: BTreeMap<String, String>,
 }
 
 impl Environment {
     pub(super) fn read() -> Self {
-        Self { variables: env::vars().collect() }
+        let unicode = |(name, value): (OsString, OsString)| {
+            Some((name.into_string().ok()?, value.into_string().ok()?))
+        };
+        Self { variables: env::vars_os().filter_map(unicode).collect() }
     }
 
     fn get(&self, name: &str) -> Option<&str> {
@@ -61,19 +65,45 @@ impl Environment {
         let named = asked.map(Path::to_path_buf).or_else(|| self.get("FLOW_STORE").map(Into::into));
         named.unwrap_or_else(|| root.join(".flow"))
     }
-
-    /// The worker for GPU steps: `FLOW_CUDA_WORKER`, else `flow-cuda` beside this program.
-    pub(super) fn cuda_worker(&self) -> Option<PathBuf> {
-        let named = self.get("FLOW_CUDA_WORKER").map(PathBuf::from);
-        let beside = || env::current_exe().ok().map(|exe| exe.with_file_name("flow-cuda"));
-        named.or_else(beside).filter(|p| p.is_file())
-    }
 }
 
-/// The nearest ancestor of a path with `flow.toml` or `.git`, else the working directory.
-pub(super) fn project_root(from: &Path) -> PathBuf {
+/// The nearest of a folder and those above it with `flow.toml` or `.git`, else the working
+/// directory.
+pub(super) fn project_root(dir: &Path) -> PathBuf {
     let here = env::current_dir().unwrap_or_else(|_| PathBuf::from("."));
-    let from = here.join(from);
     let marked = |dir: &&Path| dir.join("flow.toml").is_file() || dir.join(".git").exists();
-    from.ancestors().skip(1).find(marked).map_or(here, Path::to_path_buf)
+    normal(&here.join(dir)).ancestors().find(marked).map_or(here, Path::to_path_buf)
+}
+
+/// A path without `.` and `..`: what is above `a/../b` is not `a`.
+fn normal(path: &Path) -> PathBuf {
+    let mut out = PathBuf::new();
+    for part in path.components() {
+        match part {
+            Component::CurDir => {}
+            Component::ParentDir => {
+                out.pop();
+            }
+            part => out.push(part),
+        }
+    }
+    out
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_root_of_a_project() {
+        let dir = tempfile::tempdir().unwrap();
+        let (one, other) = (dir.path().join("one"), dir.path().join("other"));
+        std::fs::create_dir_all(one.join("deep/er")).unwrap();
+        std::fs::create_dir_all(one.join(".git")).unwrap();
+        std::fs::create_dir_all(&other).unwrap();
+        std::fs::write(other.join("flow.toml"), "").unwrap();
+        assert_eq!(project_root(&one), one, "the folder itself counts");
+        assert_eq!(project_root(&one.join("deep/./er")), one);
+        assert_eq!(project_root(&one.join("deep/../../other")), other);
+    }
 }

@@ -1,9 +1,12 @@
 //! How things that went wrong are shown, and which exit code they give.
 
-use std::io::IsTerminal;
+use std::io::{ErrorKind, IsTerminal};
 use std::process::ExitCode;
 
-use miette::{GraphicalReportHandler, GraphicalTheme, LabeledSpan, MietteDiagnostic, NamedSource};
+use miette::{
+    GraphicalReportHandler, GraphicalTheme, LabeledSpan, MietteDiagnostic, MietteError,
+    MietteSpanContents, SourceCode, SourceSpan, SpanContents,
+};
 
 use crate::source::{Diagnostic, Severity, Source, advice};
 use crate::store::StoreError;
@@ -39,13 +42,6 @@ pub(super) enum Failure {
 
 impl From<anyhow::Error> for Failure {
     fn from(error: anyhow::Error) -> Self {
-        let broken_pipe = error.chain().any(|e| {
-            let io = e.downcast_ref::<std::io::Error>();
-            io.is_some_and(|e| e.kind() == std::io::ErrorKind::BrokenPipe)
-        });
-        if broken_pipe {
-            return Self::Shown(Exit::Done);
-        }
         if error.chain().any(|e| e.is::<StoreError>()) {
             return Self::Internal(error);
         }
@@ -53,9 +49,14 @@ impl From<anyhow::Error> for Failure {
     }
 }
 
+/// What the roof itself could not do: nearly always, write to stdout. That nobody reads any more
+/// is no failure; it ends the command.
 impl From<std::io::Error> for Failure {
     fn from(error: std::io::Error) -> Self {
-        anyhow::Error::from(error).into()
+        match error.kind() {
+            ErrorKind::BrokenPipe => Self::Shown(Exit::Done),
+            _ => Self::Internal(error.into()),
+        }
     }
 }
 
@@ -65,12 +66,12 @@ impl Failure {
         match self {
             Self::Pipeline(source, diagnostics) => {
                 if json {
-                    println!("{}", diagnostics_json(&source, &diagnostics));
+                    let _ = outln!("{}", diagnostics_json(&source, &diagnostics));
                 } else {
                     show_diagnostics(&source, &diagnostics, plain);
                     let errors = count(&diagnostics, Severity::Error);
                     let s = if errors == 1 { "" } else { "s" };
-                    eprintln!("{}: {errors} error{s}; nothing was run", source.name);
+                    errln!("{}: {errors} error{s}; nothing was run", source.name);
                 }
                 Exit::Usage
             }
@@ -95,18 +96,41 @@ fn show_error(error: &anyhow::Error, json: bool) {
     let chain: Vec<String> = error.chain().map(ToString::to_string).collect();
     let help = advice(error);
     if json {
-        println!(
-            "{}",
-            serde_json::json!({ "error": chain[0], "because": &chain[1..], "help": help })
-        );
+        let json = serde_json::json!({ "error": chain[0], "because": &chain[1..], "help": help });
+        let _ = outln!("{json}");
         return;
     }
-    eprintln!("error: {}", chain[0]);
+    errln!("error: {}", chain[0]);
     for cause in &chain[1..] {
-        eprintln!("  because: {cause}");
+        errln!("  because: {cause}");
     }
     for line in help {
-        eprintln!("  help: {line}");
+        errln!("  help: {line}");
+    }
+}
+
+/// A source for miette, which counts columns in bytes by itself.
+#[derive(Debug, Clone)]
+struct Shown(Source);
+
+impl SourceCode for Shown {
+    fn read_span<'a>(
+        &'a self,
+        span: &SourceSpan,
+        before: usize,
+        after: usize,
+    ) -> Result<Box<dyn SpanContents<'a> + 'a>, MietteError> {
+        let Source { name, text } = &self.0;
+        let read = text.as_bytes().read_span(span, before, after)?;
+        let (data, at, lines) = (read.data(), *read.span(), read.line_count());
+        // Without lines around it, this asks for the position to name.
+        let (line, column) = match before + after {
+            0 => self.0.position(span.offset()),
+            _ => (read.line() + 1, read.column() + 1),
+        };
+        let name = name.clone();
+        let named = MietteSpanContents::new_named(name, data, at, line - 1, column - 1, lines);
+        Ok(Box::new(named))
     }
 }
 
@@ -115,7 +139,7 @@ pub(super) fn show_diagnostics(source: &Source, diagnostics: &[Diagnostic], plai
     let colours = !plain && std::io::stderr().is_terminal();
     let theme = if colours { GraphicalTheme::unicode() } else { GraphicalTheme::unicode_nocolor() };
     let handler = GraphicalReportHandler::new_themed(theme).with_links(false).with_width(100);
-    let text = NamedSource::new(&source.name, source.text.to_string());
+    let text = Shown(source.clone());
     for diagnostic in diagnostics {
         let span = diagnostic.span.start..diagnostic.span.end;
         let severity = match diagnostic.severity {
@@ -129,7 +153,7 @@ pub(super) fn show_diagnostics(source: &Source, diagnostics: &[Diagnostic], plai
         let report = miette::Report::from(shown).with_source_code(text.clone());
         let mut out = String::new();
         if handler.render_report(&mut out, report.as_ref()).is_ok() {
-            eprintln!("{out}");
+            errln!("{out}");
         }
     }
 }

@@ -5,11 +5,11 @@ use serde_json::{Value, json};
 use super::arguments::{RunsOptions, ShowOptions, StepOptions};
 use super::error::{Exit, Failure};
 use super::session::store_here;
-use super::{Stage, table};
+use super::steps::{Phase, StepStatus, steps_named, steps_of};
+use super::{Stage, out, table};
 use crate::artifact::View;
 use crate::digest::Digest;
-use crate::lineage::{Loaded, Record, Run, Runs, State, StepSummary};
-use crate::source::{Fault, suggest};
+use crate::lineage::{Loaded, Record, Run, Runs};
 use crate::store::Store;
 
 /// The record of a key, if it can be read.
@@ -22,24 +22,6 @@ pub(super) fn record_of(
         Loaded::Found(record) => Some(record),
         Loaded::Absent | Loaded::Corrupt(_) => None,
     })
-}
-
-/// Steps of a run: all, the instances of one step, or one instance.
-pub(super) fn steps_named(run: &Run, name: Option<&str>) -> Result<Vec<StepSummary>, Failure> {
-    let Some(summary) = &run.summary else {
-        let fault = Fault::new(format!("run {} has not ended", run.info.id));
-        return Err(Failure::Usage(fault.help("see `flow log` for what it says").into()));
-    };
-    let Some(name) = name else { return Ok(summary.steps.clone()) };
-    let matches = |id: &str| id == name || id.split('@').next() == Some(name);
-    let found: Vec<_> = summary.steps.iter().filter(|s| matches(&s.id)).cloned().collect();
-    if found.is_empty() {
-        let known: Vec<&str> = summary.steps.iter().map(|s| s.id.as_str()).collect();
-        let fault = Fault::new(format!("run {} has no step `{name}`", run.info.id));
-        let help = suggest(name, &known).unwrap_or_default();
-        return Err(Failure::Usage(fault.help(help).into()));
-    }
-    Ok(found)
 }
 
 fn when(unix_ms: u64) -> String {
@@ -56,26 +38,24 @@ pub(super) fn runs(stage: &Stage, options: &RunsOptions) -> Result<Exit, Failure
     if stage.json {
         let list =
             runs.iter().map(|r| json!({ "run": r.info, "status": r.status, "summary": r.summary }));
-        println!("{}", Value::Array(list.collect()));
+        outln!("{}", Value::Array(list.collect()))?;
         return Ok(Exit::Done);
     }
     let rows = runs.iter().map(|run| {
-        let count = |state| {
-            let steps = run.summary.iter().flat_map(|s| &s.steps);
-            steps.filter(|s| s.state == state).count().to_string()
-        };
+        let steps = steps_of(run);
+        let count = |state| steps.iter().filter(|s| s.state == state).count().to_string();
         vec![
             run.info.id.clone(),
             run.info.pipeline.clone(),
             format!("{:?}", run.status).to_lowercase(),
-            count(State::Ran),
-            count(State::Hit),
-            count(State::Failed),
+            count(Phase::Ran),
+            count(Phase::Hit),
+            count(Phase::Failed),
             run.summary.as_ref().map_or_else(String::new, |s| table::seconds(s.seconds)),
         ]
     });
     let head = ["run", "pipeline", "status", "ran", "cached", "failed", "time"];
-    print!("{}", table::render(&head, &rows.collect::<Vec<_>>()));
+    out::text(&table::render(&head, &rows.collect::<Vec<_>>()))?;
     Ok(Exit::Done)
 }
 
@@ -86,109 +66,119 @@ pub(super) fn show(stage: &Stage, options: &ShowOptions) -> Result<Exit, Failure
     let (run, step) = match (runs.find(&options.what), &options.step) {
         (Ok(run), step) => (run, step.clone()),
         (Err(error), Some(_)) => return Err(error.into()),
+        // several runs begin so
+        (Err(error), None) if runs.ids()?.iter().any(|id| id.starts_with(&options.what)) => {
+            return Err(error.into());
+        }
         // not a run: perhaps a step of the latest one
         (Err(_), None) => (runs.find("latest")?, Some(options.what.clone())),
     };
-    match step {
-        Some(name) => {
-            for step in steps_named(&run, Some(&name))? {
-                show_step(stage, &store, &step)?;
-            }
+    let Some(name) = step else {
+        show_run(stage, &run)?;
+        return Ok(Exit::Done);
+    };
+    let steps = steps_named(&run, Some(&name))?;
+    if stage.json {
+        let mut list = Vec::with_capacity(steps.len());
+        for step in &steps {
+            list.push(json!({ "step": step, "record": record_of(&store, step.key)? }));
         }
-        None => show_run(stage, &run)?,
+        outln!("{}", Value::Array(list))?;
+        return Ok(Exit::Done);
+    }
+    for step in &steps {
+        show_step(&store, step)?;
     }
     Ok(Exit::Done)
 }
 
 fn show_run(stage: &Stage, run: &Run) -> Result<(), Failure> {
     if stage.json {
-        println!("{}", json!({ "run": run.info, "status": run.status, "summary": run.summary }));
+        let (info, steps) = (&run.info, steps_of(run));
+        let (status, summary) = (run.status, &run.summary);
+        outln!("{}", json!({ "run": info, "status": status, "steps": steps, "summary": summary }))?;
         return Ok(());
     }
     let info = &run.info;
-    println!("run {}  {}  {:?}", info.id, info.pipeline, run.status);
-    println!("started {}  on {}", when(info.started_unix_ms), info.host);
-    println!("$ {}\n", info.command_line.join(" "));
-    let rows = run.summary.iter().flat_map(|s| &s.steps).map(|s| {
+    outln!("run {}  {}  {:?}", info.id, info.pipeline, run.status)?;
+    outln!("started {}  on {}", when(info.started_unix_ms), info.host)?;
+    outln!("$ {}\n", info.command_line.join(" "))?;
+    let steps = steps_of(run);
+    let rows = steps.iter().map(|s| {
         let why = s.message.clone().or_else(|| s.why.as_ref().map(ToString::to_string));
         let time = if s.seconds > 0.0 { table::seconds(s.seconds) } else { String::new() };
         let key = s.key.map(|k| k.short()).unwrap_or_default();
-        let state = format!("{:?}", s.state).to_lowercase();
+        let state = s.state.word().to_owned();
         vec![s.id.clone(), state, key, time, why.unwrap_or_default()]
     });
     let head = ["step", "state", "key", "time", "because"];
-    print!("{}", table::render(&head, &rows.collect::<Vec<_>>()));
+    out::text(&table::render(&head, &rows.collect::<Vec<_>>()))?;
     Ok(())
 }
 
-fn show_step(stage: &Stage, store: &Store, step: &StepSummary) -> Result<(), Failure> {
+fn show_step(store: &Store, step: &StepStatus) -> Result<(), Failure> {
     let record = record_of(store, step.key)?;
-    if stage.json {
-        println!("{}", json!({ "step": step, "record": record }));
-        return Ok(());
-    }
-    println!("{}  {:?}", step.id, step.state);
+    outln!("{}  {}", step.id, step.state.word())?;
     let Some(record) = record else {
-        println!(
-            "  no record{}",
-            step.message.as_deref().map(|m| format!(": {m}")).unwrap_or_default()
-        );
+        let message = step.message.as_deref().map(|m| format!(": {m}")).unwrap_or_default();
+        outln!("  no record{message}")?;
         return Ok(());
     };
     let made = &record.made;
-    println!("  kind     {} v{}", record.kind, record.version);
-    println!("  key      {}", record.key);
-    println!(
+    outln!("  kind     {} v{}", record.kind, record.version)?;
+    outln!("  key      {}", record.key)?;
+    outln!(
         "  made     run {}, {}, in {}",
         made.run,
         when(made.started_unix_ms),
         table::seconds(made.seconds)
-    );
-    println!("  on       {}, {} {}, {} threads", made.host, made.device, made.isa, made.threads);
+    )?;
+    outln!("  on       {}, {} {}, {} threads", made.host, made.device, made.isa, made.threads)?;
     if let Some(bytes) = made.peak_rss_bytes {
-        println!("  memory   {} at most", table::bytes(bytes));
+        outln!("  memory   {} at most", table::bytes(bytes))?;
     }
-    println!("  with");
+    outln!("  with")?;
     for line in format!("{:#}", record.preimage["with"]).lines() {
-        println!("    {line}");
+        outln!("    {line}")?;
     }
-    println!("  made");
+    outln!("  made")?;
     for (port, digest) in &record.ports {
-        println!("    {port}  {}", digest.short());
+        outln!("    {port}  {}", digest.short())?;
     }
     if !record.facts.is_empty() {
-        println!("  facts");
+        outln!("  facts")?;
         for (name, value) in &record.facts {
-            println!("    {name}  {value}");
+            outln!("    {name}  {value}")?;
         }
     }
     for warning in &record.warnings {
-        println!("  warning: {warning}");
+        outln!("  warning: {warning}")?;
     }
     for other in Record::differences(store, &record.key)? {
-        println!("  another result of the same key: run {}", other.made.run);
+        outln!("  another result of the same key: run {}", other.made.run)?;
     }
     let view = View { ty: record.ty, ports: record.ports.clone(), store: store.clone() };
     for port in record.ports.keys() {
-        show_files(&view, port);
+        show_files(&view, port)?;
     }
     Ok(())
 }
 
 /// What a port holds for people: tables, metrics, samples.
-fn show_files(view: &View, port: &str) {
+fn show_files(view: &View, port: &str) -> std::io::Result<()> {
     for name in ["report.md", "samples.json", "report.json"] {
         let Ok(Some(path)) = view.find(port, name) else { continue };
         if let Ok(text) = std::fs::read_to_string(path) {
-            println!("  {port}/{name}");
+            outln!("  {port}/{name}")?;
             for line in text.lines().take(120) {
-                println!("    {line}");
+                outln!("    {line}")?;
             }
             if name == "report.md" {
                 break;
             }
         }
     }
+    Ok(())
 }
 
 /// `flow log [STEP] [--run RUN]`.
@@ -196,6 +186,7 @@ pub(super) fn log(stage: &Stage, options: &StepOptions) -> Result<Exit, Failure>
     let store = store_here(stage)?;
     let runs = Runs::of(&store);
     let run = runs.find(&options.run)?;
+    let mut list = Vec::new();
     for step in steps_named(&run, options.step.as_deref())? {
         let mut path = run.log_path(&step.id);
         if !path.is_file()
@@ -204,15 +195,23 @@ pub(super) fn log(stage: &Stage, options: &StepOptions) -> Result<Exit, Failure>
         {
             path = maker.log_path(&record.made.step);
         }
-        match std::fs::read_to_string(&path) {
+        // A command may write any bytes.
+        let log = std::fs::read(&path).map(|log| String::from_utf8_lossy(&log).into_owned());
+        match log {
+            Ok(text) if stage.json => {
+                list.push(json!({ "step": step.id, "path": path, "text": text }));
+            }
             Ok(text) if options.step.is_none() => {
                 for line in text.lines() {
-                    println!("{}  {line}", step.id);
+                    outln!("{}  {line}", step.id)?;
                 }
             }
-            Ok(text) => print!("{text}"),
-            Err(_) => eprintln!("{}  has no log", step.id),
+            Ok(text) => out::text(&text)?,
+            Err(_) => errln!("{}  has no log", step.id),
         }
+    }
+    if stage.json {
+        outln!("{}", Value::Array(list))?;
     }
     Ok(Exit::Done)
 }

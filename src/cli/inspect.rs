@@ -7,7 +7,7 @@ use anyhow::Context as _;
 use serde_json::{Value, json};
 
 use super::error::{Exit, Failure};
-use super::{Stage, table};
+use super::{Stage, out, table};
 use crate::pipeline;
 use crate::source::{Fault, suggest};
 use crate::step::Kind;
@@ -20,34 +20,73 @@ pub(super) fn kinds(stage: &Stage, name: Option<&str>) -> Result<Exit, Failure> 
                 .kinds
                 .iter()
                 .map(|k| json!({ "kind": k.name, "version": k.version, "summary": k.summary() }));
-            println!("{}", Value::Array(list.collect()));
+            outln!("{}", Value::Array(list.collect()))?;
         } else {
             let rows = stage.kinds.iter().map(|k| vec![k.name.to_owned(), k.summary()]);
-            print!("{}", table::render(&["kind", "what it does"], &rows.collect::<Vec<_>>()));
+            out::text(&table::render(&["kind", "what it does"], &rows.collect::<Vec<_>>()))?;
         }
         return Ok(Exit::Done);
     };
     let schema = (find(stage, name)?.schema)();
     if stage.json {
-        println!("{schema}");
+        outln!("{schema}")?;
         return Ok(Exit::Done);
     }
-    println!("{name}\n\n{}\n", schema["description"].as_str().unwrap_or_default());
+    outln!("{name}\n\n{}\n", schema["description"].as_str().unwrap_or_default())?;
+    let mut text = String::new();
+    fields(&schema, &schema, "", DEEPEST, &mut text);
+    out::text(&text)?;
+    Ok(Exit::Done)
+}
+
+/// Fields within fields that are shown.
+const DEEPEST: usize = 4;
+
+/// The fields of an object, and those within them under their whole path (`lora.r`).
+fn fields(schema: &Value, object: &Value, prefix: &str, depth: usize, text: &mut String) {
     let required: Vec<&str> =
-        schema["required"].as_array().into_iter().flatten().filter_map(Value::as_str).collect();
-    for (field, about) in schema["properties"].as_object().into_iter().flatten() {
+        object["required"].as_array().into_iter().flatten().filter_map(Value::as_str).collect();
+    for (field, about) in object["properties"].as_object().into_iter().flatten() {
         let default = match about.get("default") {
             Some(Value::Null) => ", optional".to_owned(),
             Some(value) => format!(", default {value}"),
             None if required.contains(&field.as_str()) => ", required".to_owned(),
             None => ", optional".to_owned(),
         };
-        println!("  {field}: {}{default}", type_of(&schema, about));
-        for line in description(&schema, about).lines() {
-            println!("      {line}");
+        let path = format!("{prefix}{field}");
+        text.push_str(&format!("  {path}: {}{default}\n", type_of(schema, about)));
+        for line in description(schema, about).lines() {
+            text.push_str(&format!("      {line}\n"));
+        }
+        for (suffix, object) in within(schema, about, depth) {
+            fields(schema, object, &format!("{path}{suffix}."), depth - 1, text);
         }
     }
-    Ok(Exit::Done)
+}
+
+/// The objects with fields of their own that a value can be or hold, and where: itself, the items
+/// of a list, the values of a map.
+fn within<'a>(schema: &'a Value, about: &'a Value, depth: usize) -> Vec<(String, &'a Value)> {
+    let about = target(schema, about);
+    if depth == 0 {
+        return Vec::new();
+    }
+    let mut found = Vec::new();
+    if about["properties"].is_object() {
+        found.push((String::new(), about));
+    }
+    for list in ["anyOf", "oneOf", "allOf"] {
+        for one in about[list].as_array().into_iter().flatten() {
+            found.extend(within(schema, one, depth - 1));
+        }
+    }
+    for (key, suffix) in [("items", "[]"), ("additionalProperties", ".NAME")] {
+        if about[key].is_object() {
+            let inner = within(schema, &about[key], depth - 1).into_iter();
+            found.extend(inner.map(|(rest, object)| (format!("{suffix}{rest}"), object)));
+        }
+    }
+    found
 }
 
 fn find<'a>(stage: &'a Stage, name: &str) -> Result<&'a Kind, Failure> {
@@ -72,6 +111,12 @@ fn description(schema: &Value, about: &Value) -> String {
 
 fn type_of(schema: &Value, about: &Value) -> String {
     let about = target(schema, about);
+    if let Some(types) = about["x-yields"].as_array() {
+        let types: Vec<&str> = types.iter().filter_map(Value::as_str).collect();
+        let gather = about["pattern"].as_str().is_some_and(|p| p.ends_with(r"\.\*\}$"));
+        let form = if gather { "${steps.NAME.*}" } else { "${steps.NAME}" };
+        return format!("{form} ({})", types.join(" or "));
+    }
     if let Some(options) = about["enum"].as_array() {
         let words: Vec<&str> = options.iter().filter_map(Value::as_str).collect();
         return words.join(" | ");
@@ -86,15 +131,19 @@ fn type_of(schema: &Value, about: &Value) -> String {
             return types.join(" | ");
         }
     }
-    match &about["type"] {
-        Value::String(one) if one == "array" => format!("[{}]", type_of(schema, &about["items"])),
-        Value::String(one) => one.clone(),
-        Value::Array(many) => {
-            let words = many.iter().filter_map(Value::as_str).filter(|t| *t != "null");
-            words.collect::<Vec<_>>().join(" | ")
+    let types: Vec<&str> = match &about["type"] {
+        Value::String(one) => vec![one],
+        Value::Array(many) => many.iter().filter_map(Value::as_str).collect(),
+        _ => return "any".to_owned(),
+    };
+    let words = types.into_iter().filter(|t| *t != "null").map(|one| match one {
+        "array" => format!("[{}]", type_of(schema, &about["items"])),
+        "object" if about["additionalProperties"].is_object() => {
+            format!("map of {}", type_of(schema, &about["additionalProperties"]))
         }
-        _ => "any".to_owned(),
-    }
+        other => other.to_owned(),
+    });
+    words.collect::<Vec<_>>().join(" | ")
 }
 
 /// `flow schema [KIND] [--write DIR]`.
@@ -108,15 +157,15 @@ pub(super) fn schema(
         for (file, text) in schemas(stage.kinds) {
             let path = dir.join(file);
             fs::write(&path, text).with_context(|| format!("writing {}", path.display()))?;
-            eprintln!("{}", path.display());
+            errln!("{}", path.display());
         }
         return Ok(Exit::Done);
     }
     let schema = match name {
-        Some(name) => (find(stage, name)?.schema)(),
+        Some(name) => pipeline::kind_schema(find(stage, name)?),
         None => pipeline::schema(stage.kinds),
     };
-    println!("{schema:#}");
+    outln!("{schema:#}")?;
     Ok(Exit::Done)
 }
 
@@ -124,7 +173,8 @@ pub(super) fn schema(
 pub fn schemas(kinds: &[Kind]) -> Vec<(String, String)> {
     let text = |schema: &Value| format!("{schema:#}\n");
     let mut files = vec![("pipeline.json".to_owned(), text(&pipeline::schema(kinds)))];
-    files.extend(kinds.iter().map(|k| (format!("{}.json", k.name), text(&(k.schema)()))));
+    let one = |kind: &Kind| (format!("{}.json", kind.name), text(&pipeline::kind_schema(kind)));
+    files.extend(kinds.iter().map(one));
     files
 }
 

@@ -1,7 +1,9 @@
 //! The roof: arguments, colours, tables, exit codes. The only floor that prints, reads the
 //! environment or knows the table of kinds, the store, lineage and the engine at once.
 //! stdout is data, stderr is for people.
-#![expect(clippy::print_stdout, clippy::print_stderr, reason = "this is the floor that prints")]
+
+#[macro_use]
+mod out;
 
 mod arguments;
 mod environment;
@@ -13,9 +15,11 @@ mod plan;
 mod progress;
 mod run;
 mod session;
+mod steps;
 mod table;
 
-use std::io::IsTerminal;
+use std::io::{ErrorKind, IsTerminal};
+use std::panic::{UnwindSafe, catch_unwind};
 use std::process::ExitCode;
 
 use clap::{CommandFactory, Parser};
@@ -31,12 +35,26 @@ use crate::step::Kind;
 /// The whole program, over a table of kinds: `flow::main(flow::kinds::ALL)`, or a slice of your
 /// own. A custom binary built this way is its own worker.
 pub fn main(kinds: &'static [Kind]) -> ExitCode {
+    guarded(|| start(kinds)).into()
+}
+
+/// A panic is a mistake of the program, and has an exit code of its own.
+fn guarded(work: impl FnOnce() -> Exit + UnwindSafe) -> Exit {
+    catch_unwind(work).unwrap_or_else(|_| {
+        errln!("error: this is a mistake of flow itself; please report what stands above");
+        Exit::Internal
+    })
+}
+
+fn start(kinds: &'static [Kind]) -> Exit {
     let arguments = match Arguments::try_parse() {
         Ok(arguments) => arguments,
         Err(e) => {
-            let code = if e.use_stderr() { Exit::Usage } else { Exit::Done };
-            let shown = e.print();
-            return if shown.is_ok() { code.into() } else { Exit::Internal.into() };
+            return match e.print() {
+                Err(e) if e.kind() != ErrorKind::BrokenPipe => Exit::Internal,
+                _ if e.use_stderr() => Exit::Usage,
+                _ => Exit::Done,
+            };
         }
     };
     let environment = Environment::read();
@@ -44,8 +62,8 @@ pub fn main(kinds: &'static [Kind]) -> ExitCode {
     let plain = environment.plain() || !std::io::stderr().is_terminal();
     let stage = Stage { kinds, environment, json, plain, store: arguments.store.clone() };
     match dispatch(&stage, arguments.command) {
-        Ok(exit) => exit.into(),
-        Err(failure) => failure.show(json, plain).into(),
+        Ok(exit) => exit,
+        Err(failure) => failure.show(json, plain),
     }
 }
 
@@ -63,6 +81,7 @@ fn dispatch(stage: &Stage, command: Command) -> Result<Exit, Failure> {
         Command::Run(options) => run::run(stage, &options),
         Command::Plan(options) => plan::plan(stage, &options),
         Command::Validate(options) => plan::validate(stage, &options),
+        Command::Update(options) => run::update(stage, options),
         Command::Graph(options) => plan::graph(stage, &options),
         Command::Why(options) => explain::why(stage, &options),
         Command::Trace(options) => explain::trace(stage, &options),
@@ -74,10 +93,22 @@ fn dispatch(stage: &Stage, command: Command) -> Result<Exit, Failure> {
             inspect::schema(stage, kind.as_deref(), write.as_deref())
         }
         Command::Completions { shell } => {
-            let mut command = Arguments::command();
-            clap_complete::generate(shell, &mut command, "flow", &mut std::io::stdout());
+            let mut script = Vec::new();
+            clap_complete::generate(shell, &mut Arguments::command(), "flow", &mut script);
+            out::text(&String::from_utf8_lossy(&script))?;
             Ok(Exit::Done)
         }
         Command::Worker { dir } => run::worker(stage, &dir),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_panic_has_an_exit_code() {
+        assert_eq!(guarded(|| panic!("this one is expected")), Exit::Internal);
+        assert_eq!(guarded(|| Exit::Done), Exit::Done);
     }
 }

@@ -2,10 +2,13 @@
 
 use std::time::Duration;
 
+use petgraph::visit::EdgeRef;
+use serde_json::json;
+
 use super::arguments::{PipelineOptions, PlanOptions};
 use super::error::{Exit, Failure, diagnostics_json, show_diagnostics};
-use super::session::{ground, load, shortages};
-use super::{Stage, table};
+use super::session::{ground, load, shortages_ahead, shortages_of};
+use super::{Stage, out, table};
 use crate::engine::{self, Prospect};
 use crate::pipeline::Plan;
 
@@ -13,10 +16,13 @@ use crate::pipeline::Plan;
 pub(super) fn validate(stage: &Stage, options: &PipelineOptions) -> Result<Exit, Failure> {
     let plan = load(stage, options)?;
     show_diagnostics(&plan.source, &plan.warnings, stage.plain);
+    for warning in shortages_of(&plan) {
+        errln!("warning: {warning}");
+    }
     if stage.json {
-        println!("{}", diagnostics_json(&plan.source, &plan.warnings));
+        outln!("{}", diagnostics_json(&plan.source, &plan.warnings))?;
     } else {
-        println!("{}: {}", plan.source.name, counts(&plan));
+        outln!("{}: {}", plan.source.name, counts(&plan))?;
     }
     Ok(Exit::Done)
 }
@@ -24,17 +30,30 @@ pub(super) fn validate(stage: &Stage, options: &PipelineOptions) -> Result<Exit,
 /// `flow graph FILE`.
 pub(super) fn graph(stage: &Stage, options: &PipelineOptions) -> Result<Exit, Failure> {
     let plan = load(stage, options)?;
-    println!("digraph {:?} {{\n  rankdir=LR; node [shape=box];", plan.name);
+    if stage.json {
+        let nodes = plan.order().into_iter().map(|node| {
+            let i = &plan.graph[node];
+            json!({ "id": i.id, "step": i.step, "kind": i.kind.name, "point": i.point })
+        });
+        let edges = plan.graph.edge_references().map(|edge| {
+            let (from, to) = (&plan.graph[edge.source()].id, &plan.graph[edge.target()].id);
+            json!({ "from": from, "to": to, "port": edge.weight().port })
+        });
+        let (nodes, edges): (Vec<_>, Vec<_>) = (nodes.collect(), edges.collect());
+        outln!("{}", json!({ "name": plan.name, "nodes": nodes, "edges": edges }))?;
+        return Ok(Exit::Done);
+    }
+    outln!("digraph {:?} {{\n  rankdir=LR; node [shape=box];", plan.name)?;
     for node in plan.order() {
         let instance = &plan.graph[node];
-        println!("  {:?} [label=\"{}\\n{}\"];", instance.id.0, instance.id, instance.kind.name);
+        outln!("  {:?} [label=\"{}\\n{}\"];", instance.id.0, instance.id, instance.kind.name)?;
     }
     for edge in plan.graph.edge_indices() {
         let Some((from, to)) = plan.graph.edge_endpoints(edge) else { continue };
         let port = plan.graph[edge].port.as_deref().unwrap_or_default();
-        println!("  {:?} -> {:?} [label={port:?}];", plan.graph[from].id.0, plan.graph[to].id.0);
+        outln!("  {:?} -> {:?} [label={port:?}];", plan.graph[from].id.0, plan.graph[to].id.0)?;
     }
-    println!("}}");
+    outln!("}}")?;
     Ok(Exit::Done)
 }
 
@@ -44,12 +63,12 @@ pub(super) fn plan(stage: &Stage, options: &PlanOptions) -> Result<Exit, Failure
     show_diagnostics(&plan.source, &plan.warnings, stage.plain);
     let ground = ground(stage, options)?;
     let session = ground.session(stage, options, false, Duration::ZERO)?;
-    for warning in shortages(&plan, &session) {
-        eprintln!("warning: {warning}");
-    }
     let forecasts = engine::forecast(&plan, &session)?;
+    for warning in shortages_ahead(&forecasts) {
+        errln!("warning: {warning}");
+    }
     if stage.json {
-        println!("{}", serde_json::to_value(&forecasts).map_err(anyhow::Error::from)?);
+        outln!("{}", json!(forecasts))?;
         return Ok(Exit::Done);
     }
     let mut tally = [0; 4];
@@ -65,11 +84,11 @@ pub(super) fn plan(stage: &Stage, options: &PlanOptions) -> Result<Exit, Failure
         vec![f.step.clone(), state.to_owned(), before, because]
     });
     let rows: Vec<Vec<String>> = rows.collect();
-    print!("{}", table::render(&["step", "state", "last time", "because"], &rows));
+    out::text(&table::render(&["step", "state", "last time", "because"], &rows))?;
     let [cached, to_run, waiting, unresolved] = tally;
-    println!("\n{}: {cached} cached, {to_run} to run, {waiting} waiting for those", counts(&plan));
+    outln!("\n{}: {cached} cached, {to_run} to run, {waiting} waiting for those", counts(&plan))?;
     if unresolved > 0 {
-        println!("{unresolved} could not be resolved: `flow run` would stop before it starts");
+        outln!("{unresolved} could not be resolved: `flow run` would stop before it starts")?;
     }
     Ok(Exit::Done)
 }

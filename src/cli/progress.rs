@@ -21,6 +21,8 @@ const METRICS: [&str; 5] = ["accuracy", "f1", "loss", "matthews", "perplexity"];
 /// An observer of a run.
 pub(super) struct Screen {
     json: bool,
+    /// Nobody reads stdout any more; the run goes on.
+    unread: bool,
     bars: Option<MultiProgress>,
     running: BTreeMap<String, Running>,
     hits: Vec<String>,
@@ -38,14 +40,15 @@ struct Running {
 impl Screen {
     pub(super) fn new(json: bool, plain: bool) -> Self {
         let bars = (!json && !plain).then(MultiProgress::new);
-        Self { json, bars, running: BTreeMap::new(), hits: Vec::new(), width: 8 }
+        let (running, hits) = (BTreeMap::new(), Vec::new());
+        Self { json, unread: false, bars, running, hits, width: 8 }
     }
 
     /// Shows an event.
     pub(super) fn show(&mut self, event: &RunEvent) {
         if self.json {
-            if let Ok(line) = serde_json::to_string(event) {
-                println!("{line}");
+            if let (false, Ok(line)) = (self.unread, serde_json::to_string(event)) {
+                self.unread = outln!("{line}").is_err();
             }
             return;
         }
@@ -195,10 +198,10 @@ impl Screen {
         match &self.bars {
             Some(bars) => {
                 if bars.println(&text).is_err() {
-                    eprintln!("{text}");
+                    errln!("{text}");
                 }
             }
-            None => eprintln!("{text}"),
+            None => errln!("{text}"),
         }
     }
 }

@@ -3,11 +3,13 @@
 use std::path::Path;
 use std::time::Duration;
 
+use serde_json::{Value, json};
+
 use super::Stage;
-use super::arguments::RunOptions;
+use super::arguments::{PipelineOptions, PlanOptions, RunOptions};
 use super::error::{Exit, Failure, show_diagnostics};
 use super::progress::Screen;
-use super::session::{ground, load, shortages};
+use super::session::{ground, load, needs_of, shortages_ahead};
 use crate::engine::{self, Unresolved};
 use crate::lineage::Status;
 use crate::source::{Diagnostic, Fault, advice};
@@ -19,10 +21,14 @@ pub(super) fn run(stage: &Stage, options: &RunOptions) -> Result<Exit, Failure> 
     let ground = ground(stage, &options.plan)?;
     let grace = Duration::from_secs(options.grace);
     let session = ground.session(stage, &options.plan, options.keep_going, grace)?;
-    let short = shortages(&plan, &session);
-    if !short.is_empty() {
-        let help = "run it where there is a GPU and a worker built for it (FLOW_CUDA_WORKER)";
-        return Err(Failure::Usage(Fault::new(short.join("; ")).help(help).into()));
+    let needed = plan.needed_for(&session.options.targets)?;
+    if needed.iter().any(|node| needs_of(&plan.graph[*node]).gpu > session.options.gpus.len()) {
+        // Only now is it worth asking which of them would run at all.
+        let short = shortages_ahead(&engine::forecast(&plan, &session)?);
+        if !short.is_empty() {
+            let help = "without `needs: { gpu: … }` the step runs on the CPU, if slowly";
+            return Err(Failure::Usage(Fault::new(short.join("; ")).help(help).into()));
+        }
     }
     ground.listen()?;
     let mut screen = Screen::new(stage.json, stage.plain);
@@ -30,10 +36,35 @@ pub(super) fn run(stage: &Stage, options: &RunOptions) -> Result<Exit, Failure> 
     drop(screen);
     let outcome = outcome.map_err(|error| unresolved(&plan.source, error))?;
     Ok(match outcome.status {
+        Status::Failed if outcome.store_failed => Exit::Internal,
         Status::Done => Exit::Done,
         Status::Interrupted => Exit::Interrupted,
         Status::Failed | Status::Running | Status::Died => Exit::StepFailed,
     })
+}
+
+/// `flow update FILE`.
+pub(super) fn update(stage: &Stage, pipeline: PipelineOptions) -> Result<Exit, Failure> {
+    let plan = load(stage, &pipeline)?;
+    show_diagnostics(&plan.source, &plan.warnings, stage.plain);
+    let (steps, force) = (Vec::new(), Vec::new());
+    let (jobs, locked, offline) = (None, false, false);
+    let options = PlanOptions { pipeline, steps, jobs, force, locked, offline };
+    let ground = ground(stage, &options)?;
+    let session = ground.session(stage, &options, false, Duration::ZERO)?;
+    let updated = engine::update(&plan, &session).map_err(|e| unresolved(&plan.source, e))?;
+    if stage.json {
+        let list = updated.iter().map(|u| json!({ "name": u.name, "old": u.old, "new": u.new }));
+        outln!("{}", Value::Array(list.collect()))?;
+        return Ok(Exit::Done);
+    }
+    if updated.is_empty() {
+        outln!("nothing has changed outside")?;
+    }
+    for line in updated {
+        outln!("{}  {} -> {}", line.name, line.old.as_deref().unwrap_or("(new)"), line.new)?;
+    }
+    Ok(Exit::Done)
 }
 
 /// Failures to resolve outside names, shown at the steps that name them.

@@ -12,11 +12,11 @@ use super::Stage;
 use super::arguments::{PipelineOptions, PlanOptions};
 use super::environment::project_root;
 use super::error::{Exit, Failure};
-use crate::engine::{Options, Session, WorkerCommand};
+use crate::engine::{Forecast, Options, Prospect, Session, WorkerCommand};
 use crate::hub::Hub;
-use crate::pipeline::{Plan, Settings};
+use crate::pipeline::{Instance, Plan, Settings};
 use crate::source::{Fault, Source};
-use crate::step::Device;
+use crate::step::{Device, Needs};
 use crate::store::Store;
 
 /// Reads and checks a pipeline file.
@@ -40,9 +40,14 @@ pub(super) fn load(stage: &Stage, options: &PipelineOptions) -> Result<Plan, Fai
         .map_err(|diagnostics| Failure::Pipeline(source, diagnostics))
 }
 
+/// The folder that a file is in.
+fn folder_of(file: &Path) -> &Path {
+    file.parent().filter(|p| !p.as_os_str().is_empty()).unwrap_or(Path::new("."))
+}
+
 /// The pipelines that stand beside a path that does not exist.
 fn neighbours(file: &Path) -> String {
-    let dir = file.parent().filter(|p| !p.as_os_str().is_empty()).unwrap_or(Path::new("."));
+    let dir = folder_of(file);
     let entries = std::fs::read_dir(dir).into_iter().flatten().flatten().map(|e| e.path());
     let yaml = |p: &PathBuf| p.extension().is_some_and(|e| e == "yaml" || e == "yml");
     let mut names: Vec<String> = entries.filter(yaml).map(|p| p.display().to_string()).collect();
@@ -85,7 +90,7 @@ pub(super) fn store_here(stage: &Stage) -> Result<Store, Failure> {
 
 /// Opens the store that belongs to a pipeline, and the hub.
 pub(super) fn ground(stage: &Stage, options: &PlanOptions) -> Result<Ground, Failure> {
-    let root = project_root(&options.pipeline.file);
+    let root = project_root(folder_of(&options.pipeline.file));
     let dir = stage.environment.store_dir(stage.store.as_deref(), &root);
     Ok(Ground {
         store: Store::open(&dir)?,
@@ -135,7 +140,7 @@ impl Ground {
             cancel: &self.cancel,
             options: Options {
                 jobs: options.jobs.unwrap_or(cores).max(1),
-                gpus: gpus(stage),
+                gpus: gpus(),
                 targets: options.steps.clone(),
                 force: options.force.clone(),
                 keep_going,
@@ -145,9 +150,9 @@ impl Ground {
                 compute: "f32".to_owned(),
                 worker: Some(WorkerCommand { exe, args: vec!["worker".to_owned()] }),
                 grace,
-                outputs: project_root(&file).join("outputs"),
+                outputs: project_root(folder_of(&file)).join("outputs"),
                 lock: None,
-                command_line: std::env::args().collect(),
+                command_line: std::env::args_os().map(|a| a.to_string_lossy().into()).collect(),
                 sets,
                 environment: stage.environment.variables.clone(),
             },
@@ -155,30 +160,37 @@ impl Ground {
     }
 }
 
-/// GPUs that steps can be lent: those that the driver lists, if there is a worker that can use
-/// them.
-fn gpus(stage: &Stage) -> Vec<u32> {
-    if stage.environment.cuda_worker().is_none() {
-        return Vec::new();
-    }
-    let listed = std::fs::read_dir("/proc/driver/nvidia/gpus").map_or(0, Iterator::count);
-    (0..u32::try_from(listed).unwrap_or(0)).collect()
+/// GPUs that steps can be lent: none, as no build of this program computes on one yet.
+fn gpus() -> Vec<u32> {
+    Vec::new()
 }
 
-/// Steps that ask for more than there is.
-pub(super) fn shortages(plan: &Plan, session: &Session<'_>) -> Vec<String> {
-    let have = session.options.gpus.len();
+/// What a step asks for.
+pub(super) fn needs_of(instance: &Instance) -> Needs {
+    instance.policy.needs.unwrap_or_else(|| instance.parsed.needs())
+}
+
+/// Steps of a plan that ask for more than there is.
+pub(super) fn shortages_of(plan: &Plan) -> Vec<String> {
+    let steps = plan.order().into_iter().map(|node| &plan.graph[node]);
+    shortages(steps.map(|i| (i.id.to_string(), needs_of(i).gpu)))
+}
+
+/// Steps that would run and ask for more than there is.
+pub(super) fn shortages_ahead(forecasts: &[Forecast]) -> Vec<String> {
+    let cached = |f: &&Forecast| matches!(f.prospect, Prospect::Cached { .. });
+    shortages(forecasts.iter().filter(|f| !cached(f)).map(|f| (f.step.clone(), f.needs.gpu)))
+}
+
+fn shortages(steps: impl Iterator<Item = (String, usize)>) -> Vec<String> {
+    let have = gpus().len();
     let mut short: BTreeMap<usize, Vec<String>> = BTreeMap::new();
-    for node in plan.order() {
-        let instance = &plan.graph[node];
-        let needs = instance.policy.needs.unwrap_or_else(|| instance.parsed.needs());
-        if needs.gpu > have {
-            short.entry(needs.gpu).or_default().push(instance.id.to_string());
-        }
+    for (step, gpu) in steps.filter(|(_, gpu)| *gpu > have) {
+        short.entry(gpu).or_default().push(step);
     }
     let lines = short.into_iter().map(|(gpu, steps)| {
-        let steps = steps.join(", ");
-        format!("{steps}: asks for {gpu} GPU, and no more than {have} can be used here")
+        let (steps, s) = (steps.join(", "), if gpu == 1 { "" } else { "s" });
+        format!("{steps}: asks for {gpu} GPU{s}, and there is none that this build can use")
     });
     lines.collect()
 }

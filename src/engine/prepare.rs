@@ -6,12 +6,11 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Result, anyhow};
 use petgraph::graph::NodeIndex;
-use petgraph::visit::{Reversed, Walker};
 
 use super::Session;
 use crate::lineage::{Lock, LockMode};
 use crate::pipeline::Plan;
-use crate::source::{Fault, Span, suggest};
+use crate::source::Span;
 use crate::step::{BadField, Outside, Step};
 
 /// What is missing outside: every name that could not be resolved, with its step.
@@ -63,13 +62,15 @@ pub(super) fn prepare_what_can(
         (false, true) => LockMode::Frozen,
         (false, false) => LockMode::Grow,
     };
-    let chosen = choose(plan, &session.options.targets)?;
-    let force = named(plan, &session.options.force)?;
+    let chosen = plan.needed_for(&session.options.targets)?;
+    let mut force = BTreeSet::new();
+    for name in &session.options.force {
+        force.extend(plan.targets(name)?);
+    }
     if let Some(node) = force.iter().find(|n| !chosen.contains(n)) {
         let id = &plan.graph[*node].id.0;
-        let fault =
-            Fault::new(format!("`{id}` is to be forced, but the steps asked for need it not"));
-        return Err(fault.help("name it among the steps too").into());
+        let message = format!("`{id}` is to be forced, but the steps asked for do not need it");
+        return Err(Fault::new(message).help("name it among the steps too").into());
     }
     let mut lock = Lock::load(&lock_path(plan, session), mode)?;
     let dir = plan.file.parent().unwrap_or(Path::new(""));
@@ -99,42 +100,6 @@ pub(super) fn prepare_what_can(
 pub(super) fn bad_field(bad: BadField) -> anyhow::Error {
     let place = if bad.path.is_empty() { String::new() } else { format!("with.{}: ", bad.path) };
     anyhow!("{place}{}", bad.message)
-}
-
-/// The instances that names mean: a step's name means all of its instances.
-fn named(plan: &Plan, names: &[String]) -> Result<BTreeSet<NodeIndex>> {
-    let mut nodes = BTreeSet::new();
-    for name in names {
-        let means = |n: &NodeIndex| plan.graph[*n].step == *name || plan.graph[*n].id.0 == *name;
-        let meant: Vec<NodeIndex> = plan.graph.node_indices().filter(means).collect();
-        if meant.is_empty() {
-            return Err(unknown(plan, name));
-        }
-        nodes.extend(meant);
-    }
-    Ok(nodes)
-}
-
-fn unknown(plan: &Plan, name: &str) -> anyhow::Error {
-    let instances = plan.graph.node_weights();
-    let known: BTreeSet<&str> =
-        instances.flat_map(|i| [i.step.as_str(), i.id.0.as_str()]).collect();
-    let known: Vec<&str> = known.into_iter().collect();
-    let help = suggest(name, &known).unwrap_or_else(|| "the pipeline has no steps".into());
-    Fault::new(format!("there is no step `{name}`")).help(help).into()
-}
-
-/// The named instances and all that they need; everything if none is named.
-fn choose(plan: &Plan, targets: &[String]) -> Result<BTreeSet<NodeIndex>> {
-    if targets.is_empty() {
-        return Ok(plan.graph.node_indices().collect());
-    }
-    let mut chosen = BTreeSet::new();
-    for node in named(plan, targets)? {
-        let upstream = petgraph::visit::Dfs::new(Reversed(&plan.graph), node);
-        chosen.extend(upstream.iter(Reversed(&plan.graph)));
-    }
-    Ok(chosen)
 }
 
 /// A line of the lock that `flow update` changed.

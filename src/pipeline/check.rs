@@ -9,7 +9,7 @@ use petgraph::graph::{DiGraph, NodeIndex};
 
 use super::instance::{Made, Maker};
 use super::plan::{Instance, Plan, StepId};
-use super::reference::{Piece, Reference, near, pieces, texts};
+use super::reference::{Piece, Reference, check_keys, near, pieces, texts};
 use super::scope::Scope;
 use super::sweep::{self, Sweep};
 use super::written::{Pipeline, WrittenStep};
@@ -184,12 +184,14 @@ impl Lookup<'_, '_> {
                 }
             }
             for (name, span) in &written.env {
-                if written.secrets.iter().any(|(secret, _)| secret == name) {
+                if self.names.scope.is_secret(name) {
                     let message = format!("`{name}` is a secret: its value cannot be in the key");
-                    let help = "name it under `secrets` only; the step sees it all the same";
+                    let help = "name it under `secrets` only, in each step that needs it; the \
+                                step sees it all the same";
                     self.found.push(Diagnostic::error(*span, message, "a secret").help(help));
                 }
             }
+            check_keys(&written.with, self.found);
             self.node(step, &written.with, true);
             if let Some(salt) = &written.salt {
                 self.node(step, salt, false);
@@ -232,6 +234,8 @@ impl Lookup<'_, '_> {
                     let message = format!("unknown axis `{name}`");
                     let wrong = Diagnostic::error(span, message, "not an axis of the sweep");
                     self.found.push(wrong.help(help));
+                } else {
+                    self.found.extend(self.names.sweep.dead_end(name, span));
                 }
                 self.axes_read.extend(axes.iter().cloned());
                 self.names.steps[at].axes.extend(axes);

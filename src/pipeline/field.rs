@@ -69,7 +69,8 @@ pub(super) fn parse(kind: &Kind, with: &Value) -> Parsed {
         let path = place(&bad);
         let invented = made_up.iter().any(|p| within(&path, p)) || is_unknown(&value, &path);
         if !invented {
-            wrong.push(explain(&bad, &value));
+            let words = words(kind, &value, &path);
+            wrong.push(explain(&bad, &value, &words));
         }
         if let Some(name) = between(&bad.message, "unknown field `") {
             let parent = bad
@@ -116,6 +117,14 @@ fn gather(ty: Type) -> Value {
     json!({ "$gather": { "members": [{ "point": {}, "input": { "type": ty } }] } })
 }
 
+/// The known words of a place, if it takes words: a word that is none makes an enum list its own.
+fn words(kind: &Kind, value: &Value, path: &str) -> Vec<String> {
+    let mut probe = value.clone();
+    let asked = put(&mut probe, path, json!("")).then(|| (kind.parse)(&probe).err()).flatten();
+    let asked = asked.filter(|e| place(e) == path && e.message.starts_with("unknown variant"));
+    asked.map(|e| named(&e.message)).unwrap_or_default()
+}
+
 /// Replaces what is at a path by something that parses.
 fn mend(
     kind: &Kind,
@@ -124,10 +133,7 @@ fn mend(
     path: &str,
     edges: &mut Vec<String>,
 ) -> bool {
-    // A word that is none makes an enum list its own.
-    let mut probe = value.clone();
-    let asked = put(&mut probe, path, json!("")).then(|| (kind.parse)(&probe).err()).flatten();
-    let words = asked.filter(|e| place(e) == path).map(|e| named(&e.message)).unwrap_or_default();
+    let words = words(kind, value, path);
     let mut candidates: Vec<Value> = words.into_iter().map(Value::String).collect();
     candidates.extend(Type::ALL.into_iter().flat_map(|ty| [edge(ty), gather(ty)]));
     let plain = [json!("x"), json!(1), json!(0.5), json!(true), json!([]), json!({}), json!(0)];
@@ -265,7 +271,7 @@ fn put(value: &mut Value, path: &str, new: Value) -> bool {
 }
 
 /// serde's message in the words of the user.
-fn explain(bad: &BadField, value: &Value) -> Wrong {
+fn explain(bad: &BadField, value: &Value, words: &[String]) -> Wrong {
     let message = bad.message.as_str();
     let mut value = value.clone();
     let wrong = |message: String, label: &str, help| Wrong {
@@ -306,7 +312,11 @@ fn explain(bad: &BadField, value: &Value) -> Wrong {
         .or_else(|| message.strip_prefix("invalid value: "))
         .and_then(|rest| rest.rsplit_once(", expected "));
     if let Some((_, expected)) = typed {
-        let expected = in_words(expected);
+        let expected = match words {
+            [] => in_words(expected),
+            [one] => format!("`{one}`"),
+            several => format!("one of `{}`", several.join("`, `")),
+        };
         let found = describe(&here);
         let mut help = None;
         if let Value::String(text) = &here {
@@ -368,6 +378,7 @@ fn describe(value: &Value) -> String {
     let span = crate::source::Span::default();
     crate::yaml::Node::from_value(value, span).describe()
 }
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -433,5 +444,15 @@ mod tests {
         );
         assert_eq!(parsed.ports.map(|p| p.ty), Some(Type::TrainedModel));
         assert!(parsed.step.is_none());
+    }
+
+    #[test]
+    fn words_are_listed_where_one_is_expected() {
+        let with = json!({
+            "data": edge(Type::Tokens), "model": edge(Type::Model), "method": 3, "rate": 1,
+        });
+        let parsed = parse(&Kind::of::<Train>(), &with);
+        let told: Vec<&str> = parsed.wrong.iter().map(|w| w.message.as_str()).collect();
+        assert_eq!(told, ["expected one of `full`, `lora`, found the number 3"]);
     }
 }

@@ -64,13 +64,10 @@ impl<'m, 'a> Maker<'m, 'a> {
     /// All instances of a step, in the order of the points.
     pub(super) fn step(&mut self, step: usize) -> Vec<Made> {
         let known = &self.names.steps[step];
-        let mut points: Vec<Point> = Vec::new();
-        for point in &self.names.sweep.points {
-            let point = project(point, &known.axes);
-            if !points.contains(&point) {
-                points.push(point);
-            }
-        }
+        let mut seen = BTreeSet::new();
+        let points = self.names.sweep.points.iter().map(|point| project(point, &known.axes));
+        // Told apart as JSON: the names of `1` and "1" are the same, which is reported later.
+        let points: Vec<Point> = points.filter(|p| seen.insert(json!(p).to_string())).collect();
         let mut made = Vec::with_capacity(points.len());
         let mut places: BTreeSet<Span> = BTreeSet::new();
         for point in points {
@@ -92,13 +89,7 @@ impl<'m, 'a> Maker<'m, 'a> {
             Shape::Map(entries) => Node::new(Shape::Map(self.entries(entries)), written.with.span),
             _ => self.node(&written.with).unwrap_or_else(|| stand_in(written.span)),
         };
-        let salt = written.salt.as_ref().and_then(|salt| self.node(salt)).and_then(|salt| {
-            let mut text = String::new();
-            match interpolate(&salt, salt.span, &mut text) {
-                Ok(()) => Some(text),
-                Err(_) => None,
-            }
-        });
+        let salt = written.salt.as_ref().and_then(|salt| self.salt(salt));
         let point = self.point.clone();
         let edges = std::mem::take(&mut self.edges);
         let Some(kind) = kind else { return Made { point, ports: None, instance: None, edges } };
@@ -125,6 +116,22 @@ impl<'m, 'a> Maker<'m, 'a> {
         }
         let instance = (!refused).then(|| self.finish(written, *kind, step, salt));
         Made { point, ports: parsed.ports, instance, edges }
+    }
+
+    /// The salt as text; `None` if the point has none or it is refused.
+    fn salt(&mut self, written: &Node) -> Option<String> {
+        let salt = self.node(written)?;
+        if salt.shape == Shape::Null || salt == stand_in(salt.span) {
+            return None;
+        }
+        let mut text = String::new();
+        if interpolate(&salt, salt.span, &mut text).is_ok() {
+            return Some(text);
+        }
+        let message = format!("expected text, a number or a boolean, found {}", salt.describe());
+        let help = "the salt is one word of the key: change it to have the step run anew";
+        self.found.push(Diagnostic::error(written.span, message, "not a salt").help(help));
+        None
     }
 
     fn finish(
@@ -169,13 +176,12 @@ impl<'m, 'a> Maker<'m, 'a> {
         let shape = match &node.shape {
             Shape::Text(_) => return self.text(node),
             Shape::List(items) => {
-                Shape::List(items.iter().filter_map(|item| self.node(item)).collect())
+                Shape::List(items.iter().filter_map(|item| self.kept(item)).collect())
             }
             Shape::Map(entries) => {
                 let kept = self.entries(entries);
-                // `lora: { r: "${sweep.r}", dropout: 0.1 }` is nothing without its axis
-                let mut left = entries.iter().filter(|e| kept.iter().any(|k| k.key == e.key));
-                if kept.len() < entries.len() && !left.any(|e| self.reads_sweep(&e.value)) {
+                // `lora: { r: "${sweep.r}" }` is nothing without its axis.
+                if kept.is_empty() && !entries.is_empty() {
                     return None;
                 }
                 Shape::Map(kept)
@@ -185,24 +191,23 @@ impl<'m, 'a> Maker<'m, 'a> {
         Some(Node::new(shape, node.span))
     }
 
+    /// As [`node`](Self::node); what is left out leaves no edges.
+    fn kept(&mut self, node: &Node) -> Option<Node> {
+        let edges = self.edges.len();
+        let kept = self.node(node);
+        if kept.is_none() {
+            self.edges.truncate(edges);
+        }
+        kept
+    }
+
     /// The entries of a map, without those that read an axis that the point lacks.
     fn entries(&mut self, entries: &[Entry]) -> Vec<Entry> {
         let kept = entries.iter().filter_map(|e| {
-            let value = self.node(&e.value)?;
+            let value = self.kept(&e.value)?;
             Some(Entry { key: e.key.clone(), key_span: e.key_span, value })
         });
         kept.collect()
-    }
-
-    fn reads_sweep(&self, node: &Node) -> bool {
-        match &node.shape {
-            Shape::Text(_) => pieces(node, self.names.source).is_ok_and(|found| {
-                found.iter().any(|p| matches!(p, Piece::Ref(Reference::Sweep(_), _)))
-            }),
-            Shape::List(items) => items.iter().any(|item| self.reads_sweep(item)),
-            Shape::Map(entries) => entries.iter().any(|e| self.reads_sweep(&e.value)),
-            _ => false,
-        }
     }
 
     fn text(&mut self, node: &Node) -> Option<Node> {
@@ -254,7 +259,7 @@ impl<'m, 'a> Maker<'m, 'a> {
                 }
                 match self.names.sweep.value(name, &self.point) {
                     Some(value) => Some(Node::from_value(&value, span)),
-                    None if self.names.sweep.refused => Some(stand_in(span)),
+                    None if self.names.sweep.refused || self.has_axis(name) => Some(stand_in(span)),
                     None => {
                         self.absent.push(name.clone());
                         None
@@ -272,6 +277,11 @@ impl<'m, 'a> Maker<'m, 'a> {
                 Some(value.map_or_else(|| stand_in(span), |v| Node::from_value(&v, span)))
             }
         }
+    }
+
+    /// Whether the point has the axis that a reference reads or reaches into.
+    fn has_axis(&self, name: &str) -> bool {
+        self.names.sweep.read_by(name).iter().any(|axis| self.point.contains_key(axis))
     }
 
     fn edge(&mut self, step: usize, instance: usize, port: Option<&str>) -> usize {

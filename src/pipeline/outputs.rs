@@ -8,6 +8,7 @@ use super::check::{Names, unknown_step};
 use super::instance::Made;
 use super::plan::{Output, Point, StepId};
 use super::reference::{Piece, Reference, near, pieces};
+use crate::digest::Digest;
 use crate::source::Diagnostic;
 use crate::yaml::Entry;
 
@@ -90,10 +91,27 @@ pub(super) fn read(
                 continue;
             }
             let name = if several { at_point(&entry.key, &one.point) } else { entry.key.clone() };
+            let name = bounded(name);
             wanted.push(Wanted { name, step: index, instance, port: port.clone() });
         }
     }
     wanted
+}
+
+/// Bytes of a folder's name; file systems take 255, and some are needed around it.
+const LONGEST: usize = 120;
+
+/// A name that every file system takes: a long one is cut, and a digest keeps such names apart.
+fn bounded(name: String) -> String {
+    if name.len() <= LONGEST {
+        return name;
+    }
+    let digest = Digest::of(name.as_bytes()).short();
+    let mut end = LONGEST - digest.len() - 1;
+    while !name.is_char_boundary(end) {
+        end -= 1;
+    }
+    format!("{}-{digest}", &name[..end])
 }
 
 /// `name@lora.r=8`, as the name of one folder: what a file name cannot hold is percent-encoded.

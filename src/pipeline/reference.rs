@@ -35,6 +35,8 @@ pub(super) enum Piece {
 const ROOTS: [&str; 4] = ["params", "steps", "sweep", "env"];
 /// Left for the kind.
 const LITERAL: [&str; 2] = ["out", "files"];
+/// Keys that mean something between the steps.
+const RESERVED: [&str; 5] = ["$input", "$gather", "$file", "$text", "$unknown"];
 
 /// The pieces of a text node: none for what is not text or is empty.
 ///
@@ -51,6 +53,7 @@ pub(super) fn pieces(node: &Node, source: &Source) -> Result<Vec<Piece>, Vec<Dia
             plain.push_str(&rest[..at - 1]);
             plain.push_str("${");
             rest = &rest[at + 2..];
+            places.of("$${"); // what is escaped is not found again as a reference
             continue;
         }
         plain.push_str(&rest[..at]);
@@ -116,8 +119,10 @@ fn reference(inner: &str) -> Result<Reference, (String, String)> {
     let whole = || format!("`${{{inner}}}` is not a reference");
     let (root, rest) = inner.split_once('.').unwrap_or((inner, ""));
     if !ROOTS.contains(&root) {
-        let near = crate::source::nearest(root, ROOTS).map(|r| format!("did you mean `{r}`? "));
-        let forms = "a reference starts with `params.`, `steps.`, `sweep.` or `env.`";
+        let near = crate::source::nearest(root, ROOTS.into_iter().chain(LITERAL));
+        let near = near.map(|r| format!("did you mean `{r}`? "));
+        let forms = "a reference starts with `params.`, `steps.`, `sweep.` or `env.` (in a \
+                     command's text also `out.` or `files.`)";
         return Err((whole(), format!("{}{forms}; {literal}", near.unwrap_or_default())));
     }
     let names: Vec<&str> = rest.split('.').collect();
@@ -157,6 +162,26 @@ pub(super) fn texts<'a>(node: &'a Node, visit: &mut impl FnMut(&'a Node)) {
     }
     for entry in node.as_map().unwrap_or_default() {
         texts(&entry.value, visit);
+    }
+}
+
+/// Keys that nobody can mean: references are replaced in values only, and a few names stand for
+/// edges and files.
+pub(super) fn check_keys(node: &Node, out: &mut Vec<Diagnostic>) {
+    for item in node.as_list().unwrap_or_default() {
+        check_keys(item, out);
+    }
+    for entry in node.as_map().unwrap_or_default() {
+        if entry.key.contains("${") {
+            let message = format!("a reference cannot stand in a key: `{}`", entry.key);
+            let wrong = Diagnostic::error(entry.key_span, message, "not replaced here");
+            out.push(wrong.help("write the key itself; references are replaced in values"));
+        } else if RESERVED.contains(&entry.key.as_str()) {
+            let message = format!("`{}` cannot be a key", entry.key);
+            let wrong = Diagnostic::error(entry.key_span, message, "reserved");
+            out.push(wrong.help("an edge is written as `${steps.name}`, a file as its path"));
+        }
+        check_keys(&entry.value, out);
     }
 }
 
@@ -209,6 +234,19 @@ mod tests {
             .filter_map(|p| if let Piece::Ref(_, s) = p { Some(*s) } else { None })
             .collect();
         assert_eq!(spans, [Span::new(1, 9), Span::new(11, 19)]);
+    }
+
+    #[test]
+    fn an_escape_is_not_found_as_a_reference() {
+        let found = of("'$${env.A} ${env.A}'").unwrap();
+        assert_eq!(found[1], Piece::Ref(Reference::Env("A".into()), Span::new(11, 19)));
+    }
+
+    #[test]
+    fn the_words_of_commands_are_suggested() {
+        let help = |text: &str| of(text).unwrap_err()[0].help.clone().unwrap();
+        assert!(help("'${file.x}'").starts_with("did you mean `files`?"));
+        assert!(help("'${output.a}'").starts_with("did you mean `out`?"));
     }
 
     #[test]

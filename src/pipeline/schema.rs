@@ -14,12 +14,15 @@ pub fn schema(kinds: &[Kind]) -> Value {
         let with = with_schema(kind, &mut defs);
         let required = with["required"].as_array().is_some_and(|r| !r.is_empty());
         let needs_with: &[&str] = if required { &["kind", "with"] } else { &["kind"] };
+        let own = json!({ "$ref": format!("#/$defs/{}", kind.name) });
+        let none = json!({ "type": "null" });
         defs.insert(kind.name.to_owned(), with);
+        let with = if required { own } else { json!({ "anyOf": [own, none] }) };
         cases.push(json!({
             "if": { "properties": { "kind": { "const": kind.name } }, "required": ["kind"] },
             "then": {
                 "required": needs_with,
-                "properties": { "with": { "$ref": format!("#/$defs/{}", kind.name) } },
+                "properties": { "with": with },
             },
         }));
     }
@@ -59,8 +62,13 @@ pub fn schema(kinds: &[Kind]) -> Value {
 
 fn step_schema(kinds: &[Kind], cases: &[Value]) -> Value {
     let rows = kinds.iter().map(|k| json!({ "const": k.name, "description": k.summary() }));
-    let variables =
-        |what: &str| json!({ "type": "array", "items": { "type": "string" }, "description": what });
+    let variables = |what: &str| {
+        json!({
+            "type": ["array", "null"],
+            "items": { "type": "string" },
+            "description": what,
+        })
+    };
     json!({
         "type": "object",
         "additionalProperties": false,
@@ -73,11 +81,11 @@ fn step_schema(kinds: &[Kind], cases: &[Value]) -> Value {
             },
             "env": variables("Environment variables whose values are in the cache key."),
             "salt": {
-                "type": ["string", "number", "boolean"],
+                "type": ["string", "number", "boolean", "null"],
                 "description": "Part of the cache key.",
             },
             "needs": {
-                "type": "object",
+                "type": ["object", "null"],
                 "additionalProperties": false,
                 "description": "Resources, instead of what the kind asks for. Never in the key.",
                 "properties": {
@@ -96,7 +104,7 @@ fn step_schema(kinds: &[Kind], cases: &[Value]) -> Value {
             },
             "timeout": {
                 "type": "string",
-                "pattern": r"^[0-9.]+\s*(ms|s|m|min|h|d)$",
+                "pattern": r"^\s*[0-9.]+\s*(ms|s|m|min|h|d)\s*$",
                 "description": "Like `90s`, `15m` or `2h`.",
             },
             "secrets": variables("Environment variables passed to the step and kept nowhere."),
@@ -106,29 +114,27 @@ fn step_schema(kinds: &[Kind], cases: &[Value]) -> Value {
 }
 
 fn sweep_schema() -> Value {
-    let list = json!({ "anyOf": [
-        { "type": "array", "minItems": 1 },
-        { "type": "string", "pattern": r"^\$\{params\.[^}]+\}$" },
-    ] });
+    let reference = json!({ "type": "string", "pattern": r"^\$\{params\.[^}]+\}$" });
     let points = |what: &str| {
+        let point = json!({ "anyOf": [{ "type": "object", "minProperties": 1 }, reference] });
         json!({
-            "type": "array",
-            "items": { "type": "object", "minProperties": 1 },
+            "anyOf": [{ "type": "array", "items": point }, reference],
             "description": what,
         })
     };
+    let list = json!({ "anyOf": [{ "type": "array", "minItems": 1 }, reference] });
     json!({
         "type": "object",
         "additionalProperties": false,
         "minProperties": 1,
         "properties": {
             "grid": {
-                "type": "object",
+                "type": ["object", "null"],
                 "description": "Every combination of these axes.",
                 "additionalProperties": list,
             },
             "zip": {
-                "type": "object",
+                "type": ["object", "null"],
                 "description": "Named axes whose members move together.",
                 "additionalProperties": {
                     "type": "object",

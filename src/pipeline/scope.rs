@@ -4,7 +4,7 @@ use std::cell::RefCell;
 use std::collections::{BTreeMap, BTreeSet};
 
 use super::Settings;
-use super::reference::{Piece, Reference, near, pieces, texts};
+use super::reference::{Piece, Reference, check_keys, near, pieces, texts};
 use crate::source::{Diagnostic, Source, Span, nearest};
 use crate::yaml::{self, Entry, Node, Shape};
 
@@ -90,6 +90,7 @@ impl<'a> Scope<'a> {
 
     /// References in parameters to names that are not there, once and for all.
     fn check_params(&self) {
+        check_keys(&self.params, &mut self.wrong.borrow_mut());
         let mut nodes = Vec::new();
         texts(&self.params, &mut |node| nodes.push(node));
         for node in nodes {
@@ -138,21 +139,31 @@ impl<'a> Scope<'a> {
 
     /// Reports a reference to a variable that is not set or is secret.
     pub(super) fn check_env(&self, name: &str, span: Span) {
-        if self.secrets.contains(name) {
+        if self.is_secret(name) {
             let message = format!("`{name}` is a secret and cannot be written into parameters");
             let help = "parameters are part of the key and are saved; the step sees its secrets \
                         in its environment";
             self.report(Diagnostic::error(span, message, "a secret").help(help));
         } else if !self.env.contains_key(name) {
             let message = format!("environment variable `{name}` is not set");
-            let help = format!("set it, or use a parameter and `--set params.x={name}`");
+            let near = nearest(name, self.env.keys().map(String::as_str));
+            let near = near.map(|n| format!("did you mean `{n}`? ")).unwrap_or_default();
+            let help = format!(
+                "{near}set it before running, or write a parameter, which has a value of its own \
+                 and takes another with `--set params.name=value`"
+            );
             self.report(Diagnostic::error(span, message, "not set").help(help));
         }
     }
 
+    /// Whether any step of the pipeline calls a variable a secret.
+    pub(super) fn is_secret(&self, name: &str) -> bool {
+        self.secrets.contains(name)
+    }
+
     /// The value of an environment variable that may be read.
     pub(super) fn env(&self, name: &str) -> Option<&str> {
-        self.env.get(name).filter(|_| !self.secrets.contains(name)).map(String::as_str)
+        self.env.get(name).filter(|_| !self.is_secret(name)).map(String::as_str)
     }
 
     /// The value of a parameter, or of a part of it (`a.b`).

@@ -6,7 +6,7 @@ use std::collections::BTreeMap;
 use serde_json::Value;
 
 use super::plan::{Point, StepId};
-use super::reference::{Piece, Reference, near, pieces, texts};
+use super::reference::{Piece, Reference, check_keys, near, pieces, texts};
 use super::scope::Scope;
 use crate::source::{Diagnostic, Severity, Source, Span};
 use crate::yaml::{Entry, Node, Shape};
@@ -46,6 +46,26 @@ impl Sweep {
         }
         let outer = self.axes.keys().filter(|a| name.starts_with(&format!("{a}.")));
         outer.max_by_key(|a| a.len()).cloned().into_iter().collect()
+    }
+
+    /// What is wrong with a reference that reaches into the values of an axis (`model.name`), if
+    /// one of them has no such part.
+    pub(super) fn dead_end(&self, name: &str, span: Span) -> Option<Diagnostic> {
+        let axis = self.read_by(name).pop()?;
+        let path = name.strip_prefix(&axis)?.strip_prefix('.')?;
+        let (value, key) = self.points.iter().filter_map(|p| p.get(&axis)).find_map(|value| {
+            let mut value = value;
+            let lacking =
+                path.split('.').find(|key| value.get(key).map(|next| value = next).is_none());
+            lacking.map(|key| (value, key))
+        })?;
+        let help = match value.as_object() {
+            Some(map) => near(key, map.keys().map(String::as_str)),
+            None => Some(format!("write `${{sweep.{axis}}}`: its values have no parts")),
+        };
+        let message = format!("axis `{axis}` has no part `{key}`");
+        let label = format!("not in {}", Node::from_value(value, span).describe());
+        Some(Diagnostic::error(span, message, label).maybe_help(help))
     }
 
     /// The value of a reference at a point; `None` where the point lacks it.
@@ -108,10 +128,10 @@ pub(super) fn read(
 ) -> Sweep {
     let mut found = Vec::new();
     let (axes, factors) = (BTreeMap::new(), Vec::new());
-    let mut reader = Reader { scope, source, out: &mut found, axes, factors };
+    let mut reader = Reader { scope, source, out: &mut found, axes, factors, refused: false };
     let points = reader.sweep(entry, cap);
+    let refused = reader.is_refused();
     let Reader { axes, factors, .. } = reader;
-    let refused = found.iter().any(|d| d.severity == Severity::Error);
     out.append(&mut found);
     if refused {
         let point = factors.iter().filter_map(|f| f.first().cloned()).flatten().collect();
@@ -123,6 +143,9 @@ pub(super) fn read(
 /// An axis, where it is written, and a value.
 type Coordinate = (String, Span, Value);
 
+/// Coordinates that stand together, and where.
+type Pattern = (Span, Vec<Coordinate>);
+
 struct Reader<'a> {
     scope: &'a Scope<'a>,
     source: &'a Source,
@@ -130,6 +153,8 @@ struct Reader<'a> {
     axes: BTreeMap<String, Span>,
     /// What is multiplied: the values of an axis, or the rows of a named zip.
     factors: Vec<Vec<Point>>,
+    /// Something is wrong that the scope reports.
+    refused: bool,
 }
 
 const KEYS: [&str; 5] = ["grid", "zip", "exclude", "include", "cap"];
@@ -139,11 +164,16 @@ impl Reader<'_> {
         self.out.push(Diagnostic::error(span, message, label).help(help));
     }
 
+    fn is_refused(&self) -> bool {
+        self.refused || self.out.iter().any(|d| d.severity == Severity::Error)
+    }
+
     /// A node with its references to parameters replaced; `None` if that was refused.
     fn resolve(&mut self, node: &Node) -> Option<Node> {
         let mut nodes = Vec::new();
         texts(node, &mut |n| nodes.push(n));
         let before = self.out.len();
+        check_keys(node, self.out);
         for text in nodes {
             match pieces(text, self.source) {
                 Err(wrong) => self.out.extend(wrong),
@@ -165,7 +195,9 @@ impl Reader<'_> {
         if self.out.len() > before {
             return None;
         }
-        self.scope.resolve(node).ok()
+        let resolved = self.scope.resolve(node).ok();
+        self.refused |= resolved.is_none();
+        resolved
     }
 
     fn sweep(&mut self, entry: &Entry, cap: usize) -> Vec<Point> {
@@ -189,17 +221,19 @@ impl Reader<'_> {
         }
         let find = |name: &str| keys.iter().find(|k| k.key == name);
         let mut cap = (cap, entry.key_span);
-        if let Some(entry) = find("cap") {
-            match self.resolve(&entry.value).map(|n| n.to_value().as_u64()) {
-                Some(Some(n)) => {
+        if let Some(entry) = find("cap")
+            && let Some(node) = self.resolve(&entry.value)
+        {
+            match node.to_value().as_u64() {
+                Some(n) if n > 0 => {
                     cap = (usize::try_from(n).unwrap_or(usize::MAX), entry.value.span);
                 }
-                Some(None) => {
-                    let message = format!("expected a number, found {}", entry.value.describe());
+                _ => {
+                    let found = node.describe();
+                    let message = format!("expected a whole number, 1 or more, found {found}");
                     let help = "the cap is the largest number of points that is not a mistake";
-                    self.wrong(entry.value.span, message, "wrong type", help);
+                    self.wrong(entry.value.span, message, "not a cap", help);
                 }
-                None => {}
             }
         }
         // Axes in the order in which they were written.
@@ -210,14 +244,14 @@ impl Reader<'_> {
                 _ => {}
             }
         }
-        let Some(mut points) = self.product(cap) else { return Vec::new() };
-        if let Some(entry) = find("exclude") {
-            self.exclude(entry, &mut points);
-        }
+        let exclude = find("exclude").map(|entry| self.excluded(entry)).unwrap_or_default();
+        let product = self.product(cap, &exclude);
+        let too_many = product.is_none();
+        let mut points = product.unwrap_or_default();
         if let Some(entry) = find("include") {
             self.include(entry, &mut points);
         }
-        self.settle(points, entry, cap)
+        if too_many { Vec::new() } else { self.settle(points, entry, cap) }
     }
 
     /// The points, each once, not none and not too many.
@@ -245,8 +279,7 @@ impl Reader<'_> {
                 }
             }
         }
-        let refused = self.out.iter().any(|d| d.severity == Severity::Error);
-        if kept.is_empty() && !refused {
+        if kept.is_empty() && !self.is_refused() {
             let help = "give `grid`, `zip` or `include` with at least one value";
             self.wrong(entry.key_span, "the sweep is empty", "no points", help);
         }
@@ -269,6 +302,13 @@ impl Reader<'_> {
         if !name.split('.').all(fits) {
             let help = "use letters, digits, `_` and `-`, with dots between";
             self.wrong(span, format!("`{name}` cannot name an axis"), "not a name", help);
+            return false;
+        }
+        let part = |of: &str, name: &str| name.strip_prefix(of).is_some_and(|r| r.starts_with('.'));
+        if let Some(other) = self.axes.keys().find(|o| part(o, name) || part(name, o)) {
+            let message = format!("axis `{name}` cannot stand beside axis `{other}`");
+            let help = "one would be a part of the other: give the members, or rename one";
+            self.wrong(span, message, "two meanings", help);
             return false;
         }
         if self.axes.insert(name.to_owned(), span).is_some() {
@@ -359,29 +399,65 @@ impl Reader<'_> {
         }
     }
 
-    fn product(&mut self, cap: (usize, Span)) -> Option<Vec<Point>> {
+    /// All combinations but the excluded ones; `None` if there are too many.
+    fn product(&mut self, cap: (usize, Span), exclude: &[Pattern]) -> Option<Vec<Point>> {
         if self.factors.is_empty() {
             return Some(Vec::new());
         }
         let mut sizes = self.factors.iter().map(Vec::len);
-        let count = sizes.try_fold(1_usize, usize::checked_mul);
-        if count.is_none_or(|n| n > TOO_MANY) {
+        let count = sizes.try_fold(1_usize, usize::checked_mul).filter(|n| *n <= TOO_MANY);
+        let Some(count) = count else {
             self.above_cap("more than a million", cap);
             return None;
+        };
+        if exclude.is_empty() && count > cap.0 {
+            self.above_cap(&count.to_string(), cap);
+            return None;
         }
-        let mut points = vec![Point::new()];
-        for factor in &self.factors {
-            let with = |point: &Point| {
-                let point = point.clone();
-                factor.iter().map(move |f| point.clone().into_iter().chain(f.clone()).collect())
-            };
-            points = points.iter().flat_map(with).collect();
+        let mut matched = vec![false; exclude.len()];
+        let (mut points, mut kept) = (Vec::new(), 0);
+        for index in 0..count {
+            let point = self.combination(index);
+            let mut excluded = false;
+            for ((_, pattern), matched) in exclude.iter().zip(&mut matched) {
+                if pattern.iter().all(|(name, _, v)| point.get(name) == Some(v)) {
+                    (excluded, *matched) = (true, true);
+                }
+            }
+            if !excluded {
+                kept += 1;
+                if kept <= cap.0 {
+                    points.push(point);
+                }
+            }
+        }
+        for ((span, pattern), matched) in exclude.iter().zip(matched) {
+            let known = pattern.iter().all(|(name, ..)| self.axes.contains_key(name));
+            if known && !matched {
+                let message = "this excludes no point";
+                self.out.push(Diagnostic::warning(*span, message, "matches nothing"));
+            }
+        }
+        if kept > cap.0 {
+            self.above_cap(&kept.to_string(), cap);
+            return None;
         }
         Some(points)
     }
 
+    /// One value of each factor; the last factor changes first.
+    fn combination(&self, index: usize) -> Point {
+        let mut left = index;
+        let mut point = Point::new();
+        for factor in self.factors.iter().rev() {
+            point.extend(factor[left % factor.len()].clone());
+            left /= factor.len();
+        }
+        point
+    }
+
     /// A list of coordinates with values; members of a zip may stand under its name.
-    fn partial_points(&mut self, entry: &Entry) -> Vec<(Span, Vec<Coordinate>)> {
+    fn partial_points(&mut self, entry: &Entry) -> Vec<Pattern> {
         let help = "give a list of points, like `[{ lr: 1e-4, lora.r: 8 }]`";
         let Some(node) = self.resolve(&entry.value) else { return Vec::new() };
         let Some(items) = node.as_list() else {
@@ -416,25 +492,20 @@ impl Reader<'_> {
         points
     }
 
-    fn exclude(&mut self, entry: &Entry, points: &mut Vec<Point>) {
-        for (span, pattern) in self.partial_points(entry) {
-            let mut known = true;
-            for (name, span, _) in &pattern {
+    /// What `exclude` leaves out; unknown axes are reported.
+    fn excluded(&mut self, entry: &Entry) -> Vec<Pattern> {
+        let patterns = self.partial_points(entry);
+        for (_, pattern) in &patterns {
+            for (name, span, _) in pattern {
                 if !self.axes.contains_key(name) {
-                    known = false;
                     let help = near(name, self.axes.keys().map(String::as_str));
                     let wrong = format!("unknown axis `{name}`");
                     let wrong = Diagnostic::error(*span, wrong, "not an axis of this sweep");
                     self.out.push(wrong.maybe_help(help));
                 }
             }
-            let before = points.len();
-            points.retain(|p| !pattern.iter().all(|(name, _, v)| p.get(name) == Some(v)));
-            if known && points.len() == before {
-                let message = "this excludes no point";
-                self.out.push(Diagnostic::warning(span, message, "matches nothing"));
-            }
         }
+        patterns
     }
 
     fn include(&mut self, entry: &Entry, points: &mut Vec<Point>) {

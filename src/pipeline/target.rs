@@ -6,7 +6,7 @@ use anyhow::Result;
 use petgraph::Direction::Incoming;
 use petgraph::graph::{DiGraph, NodeIndex};
 
-use super::plan::{Instance, Plan};
+use super::plan::Plan;
 use crate::source::{Fault, suggest};
 
 impl Plan {
@@ -16,9 +16,8 @@ impl Plan {
     /// # Errors
     /// When there is none; with the nearest name.
     pub fn targets(&self, target: &str) -> Result<Vec<NodeIndex>> {
-        let named = |i: &Instance| i.id.0 == target || i.step == target || at_all(i, target);
-        let found: Vec<NodeIndex> =
-            self.graph.node_indices().filter(|&n| named(&self.graph[n])).collect();
+        let named = |n: &NodeIndex| is_named(&self.graph[*n].id.0, target);
+        let found: Vec<NodeIndex> = self.graph.node_indices().filter(named).collect();
         if !found.is_empty() {
             return Ok(found);
         }
@@ -30,7 +29,7 @@ impl Plan {
         let steps: Vec<&str> = steps.into_iter().collect();
         let help =
             if of_step.is_empty() { suggest(step, &steps) } else { suggest(target, &of_step) };
-        let fault = Fault::new(format!("there is no step `{target}` in `{}`", self.name));
+        let fault = Fault::new(format!("there is no step `{target}`"));
         Err(Fault { help, ..fault }.into())
     }
 
@@ -84,10 +83,11 @@ impl Plan {
     }
 }
 
-/// Whether an instance is at all coordinates of `step@axis=value,axis=value`.
-fn at_all(instance: &Instance, target: &str) -> bool {
-    let Some((step, coordinates)) = target.split_once('@') else { return false };
-    let own = instance.id.0.split_once('@').map_or("", |(_, own)| own);
+/// Whether a target names an instance: by its id (`train@lora.alpha=16,lora.r=8`), by its step
+/// (`train`), or by some of its coordinates in any order (`train@lora.r=8`).
+pub fn is_named(id: &str, target: &str) -> bool {
+    let (step, own) = id.split_once('@').unwrap_or((id, ""));
+    let Some((wanted, coordinates)) = target.split_once('@') else { return step == target };
     let own: Vec<&str> = own.split(',').collect();
-    step == instance.step && coordinates.split(',').all(|c| own.contains(&c))
+    id == target || step == wanted && coordinates.split(',').all(|c| own.contains(&c))
 }

@@ -269,7 +269,9 @@ impl Form<'_> {
     fn needs(&mut self, node: &Node) -> WrittenNeeds {
         let mut needs = WrittenNeeds::default();
         let Some(entries) = node.as_map() else {
-            self.expected(node, "a map", "like `needs: { cpu: 4, memory: 8GiB, gpu: 1 }`");
+            if node.shape != Shape::Null {
+                self.expected(node, "a map", "like `needs: { cpu: 4, memory: 8GiB, gpu: 1 }`");
+            }
             return needs;
         };
         for entry in entries {

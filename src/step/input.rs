@@ -142,6 +142,8 @@ fn reference_schema(accepts: &[Type], gather: bool) -> Schema {
         "type": "string",
         "description": format!("Reference `{form}` to a step that yields {types}."),
         "pattern": pattern,
+        // for `flow kinds`: a field's own description takes the place of this one
+        "x-yields": accepts.iter().map(|t| t.name()).collect::<Vec<_>>(),
     })
 }
 

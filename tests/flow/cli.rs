@@ -1,5 +1,8 @@
 //! The program as a user types it: what it prints, and how it exits.
 
+mod records;
+mod rim;
+
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
@@ -103,9 +106,9 @@ fn runs_once_and_then_from_the_cache() {
     assert!(show.contains("format v"), "{show}");
 
     // what the user edits in the input is noticed; the clock is not
-    project.write("reviews.csv", &REVIEWS.replace("very", "truly"));
+    project.write("reviews.csv", &REVIEWS.replace("good", "great").replace("bad", "awful"));
     let fourth = finished(&project.flow(&["--json", "run", "p.yaml"]));
-    assert_eq!(fourth["hits"], 0, "{fourth}");
+    assert_eq!((fourth["ran"].as_u64(), fourth["hits"].as_u64()), (Some(3), Some(0)), "{fourth}");
     project.write("reviews.csv", REVIEWS);
     let fifth = finished(&project.flow(&["--json", "run", "p.yaml"]));
     assert_eq!(fifth["ran"], 0, "{fifth}");
@@ -118,12 +121,12 @@ fn all_mistakes_are_shown_and_nothing_runs() {
     let output = project.flow(&["run", "p.yaml"]);
     assert_eq!(output.status.code(), Some(2));
     let said = err(&output);
-    assert!(said.contains("p.yaml:8:11") && said.contains("did you mean `sample`?"), "{said}");
+    assert!(said.contains("p.yaml:9:11") && said.contains("did you mean `sample`?"), "{said}");
     assert!(said.contains("`tempalte`") && said.contains("`template`"), "{said}");
     assert!(!project.path(".flow").exists());
     let list: Value =
         serde_json::from_str(&out(&project.flow(&["--json", "validate", "p.yaml"]))).unwrap();
-    assert_eq!(list[0]["line"], 8, "{list}");
+    assert_eq!(list[0]["line"], 9, "{list}");
 }
 
 #[test]
@@ -198,6 +201,32 @@ fn asking_for_a_gpu_where_there_is_none_is_refused() {
     let run = project.flow(&["run", "p.yaml"]);
     assert_eq!(run.status.code(), Some(2));
     assert!(!project.path(".flow/runs").exists_with_entries());
+    // what does not need it runs
+    let run = project.flow(&["run", "p.yaml", "bad"]);
+    assert_eq!(run.status.code(), Some(1), "{}", err(&run));
+    // and what is there need not run
+    assert_eq!(project.flow(&["validate", "p.yaml"]).status.code(), Some(0));
+    project.write("p.yaml", FAILING);
+    assert_eq!(project.flow(&["run", "p.yaml", "good"]).status.code(), Some(0));
+    project.write("p.yaml", &text);
+    let end = finished(&project.flow(&["--json", "run", "p.yaml", "good"]));
+    assert_eq!(end["hits"], 1, "{end}");
+}
+
+#[test]
+fn the_pipeline_for_a_gpu_can_be_planned_and_says_so() {
+    let file = concat!(env!("CARGO_MANIFEST_DIR"), "/pipelines/mistral_qlora.yaml");
+    let project = Project::new(SAMPLE);
+    let store = project.path("store");
+    let flow = |verb: &str| {
+        let mut command = project.command(&[verb, file, "--store", store.to_str().unwrap()]);
+        command.env("HF_HUB_OFFLINE", "1").output().unwrap()
+    };
+    for (verb, code) in [("validate", 0), ("plan", 0), ("run", 2)] {
+        let output = flow(verb);
+        assert_eq!(output.status.code(), Some(code), "{verb}: {}", err(&output));
+        assert!(err(&output).contains("train, score: asks for 1 GPU"), "{}", err(&output));
+    }
 }
 
 trait Entries {

@@ -2,6 +2,7 @@
 
 mod good;
 mod laws;
+mod refused;
 mod toys;
 
 use std::collections::BTreeMap;

@@ -303,7 +303,8 @@ steps:
     let deep = set("params.deep.x", "${params.n}").unwrap();
     assert_eq!(params(&deep, "one")["values"]["x"], json!(3));
     let told = |path: &str, raw: &str| told(text, &set(path, raw).unwrap_err());
-    assert!(told("params.m", "1").contains("did you mean `n`?"));
+    assert!(told("params.m", "1").contains("there is `n`, `deep`"));
+    assert!(told("params.depe.x", "1").contains("did you mean `deep`?"));
     assert!(told("n", "1").contains("write `--set params.n=1`"));
     assert!(told("params.n", "[1").contains("not valid YAML"));
     assert!(told("params.deep.y", "1").contains("no such parameter"));
@@ -402,4 +403,42 @@ outputs: { m: "${steps.base}" }
 "#;
     let names: Vec<String> = good(text).outputs.into_iter().map(|o| o.name).collect();
     assert_eq!(names, ["m@model=org%2Fa", "m@model=50%25"]);
+}
+
+#[test]
+fn what_an_axis_leaves_out_is_one_entry() {
+    let text = r#"
+sweep: { grid: { n: [100] }, include: [{ seed: 3 }] }
+steps:
+  rows: { kind: fetch, with: { dataset: imdb } }
+  some:
+    kind: sample
+    with:
+      data: "${steps.rows}"
+      rows: { train: "${sweep.n}", validation: 500 }
+      seed: "${sweep.seed}"
+  show:
+    kind: command
+    with: { run: ls, values: { both: "${steps.rows}/${sweep.n}", all: "${steps.some}" } }
+"#;
+    let plan = good(text);
+    assert_eq!(params(&plan, "some@n=100")["rows"], json!({ "train": 100, "validation": 500 }));
+    assert_eq!(params(&plan, "some@seed=3")["rows"], json!({ "validation": 500 }));
+    // An entry that is left out leaves no edge behind.
+    assert_eq!(reads(&plan, "show@n=100"), ["rows", "some@n=100"]);
+    assert_eq!(reads(&plan, "show@seed=3"), ["some@seed=3"]);
+}
+
+#[test]
+fn long_names_of_outputs_are_cut_and_stay_apart() {
+    let long = "x".repeat(400);
+    let text = format!(
+        "sweep: {{ grid: {{ model: [a{long}, b{long}, \"a{long}é\"] }} }}\n\
+         steps: {{ base: {{ kind: model, with: {{ model: \"${{sweep.model}}\" }} }} }}\n\
+         outputs: {{ m: \"${{steps.base}}\" }}\n"
+    );
+    let names: Vec<String> = good(&text).outputs.into_iter().map(|o| o.name).collect();
+    let distinct: std::collections::BTreeSet<&String> = names.iter().collect();
+    assert_eq!(distinct.len(), 3, "{names:?}");
+    assert!(names.iter().all(|n| n.len() <= 120 && n.starts_with("m@model=")), "{names:?}");
 }
