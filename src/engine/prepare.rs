@@ -10,7 +10,7 @@ use petgraph::graph::NodeIndex;
 use super::Session;
 use crate::lineage::{Lock, LockMode};
 use crate::pipeline::Plan;
-use crate::source::Span;
+use crate::source::{Fault, Span};
 use crate::step::{BadField, Outside, Step};
 
 /// What is missing outside: every name that could not be resolved, with its step.
