@@ -4,6 +4,7 @@
 //! {models|datasets}--org--name/refs/<revision>           40 hex digits, no newline
 //!                             /snapshots/<commit>/<path> -> ../../blobs/<digest>
 //!                             /blobs/<digest>            git SHA-1 (40 hex) or SHA-256 (64 hex)
+//!                             /trees/<commit>.json       Python's list of files; read, not written
 //! .locks/<repo>/<digest>.lock                            held while a blob is fetched
 //! .flow/                                                 ours: file lists, checked blobs, URLs
 //! ```
