@@ -61,7 +61,7 @@ fn names(tokenizer: &Tokenizer, ids: &[u32]) -> Vec<String> {
 #[test]
 fn a_target_is_encoded_as_it_stands_after_its_prompt() {
     let words = ["no".to_owned(), "yes".to_owned()];
-    let encoder = Encoder::new(prepending(), limits(256, Truncate::Error)).unwrap();
+    let encoder = Encoder::new(prepending(), limits(1024, Truncate::Error)).unwrap();
     let encoder = encoder.with_candidates(&words, &words, "b:").unwrap();
     let long = "good or not so good ".repeat(20) + "b:";
     for prompt in ["b:", long.as_str()] {
