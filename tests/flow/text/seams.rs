@@ -104,8 +104,8 @@ proptest! {
         }
         for tokenizer in BOTH.with(Clone::clone) {
             let encoder = Encoder::new(tokenizer, limits(4096, Truncate::Error)).unwrap();
-            let pieces =
-                [Piece::new(Part::Template, prompt.clone()), Piece::new(Part::Target, target.clone())];
+            let piece = |part, text: &String| Piece::new(part, text.clone());
+            let pieces = [piece(Part::Template, &prompt), piece(Part::Target, &target)];
             let (asked, learnt) = split(&kept(encoder.causal(&pieces).unwrap()));
             prop_assert_eq!(&asked, &encoder.prompt(&prompt).unwrap());
             let whole = encoder.prompt(&format!("{prompt}{target}")).unwrap();
