@@ -61,7 +61,7 @@ fn names(tokenizer: &Tokenizer, ids: &[u32]) -> Vec<String> {
 #[test]
 fn a_target_is_encoded_as_it_stands_after_its_prompt() {
     let words = ["no".to_owned(), "yes".to_owned()];
-    let encoder = Encoder::new(prepending(), limits(256, Truncate::Error)).unwrap();
+    let encoder = Encoder::new(prepending(), limits(1024, Truncate::Error)).unwrap();
     let encoder = encoder.with_candidates(&words, &words, "b:").unwrap();
     let long = "good or not so good ".repeat(20) + "b:";
     for prompt in ["b:", long.as_str()] {
@@ -104,8 +104,8 @@ proptest! {
         }
         for tokenizer in BOTH.with(Clone::clone) {
             let encoder = Encoder::new(tokenizer, limits(4096, Truncate::Error)).unwrap();
-            let pieces =
-                [Piece::new(Part::Template, prompt.clone()), Piece::new(Part::Target, target.clone())];
+            let piece = |part, text: &String| Piece::new(part, text.clone());
+            let pieces = [piece(Part::Template, &prompt), piece(Part::Target, &target)];
             let (asked, learnt) = split(&kept(encoder.causal(&pieces).unwrap()));
             prop_assert_eq!(&asked, &encoder.prompt(&prompt).unwrap());
             let whole = encoder.prompt(&format!("{prompt}{target}")).unwrap();

@@ -480,7 +480,8 @@ fn conversations_in_json_and_those_that_are_refused() {
     let bench = Bench::new();
     let template = std::fs::read_to_string(fixture("strict.jinja")).unwrap();
     let chatty = bench.blank_with(llama(), "bpe", Some(&template));
-    let talk = |first: &str| json!([{ "role": first, "content": "Hi" }, { "role": "assistant", "content": "Yes" }]);
+    let says = |role: &str, text: &str| json!({ "role": role, "content": text });
+    let talk = |first: &str| json!([says(first, "Hi"), says("assistant", "Yes")]);
     let call = json!([
         { "role": "user", "content": "Hi" },
         { "role": "assistant", "content": null, "tool_calls": [{ "name": "look" }] },
