@@ -176,7 +176,10 @@ mod tests {
 
     #[test]
     fn a_report_belongs_to_one_model() {
-        let at = |r: i32, seed: i32| json!({ "point": { "r": r, "seed": seed }, "input": { "type": "trained_model" } });
+        let at = |r: i32, seed: i32| {
+            let input = json!({ "type": "trained_model" });
+            json!({ "point": { "r": r, "seed": seed }, "input": input })
+        };
         let check = |among: Value| {
             let scores = json!([{ "point": { "r": 4 }, "input": { "type": "report" } }]);
             let gather = |members: Value| json!({ "$gather": { "members": members } });
