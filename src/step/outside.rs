@@ -61,10 +61,15 @@ impl Outside<'_> {
             let help = "paths in a pipeline are relative to the pipeline file";
             return Err(fault.help(help).into());
         }
+        let path = std::path::absolute(path)?;
         let path = match (path.is_dir(), path.parent(), path.file_name()) {
             (false, Some(folder), Some(name)) => folder.canonicalize()?.join(name),
             _ => path.canonicalize()?,
         };
+        if self.store.root().starts_with(&path) {
+            let fault = Fault::new(format!("{} holds the store, which changes", path.display()));
+            return Err(fault.help("name the files, or a folder beside the store").into());
+        }
         let tree = self.store.tree_of_path(&path)?;
         let value = serde_json::to_value(&tree)?;
         input.digest = Some(Digest::of_value("flow/file/v1", &value)?);

@@ -523,7 +523,7 @@ fn a_command_cannot_change_what_it_reads() {
 fn a_command_does_not_wait_for_what_it_left_behind() {
     let room = Room::new();
     let started = std::time::Instant::now();
-    let run = "setsid sleep 25 & echo said; echo 1 > ${out.x}";
+    let run = "setsid sleep 25 & sleep 0.5; echo said; echo 1 > ${out.x}";
     let ran = room.run("command", json!({ "run": run, "outputs": { "x": "x" } })).unwrap();
     assert!(started.elapsed() < std::time::Duration::from_secs(20));
     assert!(ran.log.contains(&"said".to_owned()), "{:?}", ran.log);

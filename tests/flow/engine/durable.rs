@@ -240,6 +240,14 @@ fn a_file_is_its_content_not_its_path_or_time() {
 }
 
 #[test]
+fn a_folder_around_the_store_is_no_input() {
+    let bench = Bench::new();
+    let error = bench.try_run(&take("").replace("in.txt", ".")).map(|_| ()).unwrap_err();
+    let said = format!("{error:#}");
+    assert!(said.contains("holds the store"), "{said}");
+}
+
+#[test]
 fn a_referenced_file_counts_only_while_it_has_its_bytes() {
     let bench = Bench::new();
     std::fs::write(bench.path("in.txt"), "text").unwrap();
