@@ -94,9 +94,13 @@ impl Attention {
                 }
                 let row = &mut row[seen];
                 let max = max(row);
-                row.iter_mut().for_each(|x| *x = exp(*x - max));
+                for x in row.iter_mut() {
+                    *x = exp(*x - max);
+                }
                 let inverse = 1.0 / sum(row, |x| x);
-                row.iter_mut().for_each(|x| *x *= inverse);
+                for x in row.iter_mut() {
+                    *x *= inverse;
+                }
             }
         });
         p
@@ -176,7 +180,9 @@ impl Attention {
                     wide!({
                         for (p, ds) in p.chunks_exact(n).zip(ds.chunks_exact_mut(n)) {
                             let dot = dot(p, ds);
-                            ds.iter_mut().zip(p).for_each(|(ds, p)| *ds = p * (*ds - dot));
+                            for (ds, p) in ds.iter_mut().zip(p) {
+                                *ds = p * (*ds - dot);
+                            }
                         }
                     });
                     let ds = Matrix::new(&ds, n, n);

@@ -22,7 +22,7 @@ pub(crate) use loss::{cross_entropy, log_probs};
 pub(crate) use norm::{layer_norm, rms_norm};
 pub(crate) use rope::{RopeTable, rope};
 pub(crate) use rows::{backward, select_rows};
-pub(crate) use wide::{TASK, wide};
+pub(crate) use wide::{Loop, TASK, wide};
 use wide::{dot, exp, map, map2, map3, max, sum, sum3};
 
 use candle_core::{CpuStorage, Device, Layout, Result, Shape, Storage, Tensor, bail};

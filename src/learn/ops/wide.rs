@@ -16,19 +16,36 @@ const LANES: usize = 16;
 /// Runs a loop compiled for the widest vectors there are.
 macro_rules! wide {
     ($body:expr) => {
-        pulp::Arch::new().dispatch(
+        pulp::Arch::new().dispatch($crate::learn::ops::Loop(
             #[inline(always)]
             || $body,
-        )
+        ))
     };
 }
 pub(crate) use wide;
+
+/// A loop for [`wide!`]. Called by reference: a closure that could be called again is otherwise
+/// called through a shim, which is compiled on its own.
+pub(crate) struct Loop<F>(pub(crate) F);
+
+impl<R, F: FnMut() -> R> pulp::NullaryFnOnce for Loop<F> {
+    type Output = R;
+
+    #[inline(always)]
+    fn call(mut self) -> R {
+        (self.0)()
+    }
+}
 
 /// `out[i] = f(x[i])`, in parallel.
 pub(super) fn map(x: &[f32], f: impl Fn(f32) -> f32 + Sync) -> Vec<f32> {
     let mut out = vec![0.0; x.len()];
     out.par_chunks_mut(TASK).zip(x.par_chunks(TASK)).for_each(|(out, x)| {
-        wide!(out.iter_mut().zip(x).for_each(|(o, x)| *o = f(*x)));
+        wide!({
+            for (o, x) in out.iter_mut().zip(x) {
+                *o = f(*x);
+            }
+        });
     });
     out
 }
@@ -38,7 +55,11 @@ pub(super) fn map2(x: &[f32], y: &[f32], f: impl Fn(f32, f32) -> f32 + Sync) -> 
     let mut out = vec![0.0; x.len()];
     let inputs = x.par_chunks(TASK).zip(y.par_chunks(TASK));
     out.par_chunks_mut(TASK).zip(inputs).for_each(|(out, (x, y))| {
-        wide!(out.iter_mut().zip(x.iter().zip(y)).for_each(|(o, (x, y))| *o = f(*x, *y)));
+        wide!({
+            for (o, (x, y)) in out.iter_mut().zip(x.iter().zip(y)) {
+                *o = f(*x, *y);
+            }
+        });
     });
     out
 }
@@ -53,8 +74,11 @@ pub(super) fn map3(
     let mut out = vec![0.0; x.len()];
     let inputs = x.par_chunks(TASK).zip(y.par_chunks(TASK)).zip(z.par_chunks(TASK));
     out.par_chunks_mut(TASK).zip(inputs).for_each(|(out, ((x, y), z))| {
-        let inputs = x.iter().zip(y).zip(z);
-        wide!(out.iter_mut().zip(inputs).for_each(|(o, ((x, y), z))| *o = f(*x, *y, *z)));
+        wide!({
+            for (o, ((x, y), z)) in out.iter_mut().zip(x.iter().zip(y).zip(z)) {
+                *o = f(*x, *y, *z);
+            }
+        });
     });
     out
 }
