@@ -4,6 +4,7 @@
 mod cli; // the program as a user types it
 mod data; // fetch, sample, hub cache
 mod engine; // cache decisions, workers, faults
+mod hub; // the shipped pipelines on real models and data
 mod learn; // parity with PyTorch and PEFT
 mod plans; // good and bad pipelines
 mod text; // templates and tokenization

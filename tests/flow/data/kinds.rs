@@ -531,11 +531,12 @@ fn a_command_does_not_wait_for_what_it_left_behind() {
 }
 
 #[test]
-#[ignore = "needs the local hub: FLOW_TEST_HUB=http://127.0.0.1:57NN (shared/tools/hub)"]
+#[ignore = "needs the local hub: FLOW_TEST_HUB and FLOW_TEST_HUBD"]
 fn the_local_hub_gives_imdb_and_a_model() {
     let mut room = Room::new();
     let mut settings = HubSettings::new(room.dir.path().join("hub"));
-    settings.endpoint = std::env::var("FLOW_TEST_HUB").unwrap();
+    let hub = crate::hub::LocalHub::start();
+    settings.endpoint = hub.endpoint.clone();
     room.hub = Hub::new(settings.clone());
     let fetch = json!({ "dataset": "stanfordnlp/imdb", "splits": ["train", "test"] });
     let data = room.run("fetch", fetch.clone()).unwrap();
@@ -550,6 +551,7 @@ fn the_local_hub_gives_imdb_and_a_model() {
     let model = room.run("model", model).unwrap();
     assert!(room.files(&model, "weights").contains_key("model.safetensors"));
     // The same again without the network.
+    drop(hub);
     settings.offline = true;
     room.hub = Hub::new(settings);
     assert_eq!(room.run("fetch", fetch).unwrap().ports, data.ports);
