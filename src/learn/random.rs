@@ -15,7 +15,7 @@ const W1: u32 = 0xBB67_AE85;
 const ROUNDS: usize = 10;
 
 /// Words that [`Stream::group`] draws at once.
-pub const GROUP: usize = 64;
+pub(crate) const GROUP: usize = 64;
 const BLOCKS: usize = GROUP / 4;
 
 /// One stream of random numbers.
