@@ -11,7 +11,6 @@ mod decoders; // against candle-transformers
 mod gate; // dropout, frozen weights, counts, errors
 mod nf4; // against bitsandbytes
 mod parity; // training against PyTorch
-mod speed; // by hand
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
