@@ -284,9 +284,8 @@ fn main() {
             let Measured { seconds, cpu_seconds, peak_rss_bytes } = m;
             let rate = work.batch as f64 / seconds;
             let (name, gb) = (&work.name, peak_rss_bytes / 1e9);
-            println!(
-                "| {name} | {who} | {seconds:.4} | {cpu_seconds:.3} | {rate:.1} | {gb:.2} | {ratio} |"
-            );
+            let times = format!("{seconds:.4} | {cpu_seconds:.3} | {rate:.1}");
+            println!("| {name} | {who} | {times} | {gb:.2} | {ratio} |");
         };
         let ratio = other.as_ref().map(|o| format!("{:.2}", o.seconds / own.seconds));
         row("flow", &own, ratio.unwrap_or_default());

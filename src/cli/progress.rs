@@ -182,7 +182,8 @@ impl Screen {
                 }
             }
             Event::Log { line } => {
-                if line.starts_with("trainable params:") {
+                let shown = ["trainable params:", "resumes:", "starts over:"];
+                if shown.iter().any(|start| line.starts_with(start)) {
                     self.line(step, line);
                 }
             }

@@ -125,6 +125,8 @@ pub(super) struct Around<'a> {
     pub(super) secrets: BTreeMap<String, String>,
     /// In a process of its own, so that memory and CPU time are the step's.
     pub(super) alone: bool,
+    /// The program: the digest of its content in a worker, else its version.
+    pub(super) build: &'a str,
 }
 
 /// Does the attempt; never panics, and leaves nothing behind but what the reply says.
@@ -153,6 +155,8 @@ fn try_attempt(task: &Task, step: &dyn Step, dir: &Path, around: &Around<'_>) ->
         store: store.clone(),
         hub: around.hub,
         attempt_dir: dir.to_path_buf(),
+        key: task.key,
+        build: around.build.to_owned(),
         threads: task.threads,
         device: task.device,
         env,
@@ -195,6 +199,8 @@ fn try_attempt(task: &Task, step: &dyn Step, dir: &Path, around: &Around<'_>) ->
         Wrote::New | Wrote::Same => Vec::new(),
         Wrote::Differs(ports) => ports,
     };
+    // What cannot be removed now is only space.
+    let _ = store.drop_checkpoints(&task.key);
     // The first result stands; what flows on is what it says.
     let record = match look_up(store, &task.key)? {
         Ok(first) => first,

@@ -284,6 +284,8 @@ impl<'a> Runner<'a, '_> {
             store: store.clone(),
             hub: self.session.hub,
             attempt_dir: attempt_dir.clone(),
+            key: bound.key,
+            build: machine::BUILD.into(),
             threads: self.session.options.jobs,
             device: self.session.options.device,
             env: set(&self.instance(node).env),
@@ -404,6 +406,7 @@ impl<'a> Runner<'a, '_> {
                 say: &say,
                 secrets: secrets.map(|(n, v)| (n, v.clone())).collect(),
                 alone: false,
+                build: machine::BUILD,
             };
             let reply = match worker {
                 Some(program) => {

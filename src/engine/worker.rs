@@ -361,6 +361,7 @@ pub fn worker(
         say: &say,
         secrets: secrets.collect(),
         alone: true,
+        build: &program.to_string(),
     };
     let reply = attempt(&task, step.as_ref(), dir, &around);
     store.write_atomic(&dir.join(RESULT), &serde_json::to_vec_pretty(&reply)?)?;

@@ -419,8 +419,12 @@ impl StepKind for Train {
         }
         let args = self.arguments(validation.is_some())?;
         let mut watch = Watch::new(cx, &task, validation, self);
-        let history = learn::train(&model, &task, &rows, &args, &mut watch)?;
-        let Watch { tokens, rows: seen, seconds, .. } = watch;
+        let history = match watch.checkpoint(&model) {
+            Some(from) => learn::resume(from, &model, &task, &rows, &args, &mut watch)?,
+            None => learn::train(&model, &task, &rows, &args, &mut watch)?,
+        };
+        let Watch { tokens: measured, rows: seen, seconds, .. } = watch;
+        let tokens: u64 = history.steps.iter().map(|s| s.tokens).sum();
 
         let dir = cx.out_dir("trained")?;
         let name = base_name(&base)?;
@@ -456,7 +460,7 @@ impl StepKind for Train {
         cx.fact("trainable_percent", percent(counts));
         cx.fact("steps", history.steps.len());
         cx.fact("tokens", tokens);
-        cx.fact("tokens_per_second", tokens as f64 / seconds);
+        cx.fact("tokens_per_second", measured as f64 / seconds);
         cx.fact("samples_per_second", seen as f64 / seconds);
         cx.fact("train_seconds", seconds);
         if let Some(last) = history.steps.last() {

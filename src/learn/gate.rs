@@ -4,6 +4,7 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use anyhow::Result;
 use candle_core::{Tensor, Var};
+use serde::{Deserialize, Serialize};
 
 use crate::digest::Digest;
 use crate::source::Fault;
@@ -22,6 +23,12 @@ const RATE: f64 = 1e-6;
 #[derive(Debug)]
 pub struct GradientGate {
     initial: BTreeMap<String, Digest>,
+    seen: Seen,
+}
+
+/// What a gate has seen so far.
+#[derive(Debug, Clone, Default, Serialize, Deserialize)]
+pub(super) struct Seen {
     reached: BTreeSet<String>,
     rates: f64,
     updates: u64,
@@ -48,13 +55,17 @@ impl GradientGate {
     /// When a parameter is not f32.
     pub fn new(parameters: &BTreeMap<String, Var>) -> Result<Self> {
         let initial = parameters.iter().map(|(n, v)| Ok((n.clone(), digest(v)?)));
-        Ok(Self {
-            initial: initial.collect::<Result<_>>()?,
-            reached: BTreeSet::new(),
-            rates: 0.0,
-            updates: 0,
-            done: false,
-        })
+        Ok(Self { initial: initial.collect::<Result<_>>()?, seen: Seen::default() })
+    }
+
+    /// What it has seen, for a checkpoint.
+    pub(super) fn seen(&self) -> Seen {
+        self.seen.clone()
+    }
+
+    /// Goes on from a checkpoint.
+    pub(super) fn go_on(&mut self, seen: Seen) {
+        self.seen = seen;
     }
 
     /// Looks at the gradients of a step, before the update.
@@ -62,7 +73,7 @@ impl GradientGate {
     /// # Errors
     /// When a parameter has none, or one with a number in it that is not finite.
     pub fn gradients(&mut self, gradients: &BTreeMap<String, Tensor>) -> Result<()> {
-        if self.done {
+        if self.seen.done {
             return Ok(());
         }
         for name in self.initial.keys() {
@@ -76,7 +87,7 @@ impl GradientGate {
                 return Err(fault.help("lower the learning rate or look at the data").into());
             }
             if values.iter().any(|x| *x != 0.0) {
-                self.reached.insert(name.clone());
+                self.seen.reached.insert(name.clone());
             }
         }
         Ok(())
@@ -88,12 +99,12 @@ impl GradientGate {
     /// When enough updates are done, and a parameter has had no gradient but zeros or is
     /// bit for bit what it was.
     pub fn updated(&mut self, parameters: &BTreeMap<String, Var>, rate: f64) -> Result<()> {
-        if self.done || rate == 0.0 {
+        if self.seen.done || rate == 0.0 {
             return Ok(());
         }
-        self.updates += 1;
-        self.rates += rate;
-        if self.rates < RATE { self.all_reached() } else { self.judge(parameters) }
+        self.seen.updates += 1;
+        self.seen.rates += rate;
+        if self.seen.rates < RATE { self.all_reached() } else { self.judge(parameters) }
     }
 
     /// Judges at the end of training, however small the rates were.
@@ -101,23 +112,23 @@ impl GradientGate {
     /// # Errors
     /// As [`GradientGate::updated`], unless there were too few updates to tell.
     pub fn finish(&mut self, parameters: &BTreeMap<String, Var>) -> Result<()> {
-        if self.done { Ok(()) } else { self.judge(parameters) }
+        if self.seen.done { Ok(()) } else { self.judge(parameters) }
     }
 
     fn all_reached(&self) -> Result<()> {
-        if self.updates < UPDATES {
+        if self.seen.updates < UPDATES {
             return Ok(());
         }
         let zero: Vec<&str> = self
             .initial
             .keys()
-            .filter(|n| !self.reached.contains(*n))
+            .filter(|n| !self.seen.reached.contains(*n))
             .map(String::as_str)
             .collect();
         if !zero.is_empty() {
             let message = format!(
                 "after {} updates the gradient of {} of {} trainable tensors has been zero: {}",
-                self.updates,
+                self.seen.updates,
                 zero.len(),
                 self.initial.len(),
                 list(&zero)
@@ -130,7 +141,7 @@ impl GradientGate {
 
     fn judge(&mut self, parameters: &BTreeMap<String, Var>) -> Result<()> {
         self.all_reached()?;
-        if self.updates < UPDATES {
+        if self.seen.updates < UPDATES {
             return Ok(());
         }
         let mut same = Vec::new();
@@ -142,20 +153,20 @@ impl GradientGate {
         if !same.is_empty() {
             let message = format!(
                 "after {} updates {} trainable tensors have not changed: {}",
-                self.updates,
+                self.seen.updates,
                 same.len(),
                 list(&same)
             );
             let help = "the learning rate is too small to move a number of f32: raise it";
             return Err(Fault::new(message).help(help).into());
         }
-        self.done = true;
+        self.seen.done = true;
         Ok(())
     }
 
     /// Whether everything has been seen to be trained.
     pub fn passed(&self) -> bool {
-        self.done
+        self.seen.done
     }
 }
 

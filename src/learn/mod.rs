@@ -8,6 +8,7 @@
 
 mod adapter;
 mod batch;
+mod checkpoint;
 mod config;
 mod doctor;
 mod files;
@@ -33,6 +34,7 @@ mod setup;
 mod trainer;
 
 pub use batch::{Batch, IGNORE, Labels};
+pub use checkpoint::Checkpoint;
 pub use config::{Family, ModelConfig};
 pub use doctor::check_rows;
 pub use gate::GradientGate;
@@ -48,5 +50,6 @@ pub use schedule::{LearningRate, Schedule, warmup_steps};
 pub use scoring::{Measure, Prediction, Scores, score};
 pub use setup::{LoraConfig, MergeBase, Method, Quantization, Setup, TargetModules, Task};
 pub use trainer::{
-    Best, Duration, EvaluationLog, History, Observer, StepLog, TrainingArguments, Warmup, train,
+    Best, Duration, EvaluationLog, History, Observer, StepLog, TrainingArguments, Warmup, resume,
+    train,
 };

@@ -1,10 +1,10 @@
 //! AdamW as `torch.optim.AdamW` computes it, and clipping by the global norm.
 
 use std::collections::BTreeMap;
-use std::sync::Mutex;
+use std::sync::{Mutex, PoisonError};
 
 use anyhow::{Context as _, Result, ensure};
-use candle_core::{CpuStorage, InplaceOp2, Layout, Tensor, Var};
+use candle_core::{CpuStorage, Device, InplaceOp2, Layout, Tensor, Var};
 use rayon::prelude::*;
 
 /// Elements that one task updates; every element is independent of every other, so that the
@@ -80,6 +80,41 @@ impl AdamW {
             (name.clone(), Mutex::new(Moments { mean: vec![0.0; n], square: vec![0.0; n], decays }))
         });
         Self { config, updates: 0, moments: moments.collect() }
+    }
+
+    /// An optimizer that has made so many updates; `get` gives the moments of a parameter by
+    /// `mean` or `square` and its name.
+    pub(super) fn resumed(
+        parameters: &BTreeMap<String, Var>,
+        config: AdamWConfig,
+        updates: u64,
+        get: &dyn Fn(&str, &str) -> Result<Tensor>,
+    ) -> Result<Self> {
+        let moments = parameters.keys().map(|name| {
+            let load = |kind| -> Result<Vec<f32>> { Ok(get(kind, name)?.to_vec1()?) };
+            let decays = config.decays.includes(name);
+            let moments = Moments { mean: load("mean")?, square: load("square")?, decays };
+            Ok((name.clone(), Mutex::new(moments)))
+        });
+        Ok(Self { config, updates, moments: moments.collect::<Result<_>>()? })
+    }
+
+    /// Its state by `mean/` or `square/` and the parameter's name, flat.
+    pub(super) fn moments(&self) -> Result<BTreeMap<String, Tensor>> {
+        let mut all = BTreeMap::new();
+        for (name, moments) in &self.moments {
+            let moments = moments.lock().unwrap_or_else(PoisonError::into_inner);
+            for (kind, data) in [("mean", &moments.mean), ("square", &moments.square)] {
+                let tensor = Tensor::from_slice(data, data.len(), &Device::Cpu)?;
+                all.insert(format!("{kind}/{name}"), tensor);
+            }
+        }
+        Ok(all)
+    }
+
+    /// Its constants.
+    pub(super) fn config(&self) -> AdamWConfig {
+        self.config
     }
 
     /// Updates made so far.

@@ -1,12 +1,14 @@
 //! The training loop.
 
 use std::collections::BTreeMap;
+use std::path::Path;
 
 use anyhow::{Context as _, Result, ensure};
 use candle_core::Tensor;
 use serde::{Deserialize, Serialize};
 
 use super::batch::Batch;
+use super::checkpoint::{self, Checkpoint};
 use super::gate::GradientGate;
 use super::model::Model;
 use super::optimizer::{AdamW, AdamWConfig, clip_factor, global_norm};
@@ -120,6 +122,16 @@ pub trait Observer {
     /// To end training.
     fn step(&mut self, log: &StepLog, steps: u64) -> Result<()>;
 
+    /// Between two updates: the place to call `save` with an empty folder, which then holds what
+    /// [`resume`] needs, and to end training so that it can go on later.
+    ///
+    /// # Errors
+    /// To end training, or when `save` fails.
+    fn between(&mut self, save: &mut dyn FnMut(&Path) -> Result<()>) -> Result<()> {
+        let _ = save;
+        Ok(())
+    }
+
     /// Evaluates after an epoch and at the end; `None` if there is nothing to evaluate on.
     ///
     /// # Errors
@@ -184,6 +196,80 @@ pub fn train(
     args: &TrainingArguments,
     observer: &mut dyn Observer,
 ) -> Result<History> {
+    go_on(State::new(model, args)?, model, task, rows, args, observer)
+}
+
+/// Goes on with a training from a checkpoint that an [`Observer`] had written, to the same bytes
+/// as without the stop. The model is as it was before the first update; task, rows and arguments
+/// are the same.
+///
+/// # Errors
+/// As [`train`].
+pub fn resume(
+    checkpoint: Checkpoint,
+    model: &Model,
+    task: &Task,
+    rows: &[Row],
+    args: &TrainingArguments,
+    observer: &mut dyn Observer,
+) -> Result<History> {
+    let mut state = State::new(model, args)?;
+    checkpoint.load(&mut state, model)?;
+    go_on(state, model, task, rows, args, observer)
+}
+
+/// Everything that changes from update to update, beside the weights.
+pub(super) struct State {
+    pub(super) optimizer: AdamW,
+    pub(super) gate: GradientGate,
+    pub(super) kept: Kept,
+    pub(super) history: History,
+    /// Micro-batches so far.
+    pub(super) micro: u64,
+}
+
+impl State {
+    fn new(model: &Model, args: &TrainingArguments) -> Result<Self> {
+        Ok(Self {
+            optimizer: AdamW::new(model.trainable(), args.optimizer),
+            gate: GradientGate::new(model.trainable())?,
+            kept: Kept::new(args.best.clone()),
+            history: History { steps: Vec::new(), evaluations: Vec::new(), best_step: None },
+            micro: 0,
+        })
+    }
+
+    /// Updates done.
+    fn steps(&self) -> u64 {
+        self.history.steps.len() as u64
+    }
+
+    /// Evaluates if an epoch, or all, is done and that has not been looked at.
+    fn evaluate(&mut self, plan: &Plan, model: &Model, observer: &mut dyn Observer) -> Result<()> {
+        let Some(StepLog { step, epoch, .. }) = self.history.steps.last().cloned() else {
+            return Ok(());
+        };
+        let due = step % plan.per_epoch == 0 || step == plan.steps;
+        let looked_at = self.history.evaluations.last().is_some_and(|e| e.step == step);
+        if due
+            && !looked_at
+            && let Some(metrics) = observer.evaluate(model, step)?
+        {
+            self.kept.offer(model, step, &metrics)?;
+            self.history.evaluations.push(EvaluationLog { step, epoch, metrics });
+        }
+        Ok(())
+    }
+}
+
+fn go_on(
+    mut state: State,
+    model: &Model,
+    task: &Task,
+    rows: &[Row],
+    args: &TrainingArguments,
+    observer: &mut dyn Observer,
+) -> Result<History> {
     let plan = Plan::new(args, rows.len())?;
     let warmup = match args.warmup {
         Warmup::Steps(n) => n,
@@ -191,30 +277,28 @@ pub fn train(
     };
     let (peak, schedule) = (args.learning_rate, args.schedule);
     let rate = LearningRate { peak, schedule, warmup, total: plan.steps };
-    let mut optimizer = AdamW::new(model.trainable(), args.optimizer);
-    let mut gate = GradientGate::new(model.trainable())?;
-    let mut kept = Kept::new(args.best.clone());
-    let mut history = History { steps: Vec::new(), evaluations: Vec::new(), best_step: None };
+    // A stop may have come between an update and its evaluation.
+    state.evaluate(&plan, model, observer)?;
+    let first = state.steps();
     let mut order = Vec::new();
-    let mut micro = 0;
-    for step in 0..plan.steps {
+    for step in first..plan.steps {
         let update = step % plan.per_epoch;
-        if update == 0 {
+        if update == 0 || step == first {
             order = plan.order(args, step / plan.per_epoch);
         }
         let chosen = plan.micro_batches(&order, update);
-        let sum = accumulate(model, task, rows, &chosen, &mut micro)
+        let sum = accumulate(model, task, rows, &chosen, &mut state.micro)
             .with_context(|| format!("in step {}", step + 1))?;
         let grad_norm = global_norm(&sum.gradients)?;
         let finite = sum.loss.is_finite() && grad_norm.is_finite();
         if !finite {
             return Err(diverged(step + 1, sum.loss, grad_norm, &chosen).into());
         }
-        gate.gradients(&sum.gradients)?;
+        state.gate.gradients(&sum.gradients)?;
         let scale = args.max_grad_norm.map_or(1.0, |max| clip_factor(grad_norm, max));
         let learning_rate = rate.at(step);
-        optimizer.update(model.trainable(), &sum.gradients, learning_rate, scale)?;
-        gate.updated(model.trainable(), learning_rate)?;
+        state.optimizer.update(model.trainable(), &sum.gradients, learning_rate, scale)?;
+        state.gate.updated(model.trainable(), learning_rate)?;
         let log = StepLog {
             step: step + 1,
             epoch: (step + 1) as f64 / plan.per_epoch as f64,
@@ -225,16 +309,12 @@ pub fn train(
             tokens: sum.tokens,
         };
         observer.step(&log, plan.steps)?;
-        let (done, epoch) = (log.step, log.epoch);
-        history.steps.push(log);
-        if (update + 1 == plan.per_epoch || done == plan.steps)
-            && let Some(metrics) = observer.evaluate(model, done)?
-        {
-            kept.offer(model, done, &metrics)?;
-            history.evaluations.push(EvaluationLog { step: done, epoch, metrics });
-        }
+        state.history.steps.push(log);
+        observer.between(&mut |dir| checkpoint::save(&state, model, dir))?;
+        state.evaluate(&plan, model, observer)?;
     }
-    gate.finish(model.trainable())?;
+    state.gate.finish(model.trainable())?;
+    let State { kept, mut history, .. } = state;
     history.best_step = kept.restore(model)?;
     Ok(history)
 }
@@ -296,10 +376,12 @@ fn diverged(step: u64, loss: f64, grad_norm: f64, chosen: &[&[usize]]) -> Fault 
 }
 
 /// The best weights so far.
-struct Kept {
+pub(super) struct Kept {
     best: Option<Best>,
-    found: Option<(f64, u64, BTreeMap<String, Tensor>)>,
-    last: u64,
+    /// Value, step and weights.
+    pub(super) found: Option<(f64, u64, BTreeMap<String, Tensor>)>,
+    /// The last step that was offered.
+    pub(super) last: u64,
 }
 
 impl Kept {

@@ -87,6 +87,10 @@ pub struct Context<'a> {
     pub hub: &'a hub::Hub,
     /// The attempt's private directory; outputs go under `out/`.
     pub attempt_dir: PathBuf,
+    /// The step's key: what checkpoints are kept under.
+    pub key: Digest,
+    /// The program; a checkpoint of another one is not gone on from.
+    pub build: String,
     /// Threads it may use.
     pub threads: usize,
     /// Where models run.
@@ -142,6 +146,32 @@ impl Context<'_> {
         let dir = self.attempt_dir.join("scratch");
         std::fs::create_dir_all(&dir).with_context(|| format!("making {}", dir.display()))?;
         Ok(dir)
+    }
+
+    /// Keeps a folder of this attempt as the newest checkpoint, for the next attempt to go on
+    /// from if this one does not come to its end. The folder is taken over.
+    ///
+    /// # Errors
+    /// When the disk refuses.
+    pub fn checkpoint(&self, dir: &Path) -> Result<()> {
+        self.store.keep_checkpoint(&self.key, &self.build, dir)
+    }
+
+    /// The checkpoint that an earlier attempt at the same key left, if this program wrote it;
+    /// otherwise the log says why there is none to go on from.
+    pub fn resume(&self) -> Option<PathBuf> {
+        match self.store.checkpoint(&self.key) {
+            Ok(None) => None,
+            Ok(Some((dir, build))) if build == self.build => Some(dir),
+            Ok(Some(_)) => {
+                self.log("starts over: its checkpoint is of another build of flow");
+                None
+            }
+            Err(e) => {
+                self.log(format!("starts over: its checkpoint cannot be read ({e:#})"));
+                None
+            }
+        }
     }
 
     /// Makes an existing tree a port of this step's output.
@@ -232,6 +262,8 @@ mod tests {
             store: Store::open(&dir.path().join("store")).unwrap(),
             hub: &hub,
             attempt_dir: dir.path().join("attempt"),
+            key: Digest::of(b"key"),
+            build: String::new(),
             threads: 1,
             device: Device::Cpu,
             env: BTreeMap::new(),

@@ -7,12 +7,14 @@
 //! records/ab/cdef….json one record per key (written by `lineage`)
 //! runs/<id>/            one journal per run (written by `lineage`)
 //! leases/<key>          kernel-released locks
+//! checkpoints/<key>/ the newest checkpoint of a key without a result
 //! attempts/<name>/      private scratch of one attempt, removed after publishing
 //! stat/…                digests by (dev, ino, size, mtime, ctime); may be deleted at any time
 //! quarantine/…          damaged objects and manifests, kept for inspection
 //! tmp/…                 files on their way to `objects`
 //! ```
 
+mod checkpoint;
 mod disk;
 mod lease;
 mod objects;

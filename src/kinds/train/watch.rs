@@ -1,13 +1,14 @@
 //! How training looks from outside: progress, curves, evaluations.
 
 use std::collections::BTreeMap;
-use std::time::Instant;
+use std::path::Path;
+use std::time::{Duration, Instant};
 
 use anyhow::Result;
 
 use super::{Train, loading};
 use crate::artifact::TokensSplit;
-use crate::learn::{self, Measure, Observer, RowReader, StepLog, Task};
+use crate::learn::{self, Checkpoint, Measure, Observer, RowReader, StepLog, Task};
 use crate::step::Context;
 
 /// Reports progress and evaluates.
@@ -21,6 +22,7 @@ pub(super) struct Watch<'a, 'c> {
     pub(super) rows: u64,
     pub(super) seconds: f64,
     last: Instant,
+    saved: Instant,
     steps: u64,
     message: String,
 }
@@ -47,11 +49,31 @@ impl<'a, 'c> Watch<'a, 'c> {
             rows: 0,
             seconds: 0.0,
             last: Instant::now(),
+            saved: Instant::now(),
             steps: 0,
             message: String::new(),
         }
     }
 }
+
+impl Watch<'_, '_> {
+    /// What an earlier attempt left to go on from.
+    pub(super) fn checkpoint(&self, model: &learn::Model) -> Option<Checkpoint> {
+        match Checkpoint::open(&self.cx.resume()?, model) {
+            Ok(checkpoint) => {
+                self.cx.log(format!("resumes: after step {}", checkpoint.steps()));
+                Some(checkpoint)
+            }
+            Err(e) => {
+                self.cx.log(format!("starts over: the checkpoint is of no use, {e:#}"));
+                None
+            }
+        }
+    }
+}
+
+/// How much work a killed process may cost.
+const BETWEEN_CHECKPOINTS: Duration = Duration::from_secs(600);
 
 impl Observer for Watch<'_, '_> {
     fn step(&mut self, log: &StepLog, steps: u64) -> Result<()> {
@@ -66,6 +88,17 @@ impl Observer for Watch<'_, '_> {
         self.cx.metric("train/loss", log.step, log.loss);
         self.cx.metric("train/learning_rate", log.step, log.learning_rate);
         self.cx.metric("train/grad_norm", log.step, log.grad_norm);
+        Ok(())
+    }
+
+    fn between(&mut self, save: &mut dyn FnMut(&Path) -> Result<()>) -> Result<()> {
+        if self.cx.cancelled() || self.saved.elapsed() >= BETWEEN_CHECKPOINTS {
+            let dir = self.cx.scratch_dir()?.join("checkpoint");
+            std::fs::create_dir(&dir)?;
+            save(&dir)?;
+            self.cx.checkpoint(&dir)?;
+            (self.saved, self.last) = (Instant::now(), Instant::now());
+        }
         self.cx.stop()
     }
 

@@ -84,6 +84,8 @@ impl Room {
             store: self.store.clone(),
             hub: &self.hub,
             attempt_dir: attempt.clone(),
+            key: flow::digest::Digest::of(b"key"),
+            build: String::new(),
             threads: 1,
             device: Device::Cpu,
             env: BTreeMap::from([("GREETING".to_owned(), "hello".to_owned())]),

@@ -77,6 +77,8 @@ impl Bench {
             store: self.store.clone(),
             hub: &hub,
             attempt_dir: attempt.clone(),
+            key: flow::digest::Digest::of(b"key"),
+            build: String::new(),
             threads: 2,
             device: Device::Cpu,
             env: BTreeMap::new(),

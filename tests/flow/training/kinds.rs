@@ -1,10 +1,10 @@
 //! The kinds around models, run one after the other through a store.
 
-use std::cell::RefCell;
+use std::cell::{Cell, RefCell};
 use std::collections::BTreeMap;
 use std::fs::{self, File};
 use std::path::Path;
-use std::sync::atomic::AtomicBool;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
 
 use anyhow::Result;
@@ -28,6 +28,8 @@ struct Bench {
     store: Store,
     hub: Hub,
     attempts: RefCell<usize>,
+    /// A run is stopped after so many steps.
+    stop_after: Cell<Option<u64>>,
 }
 
 /// What a step made.
@@ -60,7 +62,7 @@ impl Bench {
         let dir = tempfile::tempdir().unwrap();
         let store = Store::open(&dir.path().join("store")).unwrap();
         let hub = Hub::new(HubSettings::new(dir.path().join("hub")));
-        Self { dir, store, hub, attempts: RefCell::new(0) }
+        Self { dir, store, hub, attempts: RefCell::new(0), stop_after: Cell::new(None) }
     }
 
     fn fresh_dir(&self) -> std::path::PathBuf {
@@ -88,11 +90,19 @@ impl Bench {
         let attempt_dir = self.fresh_dir();
         let cancel = AtomicBool::new(false);
         let events = Arc::new(Mutex::new(Vec::new()));
-        let emit = |event: Event| events.lock().unwrap().push(event);
+        let stop_after = self.stop_after.get();
+        let emit = |event: Event| {
+            if matches!(&event, Event::Progress { done, .. } if Some(*done) == stop_after) {
+                cancel.store(true, Ordering::Relaxed);
+            }
+            events.lock().unwrap().push(event);
+        };
         let mut cx = Context {
             store: self.store.clone(),
             hub: &self.hub,
             attempt_dir: attempt_dir.clone(),
+            key: flow::digest::Digest::of(b"key"),
+            build: String::new(),
             threads: 2,
             device: Device::Cpu,
             env: BTreeMap::new(),
@@ -536,4 +546,29 @@ fn mistakes_in_fields_are_found_before_anything_runs() {
     assert_eq!(metric("macro_f1"), Vec::<String>::new());
     assert_eq!(metric("acuracy"), ["metric_for_best"]);
     assert_eq!(metric("eval_loss"), ["metric_for_best"]);
+}
+
+#[test]
+fn an_interrupted_training_goes_on_where_it_stopped() {
+    let train = |bench: &Bench| {
+        let base = bench.base(&encoder());
+        let splits = [("train", rows(64, 1, false)), ("validation", rows(20, 2, false))];
+        let tokens = bench.tokens(&splits, false, &classes());
+        let with = json!({
+            "data": tokens.input(), "model": base.input(), "method": "lora",
+            "lora": { "r": 2, "alpha": 4, "dropout": 0.1 }, "learning_rate": 1e-2,
+            "batch_size": 8, "epochs": 3,
+        });
+        bench.run("train", "trained_model", with)
+    };
+    let whole = train(&Bench::new()).unwrap();
+    let bench = Bench::new();
+    bench.stop_after.set(Some(13));
+    assert_eq!(train(&bench).err().unwrap().to_string(), "interrupted");
+    bench.stop_after.set(None);
+    let made = train(&bench).unwrap();
+    let resumed = |e: &Event| matches!(e, Event::Log { line } if line == "resumes: after step 13");
+    assert!(made.events.iter().any(resumed), "{:?}", made.events);
+    assert_eq!(made.ports, whole.ports);
+    assert_eq!(made.facts["tokens"], whole.facts["tokens"]);
 }

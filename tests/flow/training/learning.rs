@@ -5,9 +5,9 @@ use std::collections::BTreeMap;
 use anyhow::Result;
 use candle_core::{Device, Tensor, Var};
 use flow::learn::{
-    AdamWConfig, Best, Duration, GradientGate, History, IGNORE, LoraConfig, Measure, Method, Model,
-    Observer, Quantization, Row, Schedule, Setup, StepLog, TargetModules, Task, TrainingArguments,
-    Warmup, collate, score, train,
+    AdamWConfig, Best, Checkpoint, Duration, GradientGate, History, IGNORE, LoraConfig, Measure,
+    Method, Model, Observer, Quantization, Row, Schedule, Setup, StepLog, TargetModules, Task,
+    TrainingArguments, Warmup, collate, resume, score, train,
 };
 
 use super::{decoder, encoder, model, rows};
@@ -330,4 +330,77 @@ fn the_gate_fails_on_a_gradient_that_is_cut() {
     gate.gradients(&gradients(false)).unwrap();
     let err = gate.gradients(&gradients(true)).unwrap_err();
     assert_eq!(err.to_string(), "no gradient reaches parameter `below`");
+}
+
+/// Evaluates, and stops after a step with a checkpoint.
+struct Stop<'a> {
+    after: u64,
+    dir: std::path::PathBuf,
+    steps: u64,
+    unseen: &'a [Row],
+}
+
+impl Observer for Stop<'_> {
+    fn step(&mut self, log: &StepLog, _: u64) -> Result<()> {
+        self.steps = log.step;
+        Ok(())
+    }
+
+    fn between(&mut self, save: &mut dyn FnMut(&std::path::Path) -> Result<()>) -> Result<()> {
+        if self.steps == self.after {
+            std::fs::create_dir(&self.dir)?;
+            save(&self.dir)?;
+            anyhow::bail!("stopped");
+        }
+        Ok(())
+    }
+
+    fn evaluate(&mut self, model: &Model, _: u64) -> Result<Option<BTreeMap<String, f64>>> {
+        let mut stream = self.unseen.iter().cloned().map(Ok);
+        let scores = score(model, &mut stream, 16, Measure::Classes(2), &mut |_, _| Ok(()))?;
+        Ok(Some(scores.metrics))
+    }
+}
+
+#[test]
+fn a_stopped_training_goes_on_to_the_same_bytes() {
+    let (data, unseen) = (rows(40, 1, false), rows(30, 2, false));
+    let mut setup = setup(CLASSIFY, Method::Lora);
+    setup.dropout = Some(0.2);
+    let best = Best { metric: "loss".into(), maximize: false };
+    // 5 updates an epoch: a rate so high that a middle epoch is the best.
+    let args = TrainingArguments { best: Some(best), ..arguments(20, 3e-2) };
+    let dir = tempfile::tempdir().unwrap();
+    let files = model(dir.path(), &encoder());
+    let fresh = || Model::load(&files, &setup).unwrap();
+    let nowhere = dir.path().join("nowhere");
+    let watch = |after, dir: &std::path::Path| Stop {
+        after,
+        dir: dir.to_path_buf(),
+        steps: 0,
+        unseen: &unseen,
+    };
+    let whole = fresh();
+    let history = train(&whole, &CLASSIFY, &data, &args, &mut watch(0, &nowhere)).unwrap();
+    // In the first epoch, between an update and its evaluation, and after the best one.
+    for after in [1, 5, 13, 20] {
+        let place = dir.path().join(format!("after{after}"));
+        let stopped = train(&fresh(), &CLASSIFY, &data, &args, &mut watch(after, &place));
+        assert_eq!(stopped.unwrap_err().to_string(), "stopped");
+        let again = fresh();
+        let checkpoint = Checkpoint::open(&place, &again).unwrap();
+        assert_eq!(checkpoint.steps(), after);
+        let mut rest = watch(0, &nowhere);
+        let gone_on = resume(checkpoint, &again, &CLASSIFY, &data, &args, &mut rest).unwrap();
+        assert_eq!(gone_on, history, "after {after}");
+        assert_eq!(weights(&again), weights(&whole), "after {after}");
+    }
+    // Damage is found before the model is touched.
+    let place = dir.path().join("after13");
+    let path = place.join("tensors.safetensors");
+    let mut bytes = std::fs::read(&path).unwrap();
+    *bytes.last_mut().unwrap() ^= 1;
+    std::fs::write(&path, bytes).unwrap();
+    let refused = Checkpoint::open(&place, &fresh()).unwrap_err().to_string();
+    assert!(refused.contains("damaged"), "{refused}");
 }
