@@ -7,6 +7,7 @@ use serde::Serialize;
 use serde_json::Value;
 
 use super::Record;
+use super::why::member_path;
 use crate::digest::Digest;
 use crate::source::{Fault, suggest};
 use crate::store::Store;
@@ -115,6 +116,12 @@ fn inputs(path: &str, value: &Value, out: &mut Vec<Link>) {
                 }
                 return;
             }
+            if let (1, Some(Value::Array(members))) = (map.len(), map.get("$gather")) {
+                for member in members {
+                    inputs(&member_path(path, &member["point"]), &member["input"], out);
+                }
+                return;
+            }
             if let (1, Some(file)) = (map.len(), map.get("$file")) {
                 if let Some(digest) = digest(&file["digest"]) {
                     out.push(Link { input: path.to_owned(), digest, from: None });
@@ -137,5 +144,24 @@ fn inputs(path: &str, value: &Value, out: &mut Vec<Link>) {
             }
         }
         _ => {}
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use serde_json::json;
+
+    /// As [`crate::lineage::Made::sources`] names them.
+    #[test]
+    fn inputs_are_named_by_path_point_and_port() {
+        let digest = Digest::of(b"x");
+        let input = json!({ "type": "report", "ports": { "report": digest } });
+        let member = json!({ "point": { "lora.r": 8 }, "input": input });
+        let with = json!({ "data": { "$input": input }, "scores": { "$gather": [member] } });
+        let mut links = Vec::new();
+        inputs("", &json!({ "kind": "k", "with": with }), &mut links);
+        let names: Vec<&str> = links.iter().map(|l| l.input.as_str()).collect();
+        assert_eq!(names, ["data.report", "scores@lora.r=8.report"]);
     }
 }
