@@ -24,7 +24,7 @@ use crate::lineage::{
     Journal, Past, Record, RunInfo, Runs, State, Status, StepSummary, Summary, Why, unix_ms,
 };
 use crate::pipeline::{Instance, Plan};
-use crate::step::{Context, Event, Needs, Produced};
+use crate::step::{CHECKPOINT_EVERY, Context, Event, Needs, Produced};
 
 /// Lines of a failed step's log that are shown with its failure.
 const TAIL_LINES: usize = 20;
@@ -286,6 +286,7 @@ impl<'a> Runner<'a, '_> {
             attempt_dir: attempt_dir.clone(),
             key: bound.key,
             build: machine::BUILD.into(),
+            checkpoint_every: CHECKPOINT_EVERY,
             threads: self.session.options.jobs,
             device: self.session.options.device,
             env: set(&self.instance(node).env),
@@ -360,6 +361,7 @@ impl<'a> Runner<'a, '_> {
             secrets: instance.policy.secrets.clone(),
             device: options.device,
             compute: options.compute.clone(),
+            checkpoint_every: instance.policy.checkpoint.unwrap_or(CHECKPOINT_EVERY),
             threads: grant.threads,
             gpus: grant.gpus.clone(),
             run: self.journal.info.id.clone(),

@@ -165,6 +165,7 @@ impl<'m, 'a> Maker<'m, 'a> {
                 needs,
                 retry: written.retry,
                 timeout: written.timeout,
+                checkpoint: written.checkpoint,
                 secrets: written.secrets.iter().map(|(n, _)| n.clone()).collect(),
             },
             span: written.span,

@@ -49,6 +49,8 @@ pub struct Policy {
     pub retry: u32,
     /// After which its process group is ended.
     pub timeout: Option<Duration>,
+    /// How often a step that can go on later keeps a checkpoint.
+    pub checkpoint: Option<Duration>,
     /// Names of environment variables passed to it that are secrets.
     pub secrets: Vec<String>,
 }

@@ -2,6 +2,9 @@
 
 use serde_json::{Map, Value, json};
 
+/// A time, as the parser reads it.
+const TIME: &str = r"^\s*[0-9.]+\s*(ms|s|m|min|h|d)\s*$";
+
 use crate::step::Kind;
 
 const DRAFT: &str = "https://json-schema.org/draft/2020-12/schema";
@@ -104,8 +107,14 @@ fn step_schema(kinds: &[Kind], cases: &[Value]) -> Value {
             },
             "timeout": {
                 "type": "string",
-                "pattern": r"^\s*[0-9.]+\s*(ms|s|m|min|h|d)\s*$",
+                "pattern": TIME,
                 "description": "Like `90s`, `15m` or `2h`.",
+            },
+            "checkpoint": {
+                "type": "string",
+                "pattern": TIME,
+                "description": "How often a training keeps what it needs to go on later; 10m by \
+                    default.",
             },
             "secrets": variables("Environment variables passed to the step and kept nowhere."),
         },

@@ -43,6 +43,8 @@ pub struct WrittenStep {
     pub retry: u32,
     /// After which it is ended.
     pub timeout: Option<Duration>,
+    /// `checkpoint`.
+    pub checkpoint: Option<Duration>,
     /// Names of environment variables that are passed to it and kept nowhere.
     pub secrets: Vec<(String, Span)>,
 }
@@ -59,8 +61,9 @@ pub struct WrittenNeeds {
 }
 
 const TOP: [&str; 6] = ["name", "description", "params", "sweep", "steps", "outputs"];
-const STEP: [&str; 8] = ["kind", "with", "env", "salt", "needs", "retry", "timeout", "secrets"];
-const LATER: [&str; 3] = ["slurm", "checkpoint", "log"];
+const STEP: [&str; 9] =
+    ["kind", "with", "env", "salt", "needs", "retry", "timeout", "checkpoint", "secrets"];
+const LATER: [&str; 2] = ["slurm", "log"];
 
 impl Pipeline {
     /// Reads a pipeline: what could be read (nothing after a YAML syntax error), and all that is
@@ -194,6 +197,7 @@ impl Form<'_> {
             needs: WrittenNeeds::default(),
             retry: 0,
             timeout: None,
+            checkpoint: None,
             secrets: Vec::new(),
         };
         let mut has_kind = false;
@@ -228,12 +232,8 @@ impl Form<'_> {
                         self.expected(&key.value, "a whole number, 0 or more", help);
                     }
                 },
-                "timeout" => match key.value.as_text().and_then(duration) {
-                    Some(timeout) => step.timeout = Some(timeout),
-                    None => {
-                        self.expected(&key.value, "a time", "write it like `90s`, `15m` or `2h`");
-                    }
-                },
+                "timeout" => step.timeout = self.time(&key.value),
+                "checkpoint" => step.checkpoint = self.time(&key.value),
                 later if LATER.contains(&later) => {
                     let message = format!("`{later}` is not available yet");
                     self.wrong(key.key_span, message, "not available", "remove it");
@@ -246,6 +246,14 @@ impl Form<'_> {
             self.wrong(step.span, message, "no `kind`", "see `flow kinds` for what there is");
         }
         Some(step)
+    }
+
+    fn time(&mut self, node: &Node) -> Option<Duration> {
+        let time = node.as_text().and_then(duration);
+        if time.is_none() {
+            self.expected(node, "a time", "write it like `90s`, `15m` or `2h`");
+        }
+        time
     }
 
     fn names(&mut self, node: &Node) -> Vec<(String, Span)> {

@@ -3,6 +3,7 @@
 use std::collections::BTreeMap;
 use std::path::{Component, Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Duration;
 
 use anyhow::{Context as _, Result, ensure};
 use serde::{Deserialize, Serialize};
@@ -17,6 +18,9 @@ use crate::store::{Entry, Origin, Store};
 /// Numbers and words about a run that belong to its record, not to its output: parameter counts,
 /// rows, throughput, times.
 pub type Facts = Map<String, Value>;
+
+/// [`Context::checkpoint_every`] where a step does not say: what a killed process may cost.
+pub const CHECKPOINT_EVERY: Duration = Duration::from_secs(600);
 
 /// The class of device that models run on; part of the key of kinds that run models.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
@@ -91,6 +95,8 @@ pub struct Context<'a> {
     pub key: Digest,
     /// The program; a checkpoint of another one is not gone on from.
     pub build: String,
+    /// How often it keeps a checkpoint, if it can go on from one.
+    pub checkpoint_every: Duration,
     /// Threads it may use.
     pub threads: usize,
     /// Where models run.
@@ -264,6 +270,7 @@ mod tests {
             attempt_dir: dir.path().join("attempt"),
             key: Digest::of(b"key"),
             build: String::new(),
+            checkpoint_every: CHECKPOINT_EVERY,
             threads: 1,
             device: Device::Cpu,
             env: BTreeMap::new(),

@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 use std::path::Path;
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use anyhow::Result;
 
@@ -72,9 +72,6 @@ impl Watch<'_, '_> {
     }
 }
 
-/// How much work a killed process may cost.
-const BETWEEN_CHECKPOINTS: Duration = Duration::from_secs(600);
-
 impl Observer for Watch<'_, '_> {
     fn step(&mut self, log: &StepLog, steps: u64) -> Result<()> {
         self.seconds += self.last.elapsed().as_secs_f64();
@@ -92,7 +89,7 @@ impl Observer for Watch<'_, '_> {
     }
 
     fn between(&mut self, save: &mut dyn FnMut(&Path) -> Result<()>) -> Result<()> {
-        if self.cx.cancelled() || self.saved.elapsed() >= BETWEEN_CHECKPOINTS {
+        if self.cx.cancelled() || self.saved.elapsed() >= self.cx.checkpoint_every {
             let dir = self.cx.scratch_dir()?.join("checkpoint");
             std::fs::create_dir(&dir)?;
             save(&dir)?;

@@ -86,6 +86,7 @@ impl Room {
             attempt_dir: attempt.clone(),
             key: flow::digest::Digest::of(b"key"),
             build: String::new(),
+            checkpoint_every: flow::step::CHECKPOINT_EVERY,
             threads: 1,
             device: Device::Cpu,
             env: BTreeMap::from([("GREETING".to_owned(), "hello".to_owned())]),

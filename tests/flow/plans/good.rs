@@ -269,6 +269,7 @@ steps:
     needs: { cpu: 3, memory: 2GiB }
     retry: 2
     timeout: 90s
+    checkpoint: 5m
     env: [TOKEN, NOT_SET]
     secrets: [HF_TOKEN]
     salt: 7
@@ -278,6 +279,7 @@ steps:
     let needs = rows.policy.needs.unwrap();
     assert_eq!((needs.cpu, needs.memory, needs.gpu), (Cpu::N(3), Some(2 << 30), 0));
     assert_eq!((rows.policy.retry, rows.policy.timeout), (2, Some(Duration::from_secs(90))));
+    assert_eq!(rows.policy.checkpoint, Some(Duration::from_secs(300)));
     assert_eq!(rows.policy.secrets, ["HF_TOKEN"]);
     assert_eq!(rows.env["TOKEN"].as_deref(), Some("x"));
     assert_eq!(rows.env["NOT_SET"], None);

@@ -79,6 +79,7 @@ impl Bench {
             attempt_dir: attempt.clone(),
             key: flow::digest::Digest::of(b"key"),
             build: String::new(),
+            checkpoint_every: flow::step::CHECKPOINT_EVERY,
             threads: 2,
             device: Device::Cpu,
             env: BTreeMap::new(),

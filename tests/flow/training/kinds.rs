@@ -103,6 +103,7 @@ impl Bench {
             attempt_dir: attempt_dir.clone(),
             key: flow::digest::Digest::of(b"key"),
             build: String::new(),
+            checkpoint_every: flow::step::CHECKPOINT_EVERY,
             threads: 2,
             device: Device::Cpu,
             env: BTreeMap::new(),
