@@ -573,3 +573,21 @@ fn an_interrupted_training_goes_on_where_it_stopped() {
     assert_eq!(made.ports, whole.ports);
     assert_eq!(made.facts["tokens"], whole.facts["tokens"]);
 }
+
+#[test]
+fn a_tokenizer_larger_than_the_embedding_is_refused_on_headers() {
+    let bench = Bench::new();
+    let base = bench.base(&encoder());
+    let train = |vocab: u32| {
+        let mut info = classes();
+        info["vocab_size"] = json!(vocab);
+        let tokens = bench.tokens(&[("train", rows(16, 1, false))], false, &info);
+        let with = json!({
+            "data": tokens.input(), "model": base.input(), "method": "full", "max_steps": 2,
+        });
+        bench.run("train", "trained_model", with)
+    };
+    train(VOCABULARY).unwrap();
+    let refused = format!("{:#}", train(VOCABULARY + 1).err().unwrap());
+    assert!(refused.contains("has 41 tokens") && refused.contains("40"), "{refused}");
+}
