@@ -401,8 +401,7 @@ impl Model {
         Ok(Block { input, output: self.net.layer(i, &leaf, s, mode)? })
     }
 
-    /// Loss and gradients of the output layer, in blocks of logits; the gradient of the features
-    /// if they are tracked.
+    /// Loss and gradients of the output layer; the gradient of the features if they are tracked.
     fn output_gradients(
         &self,
         features: &Tensor,
@@ -413,31 +412,19 @@ impl Model {
         if self.config.is_decoder() {
             return self.embedding_gradients(features, targets, denominator, gradients);
         }
-        let (mut loss, mut seeds) = (0.0, Vec::new());
-        for (i, wanted) in targets.targets.chunks(self.chunk()).enumerate() {
-            let part = features.detach().narrow(0, i * self.chunk(), wanted.len())?.contiguous()?;
-            let (input, part) = match features.track_op() {
-                true => {
-                    let var = Var::from_tensor(&part)?;
-                    (Some(var.clone()), var.as_tensor().clone())
-                }
-                false => (None, part),
-            };
-            let logits = self.net.output(&part, Mode::Eval)?;
-            let (sum, grad) = cross_entropy(&logits, wanted, 1.0 / denominator)?;
-            loss += sum;
-            if logits.track_op() {
-                let mut store = backward(&logits, &grad)?;
-                self.collect(&mut store, gradients)?;
-                seeds.extend(input.and_then(|input| store.remove(&input)));
-            }
+        let (input, features) = leaf(features)?;
+        let logits = self.net.output(&features, Mode::Eval)?;
+        let (loss, grad) = cross_entropy(&logits, &targets.targets, 1.0 / denominator)?;
+        if !logits.track_op() {
+            return Ok((loss, None));
         }
-        let seed = if seeds.is_empty() { None } else { Some(Tensor::cat(&seeds, 0)?) };
-        Ok((loss, seed))
+        let mut store = backward(&logits, &grad)?;
+        self.collect(&mut store, gradients)?;
+        Ok((loss, input.and_then(|input| store.remove(&input))))
     }
 
-    /// The same for an output embedding, `logits = x W^T`: the gradient of a trained W is as large
-    /// as W, so the blocks of logits add theirs into one.
+    /// The same for an output embedding, `logits = x W^T`, in blocks of logits: the gradient of a
+    /// trained W is as large as W, so the blocks add theirs into one.
     fn embedding_gradients(
         &self,
         features: &Tensor,

@@ -60,6 +60,19 @@ pub(crate) fn gelu(x: &Tensor) -> Result<Tensor> {
     x.apply_op1(Gelu)
 }
 
+/// `f` of two tensors of one shape, element by element.
+fn elementwise(
+    (s1, l1): (&CpuStorage, &Layout),
+    (s2, l2): (&CpuStorage, &Layout),
+    f: impl Fn(f32, f32) -> f32 + Sync,
+) -> Result<(CpuStorage, Shape)> {
+    if l1.shape() != l2.shape() {
+        bail!("expected one shape, found {:?} and {:?}", l1.dims(), l2.dims());
+    }
+    let out = map2(slice(s1, l1)?, slice(s2, l2)?, f);
+    Ok((CpuStorage::F32(out), l1.shape().clone()))
+}
+
 struct Add;
 
 impl CustomOp2 for Add {
@@ -74,11 +87,7 @@ impl CustomOp2 for Add {
         s2: &CpuStorage,
         l2: &Layout,
     ) -> Result<(CpuStorage, Shape)> {
-        if l1.shape() != l2.shape() {
-            bail!("the sum of {:?} and {:?}", l1.dims(), l2.dims());
-        }
-        let out = map2(slice(s1, l1)?, slice(s2, l2)?, |x, y| x + y);
-        Ok((CpuStorage::F32(out), l1.shape().clone()))
+        elementwise((s1, l1), (s2, l2), |x, y| x + y)
     }
 
     fn bwd(
@@ -116,11 +125,7 @@ impl CustomOp2 for Swiglu {
         s2: &CpuStorage,
         l2: &Layout,
     ) -> Result<(CpuStorage, Shape)> {
-        if l1.shape() != l2.shape() {
-            bail!("a gate of {:?} on {:?}", l1.dims(), l2.dims());
-        }
-        let out = map2(slice(s1, l1)?, slice(s2, l2)?, |e, g| e * sigmoid(e) * g);
-        Ok((CpuStorage::F32(out), l1.shape().clone()))
+        elementwise((s1, l1), (s2, l2), |e, g| e * sigmoid(e) * g)
     }
 
     fn bwd(
