@@ -57,7 +57,8 @@ impl Lock {
             let place = || format!("{}:{}", path.display(), number + 1);
             let Some((name, identity)) = line.rsplit_once(" = ") else {
                 let fault = Fault::new(format!("{}: expected `name = identity`", place()));
-                return Err(fault.help("take the file from version control, or delete it").into());
+                let help = "mend or remove this line; what a lock lacks is looked up again";
+                return Err(fault.help(help).into());
             };
             let (name, identity) = (name.trim().to_owned(), identity.trim().to_owned());
             if let Some(other) = lock.entries.insert(name.clone(), identity.clone())

@@ -108,6 +108,13 @@ impl Store {
         flock(&file, FlockOperation::NonBlockingLockShared).is_err()
     }
 
+    /// Names of the leases that somebody holds.
+    pub fn leased(&self) -> Vec<String> {
+        let entries = std::fs::read_dir(self.root().join("leases")).into_iter().flatten().flatten();
+        let names = entries.filter_map(|e| e.file_name().into_string().ok());
+        names.filter(|name| self.is_leased(name)).collect()
+    }
+
     /// Who holds a lease, as far as it can be read.
     pub fn holder(&self, name: &str) -> Option<Holder> {
         let mut text = String::new();

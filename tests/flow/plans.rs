@@ -1,5 +1,6 @@
 //! Good and bad pipelines.
 
+mod added;
 mod good;
 mod laws;
 mod refused;

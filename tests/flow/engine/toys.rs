@@ -329,6 +329,7 @@ pub(super) const KINDS: &[Kind] = &[
     Kind::of::<Take>(),
     Kind::of::<Pin>(),
     Kind::of::<Infer>(),
+    Kind::of::<super::faults::Climb>(),
 ];
 
 pub(super) fn hub(dir: &Path) -> Hub {
@@ -341,6 +342,7 @@ pub(super) struct Bench {
     hub: Hub,
     pub(super) cancel: AtomicBool,
     pub(super) options: Options,
+    pub(super) kinds: &'static [Kind],
 }
 
 /// What a run said and how it ended.
@@ -389,7 +391,7 @@ impl Bench {
         let dir = tempfile::tempdir().unwrap();
         let options =
             Options { jobs: 4, outputs: dir.path().join("outputs"), ..Options::default() };
-        Self { hub: hub(dir.path()), dir, cancel: AtomicBool::new(false), options }
+        Self { hub: hub(dir.path()), dir, cancel: AtomicBool::new(false), options, kinds: KINDS }
     }
 
     pub(super) fn path(&self, name: &str) -> PathBuf {
@@ -406,7 +408,7 @@ impl Bench {
         let mut settings = Settings { env, ..Settings::default() };
         settings.env.extend(self.options.environment.clone());
         let file = self.path("toy.yaml");
-        let plan = Plan::new(&file, Source::new("toy.yaml", text), KINDS, &settings);
+        let plan = Plan::new(&file, Source::new("toy.yaml", text), self.kinds, &settings);
         plan.unwrap_or_else(|d| {
             panic!("{:#?}", d.iter().map(|d| (&d.message, &d.help)).collect::<Vec<_>>())
         })
