@@ -1,5 +1,8 @@
 //! The program as a user types it: what it prints, and how it exits.
 
+mod crowd; // several runs at once
+#[cfg(target_os = "linux")]
+mod kills; // processes that are killed
 mod records;
 mod rim;
 

@@ -8,7 +8,7 @@
 mod durable;
 mod faults; // disks that refuse, damaged and odd stores
 mod golden; // what every kind makes of one small input, and its key
-mod real; // a pipeline of all real kinds
+pub(crate) mod real; // a pipeline of all real kinds
 mod schedule;
 mod toys;
 mod truth; // what has to run again after an edit, and what has not

@@ -1,6 +1,7 @@
 //! Good and bad pipelines.
 
-mod added;
+mod added; // fields that a kind did not have at first
+mod fields; // the laws of keys at the real kinds
 mod good;
 mod laws;
 mod refused;

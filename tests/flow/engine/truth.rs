@@ -156,11 +156,7 @@ const TABLE: [(&str, Edit, &str); 17] = [
         },
         "- - - - -",
     ),
-    (
-        "max_length",
-        |_, steps| steps["tokens"]["with"]["max_length"] = json!(310),
-        "- - - x x",
-    ),
+    ("max_length", |_, steps| steps["tokens"]["with"]["max_length"] = json!(310), "- - - x x"),
     (
         "a default, spelled out",
         |_, steps| {

@@ -54,16 +54,16 @@ fn model() -> impl Strategy<Value = Model> {
 
 /// How a pipeline is written down; none of it is meant to matter.
 #[derive(Debug, Clone)]
-struct Style {
+pub(super) struct Style {
     reversed: bool,
     flow: bool,
     quotes: bool,
     comments: bool,
-    spelled_out: bool,
+    pub(super) spelled_out: bool,
     through_params: bool,
 }
 
-fn style() -> impl Strategy<Value = Style> {
+pub(super) fn style() -> impl Strategy<Value = Style> {
     any::<[bool; 6]>().prop_map(|[reversed, flow, quotes, comments, spelled_out, params]| Style {
         reversed,
         flow,
@@ -112,7 +112,7 @@ fn document(model: &Model, style: &Style) -> Value {
     document
 }
 
-fn write(value: &Value, style: &Style, depth: usize, out: &mut String) {
+pub(super) fn write(value: &Value, style: &Style, depth: usize, out: &mut String) {
     match value {
         Value::Object(map) if !style.flow && !map.is_empty() => {
             let mut pairs: Vec<_> = map.iter().collect();
