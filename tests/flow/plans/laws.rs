@@ -58,19 +58,22 @@ pub(super) struct Style {
     reversed: bool,
     flow: bool,
     quotes: bool,
+    /// Texts as blocks of their own.
+    literal: bool,
     comments: bool,
     pub(super) spelled_out: bool,
     through_params: bool,
 }
 
 pub(super) fn style() -> impl Strategy<Value = Style> {
-    any::<[bool; 6]>().prop_map(|[reversed, flow, quotes, comments, spelled_out, params]| Style {
-        reversed,
-        flow,
-        quotes,
-        comments,
-        spelled_out,
-        through_params: params,
+    any::<[bool; 7]>().prop_map(|b| Style {
+        reversed: b[0],
+        flow: b[1],
+        quotes: b[2],
+        literal: b[3],
+        comments: b[4],
+        spelled_out: b[5],
+        through_params: b[6],
     })
 }
 
@@ -130,6 +133,12 @@ pub(super) fn write(value: &Value, style: &Style, depth: usize, out: &mut String
                 if !value.is_object() {
                     out.push(' ');
                 }
+                if let Some(text) = value.as_str().filter(|t| style.literal && is_literal(t)) {
+                    // No comment may follow: it would be text.
+                    let block = if text.ends_with('x') { ">-" } else { "|-" };
+                    out.push_str(&format!("{block}\n{}{text}", "  ".repeat(depth + 1)));
+                    continue;
+                }
                 write(value, style, depth + 1, out);
                 if style.comments && !value.is_object() {
                     out.push_str(" # so");
@@ -165,6 +174,11 @@ pub(super) fn write(value: &Value, style: &Style, depth: usize, out: &mut String
         }),
         other => out.push_str(&other.to_string()),
     }
+}
+
+/// Whether a text stays itself as a block of one line.
+fn is_literal(text: &str) -> bool {
+    !text.is_empty() && !text.starts_with(' ') && !text.ends_with(' ') && !text.contains('\n')
 }
 
 fn text(s: &str, double: bool, out: &mut String) {
