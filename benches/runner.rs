@@ -6,6 +6,8 @@
 //! sqrt(N) steps a layer. The first layer and one step in the middle read a file each. A tool that
 //! is not installed is left out. Times are of whole processes; unchanged runs are medians.
 
+#![allow(clippy::unwrap_used, clippy::print_stdout, reason = "a bench prints, and stops at errors")]
+
 use std::fmt::Write as _;
 use std::fs;
 use std::path::Path;

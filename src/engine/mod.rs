@@ -7,6 +7,7 @@
 
 mod attempt;
 mod bind;
+mod durable;
 mod event;
 mod forecast;
 mod machine;

@@ -263,7 +263,7 @@ impl Runs {
             info.id = id;
             let mut text = serde_json::to_vec_pretty(&info)?;
             text.push(b'\n');
-            self.store.write_atomic(&dir.join("run.json"), &text)?;
+            self.store.unsynced().write_atomic(&dir.join("run.json"), &text)?;
             disk.create_dir_all(&dir.join("logs"))?;
             let events = disk.open_append(&dir.join("events.jsonl"))?;
             return Ok(Journal { store: self.store.clone(), info, dir, events, _lease: lease });
@@ -322,14 +322,21 @@ impl Journal {
         Ok(())
     }
 
-    /// Ends the journal.
+    /// Ends the journal. That of a run of less than a second is not waited for until the disk
+    /// has it.
     ///
     /// # Errors
     /// When the disk refuses.
     pub fn finish(self, summary: &Summary) -> Result<()> {
-        let mut text = serde_json::to_vec_pretty(summary)?;
+        let mut text = serde_json::to_vec(summary)?;
         text.push(b'\n');
-        self.store.write_atomic(&self.dir.join("summary.json"), &text)?;
-        Ok(())
+        let path = self.dir.join("summary.json");
+        if summary.seconds < 1.0 {
+            return Ok(self.store.unsynced().write_atomic(&path, &text)?);
+        }
+        let disk = self.store.disk();
+        disk.sync(&self.dir.join("run.json"))?;
+        disk.sync(&self.dir.join("events.jsonl"))?;
+        Ok(self.store.write_atomic(&path, &text)?)
     }
 }

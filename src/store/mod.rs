@@ -109,6 +109,16 @@ impl Store {
         Ok(Self { root: Arc::new(root), disk, stat: Arc::new(stat) })
     }
 
+    /// The same store, whose writes do not wait for the disk: the system brings them there within
+    /// its usual half minute. A crash of the program loses none of them. A crash of the machine may
+    /// lose some, but never shows a wrong one: an object of another size is a miss, one of other
+    /// bytes is found when it is first read, and records and manifests carry their digests. For
+    /// results that cost less to make than to sync.
+    #[must_use]
+    pub fn unsynced(&self) -> Self {
+        Self { disk: self.disk.unsynced(), ..self.clone() }
+    }
+
     /// The store's folder.
     pub fn root(&self) -> &Path {
         &self.root
