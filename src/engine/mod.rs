@@ -18,6 +18,7 @@ mod run;
 mod scratch;
 mod session;
 mod slots;
+mod unchanged;
 mod worker;
 
 pub use event::{Outcome, RunEvent};
@@ -25,4 +26,5 @@ pub use forecast::{Forecast, Prospect, forecast};
 pub use prepare::{Unresolved, Updated, update};
 pub use run::run;
 pub use session::{Options, Session, WorkerCommand};
+pub use unchanged::unchanged;
 pub use worker::worker;

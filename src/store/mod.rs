@@ -7,7 +7,8 @@
 //! records/ab/cdef….json one record per key (written by `lineage`)
 //! runs/<id>/            one journal per run (written by `lineage`)
 //! leases/<key>          kernel-released locks
-//! checkpoints/<key>/ the newest checkpoint of a key without a result
+//! checkpoints/<key>/    the newest checkpoint of a key without a result
+//! unchanged/…           what runs that would do nothing are recognised by; may be deleted too
 //! attempts/<name>/      private scratch of one attempt, removed after publishing
 //! stat/…                digests by (dev, ino, size, mtime, ctime); may be deleted at any time
 //! quarantine/…          damaged objects and manifests, kept for inspection
@@ -29,8 +30,8 @@ use serde::{Deserialize, Serialize};
 
 pub use disk::{Disk, Faults, StoreError};
 pub use lease::{Holder, Lease};
-pub use stat::FileState;
 use stat::StatTable;
+pub use stat::{FileState, States};
 
 use crate::digest::Digest;
 
