@@ -14,7 +14,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
 use super::bind::look_up;
-use super::machine;
+use super::{durable, machine};
 use crate::digest::Digest;
 use crate::hub::Hub;
 use crate::lineage::{Made, Record, Wrote, unix_ms};
@@ -170,7 +170,9 @@ fn try_attempt(task: &Task, step: &dyn Step, dir: &Path, around: &Around<'_>) ->
     guarded(|| step.run(&mut cx))?;
     let produced = std::mem::take(&mut cx.produced);
     outside.unchanged(store)?;
-    let ports = publish(store, step, dir, &produced)?;
+    let seconds = started.elapsed().as_secs_f64();
+    let to = durable::store_for(store, started.elapsed(), &task.sources)?;
+    let ports = publish(&to, step, dir, &produced)?;
     let record = Record {
         key: task.key,
         kind: task.kind.clone(),
@@ -186,7 +188,7 @@ fn try_attempt(task: &Task, step: &dyn Step, dir: &Path, around: &Around<'_>) ->
             pipeline: task.pipeline.clone(),
             sources: task.sources.clone(),
             started_unix_ms,
-            seconds: started.elapsed().as_secs_f64(),
+            seconds,
             cpu_seconds: around.alone.then(machine::cpu_seconds).flatten(),
             peak_rss_bytes: around.alone.then(machine::peak_rss_bytes).flatten(),
             host: machine::host(),
@@ -197,7 +199,7 @@ fn try_attempt(task: &Task, step: &dyn Step, dir: &Path, around: &Around<'_>) ->
             attempt: task.attempt,
         },
     };
-    let differs = match record.write(store, !stands)? {
+    let differs = match record.write(&to, !stands)? {
         Wrote::New | Wrote::Same => Vec::new(),
         Wrote::Differs(ports) => ports,
     };
@@ -227,12 +229,15 @@ fn lease(task: &Task, around: &Around<'_>) -> Result<Option<crate::store::Lease>
             return Ok(None);
         }
         std::thread::sleep(pause);
-        // A holder that is gone after one pause was only looking.
+        // A holder that is gone after one pause was only looking; one that has just come has not
+        // yet written down who it is.
         if !said && pause > Duration::from_millis(5) {
-            said = true;
-            let holder = around.store.holder(&name);
-            let holder = holder.map_or_else(|| "another run".into(), |h| h.to_string());
-            (around.say)(Said::Waiting(holder));
+            let holder = around.store.holder(&name).map(|holder| holder.to_string());
+            let unknown = pause > Duration::from_millis(100);
+            if let Some(holder) = holder.or_else(|| unknown.then(|| "another run".into())) {
+                said = true;
+                (around.say)(Said::Waiting(holder));
+            }
         }
         pause = (pause * 2).min(Duration::from_millis(250));
     }

@@ -123,6 +123,9 @@ fn finish(project: &Project, what: &str) -> (BTreeSet<String>, BTreeSet<String>)
         let events = events.iter().filter(|e| e["type"] == ty);
         events.map(|e| e["step"].as_str().unwrap().to_owned()).collect()
     };
+    if events.iter().any(|e| e["type"] == "unchanged") {
+        return (BTreeSet::new(), records(project).into_keys().collect());
+    }
     (of("finished"), of("hit"))
 }
 
