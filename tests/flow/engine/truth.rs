@@ -63,7 +63,7 @@ fn json_edit(bench: &Bench, file: &str, change: impl Fn(&mut Value)) {
 type Edit = fn(&Bench, &mut Value);
 
 /// What is edited; how; what must run again of rows, prompts, base, tokens, train.
-const TABLE: [(&str, Edit, &str); 17] = [
+const TABLE: [(&str, Edit, &str); 16] = [
     ("nothing", |_, _| {}, "- - - - -"),
     (
         "another tokenizer under the same name",
@@ -165,15 +165,6 @@ const TABLE: [(&str, Edit, &str); 17] = [
             steps["tokens"]["with"]["append_eos"] = json!(true);
             steps["train"]["with"]["seed"] = json!(42);
             steps["train"]["with"]["weight_decay"] = json!(0.0);
-        },
-        "- - - - -",
-    ),
-    (
-        "the learning rate, as another numeral",
-        |_, steps| {
-            let with = steps["train"]["with"].as_object_mut().unwrap();
-            assert_eq!(with["learning_rate"], json!(1e-3));
-            with.insert("learning_rate".into(), json!(0.001));
         },
         "- - - - -",
     ),

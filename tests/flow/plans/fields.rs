@@ -126,7 +126,7 @@ fn changed(kind: &Kind, params: &Value, path: &[&str], words: &[String]) -> Opti
         let inside: String = inside.iter().map(|p| format!("/{p}")).collect();
         params.pointer_mut(&inside)?.as_object_mut()?.insert((*last).to_owned(), value);
         let step = (kind.parse)(&params).ok()?;
-        (step.params().pointer(&pointer) != Some(&old)).then_some(step)
+        (step.params().pointer(&pointer).unwrap_or(&Value::Null) != &old).then_some(step)
     })
 }
 
