@@ -199,12 +199,14 @@ fn try_attempt(task: &Task, step: &dyn Step, dir: &Path, around: &Around<'_>) ->
             attempt: task.attempt,
         },
     };
-    let differs = match record.write(&to, !stands)? {
-        Wrote::New | Wrote::Same => Vec::new(),
-        Wrote::Differs(ports) => ports,
-    };
+    let wrote = record.write(&to, !stands)?;
     // What cannot be removed now is only space.
     let _ = store.drop_checkpoints(&task.key);
+    let differs = match wrote {
+        Wrote::New => return Ok(Reply::Made { record: Box::new(record), differs: Vec::new() }),
+        Wrote::Same => Vec::new(),
+        Wrote::Differs(ports) => ports,
+    };
     // The first result stands; what flows on is what it says.
     let record = match look_up(store, &task.key)? {
         Ok(first) => first,

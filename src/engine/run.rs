@@ -101,7 +101,8 @@ struct Running {
     deadline: Option<Instant>,
     timed_out: bool,
     started: Instant,
-    log: File,
+    /// Made with its first line.
+    log: Option<File>,
     log_path: PathBuf,
 }
 
@@ -375,9 +376,7 @@ impl<'a> Runner<'a, '_> {
             attempt: queued.attempt,
             force: self.prepared.force.contains(&node),
         };
-        // The log is there before anything can fail.
         let log_path = self.journal.log_path(&instance.id.0);
-        let log = store.disk().open_append(&log_path)?;
         let dir = scratch::path(store, &task.run, &task.key);
         store.disk().create_dir_all(&dir)?;
         let cancel = Arc::new(AtomicBool::new(false));
@@ -390,7 +389,7 @@ impl<'a> Runner<'a, '_> {
             deadline: instance.policy.timeout.map(|t| Instant::now() + t),
             timed_out: false,
             started: Instant::now(),
-            log,
+            log: None,
             log_path: log_path.clone(),
         };
         self.running.insert(node, running);
@@ -446,7 +445,11 @@ impl<'a> Runner<'a, '_> {
                 };
                 if let (Some(line), Some(running)) = (line, self.running.get_mut(&node)) {
                     let disk = self.session.store.disk();
-                    disk.append(&mut running.log, line.as_bytes(), &running.log_path)?;
+                    let log = match &mut running.log {
+                        Some(log) => log,
+                        none => none.insert(disk.open_append(&running.log_path)?),
+                    };
+                    disk.append(log, line.as_bytes(), &running.log_path)?;
                 }
                 let step = self.id(node);
                 self.emit(RunEvent::Step { step, event })

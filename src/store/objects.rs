@@ -205,19 +205,17 @@ impl Store {
     }
 }
 
-/// Whether objects, sorted by digest, stand in the store's folder of objects.
+/// Whether objects stand in the store's folder of objects.
 fn stand_in(objects: &Path, share: &[(Digest, u64)]) -> bool {
-    use rustix::fs::{AtFlags, FileType, Mode, OFlags, openat, statat};
+    use rustix::fs::{AtFlags, CWD, FileType, Mode, OFlags, openat, statat};
     let flags = OFlags::DIRECTORY | OFlags::RDONLY | OFlags::CLOEXEC;
-    let open = |path: &Path| openat(rustix::fs::CWD, path, flags, Mode::empty()).ok();
-    share.chunk_by(|(a, _), (b, _)| a.as_bytes()[0] == b.as_bytes()[0]).all(|shard| {
-        let first = shard[0].0.to_string();
-        let Some(folder) = open(&objects.join(&first[..2])) else { return false };
-        shard.iter().all(|(digest, size)| {
-            statat(&folder, &digest.to_string()[2..], AtFlags::SYMLINK_NOFOLLOW).is_ok_and(|stat| {
-                FileType::from_raw_mode(stat.st_mode).is_file()
-                    && u64::try_from(stat.st_size) == Ok(*size)
-            })
+    let Ok(folder) = openat(CWD, objects, flags, Mode::empty()) else { return false };
+    share.iter().all(|(digest, size)| {
+        let hex = digest.to_string();
+        let path = format!("{}/{}", &hex[..2], &hex[2..]);
+        statat(&folder, path, AtFlags::SYMLINK_NOFOLLOW).is_ok_and(|stat| {
+            let is_file = FileType::from_raw_mode(stat.st_mode).is_file();
+            is_file && u64::try_from(stat.st_size) == Ok(*size)
         })
     })
 }

@@ -5,6 +5,7 @@ mod crowd; // several runs at once
 mod kills; // processes that are killed
 mod records;
 mod rim;
+mod unchanged;
 
 use std::fs;
 use std::path::{Path, PathBuf};

@@ -8,8 +8,9 @@ use std::collections::{BTreeMap, VecDeque};
 use std::fs::File;
 use std::io::Read as _;
 use std::os::fd::{AsFd as _, OwnedFd};
+use std::os::unix::fs::PermissionsExt as _;
 use std::os::unix::process::ExitStatusExt as _;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::sync::OnceLock;
 use std::time::{Duration, Instant};
@@ -47,7 +48,7 @@ pub(super) struct Job<'a> {
 
 /// Runs it to its end.
 pub(super) fn run(job: &Job<'_>, cx: &Context<'_>) -> Result<()> {
-    let mut command = Command::new(job.shell);
+    let mut command = Command::new(on_path(job.shell, inherited()?));
     command.arg("-c").arg(job.script).current_dir(job.dir).env_clear();
     for (name, value) in inherited()? {
         command.env(name, value);
@@ -109,6 +110,18 @@ fn inherited() -> Result<&'static [(&'static str, String)]> {
     let (path, home) = text.split_once('\0').unwrap_or((&text, ""));
     let pairs = [("PATH", path), ("HOME", home)].into_iter().filter(|(_, v)| !v.is_empty());
     Ok(INHERITED.get_or_init(|| pairs.map(|(name, value)| (name, value.to_owned())).collect()))
+}
+
+/// Where a program is: looked for once here, not by each copy of this process.
+fn on_path(program: &str, environment: &[(&str, String)]) -> PathBuf {
+    let path = environment.iter().find(|(name, _)| *name == "PATH").map(|(_, path)| path);
+    let places = path.into_iter().flat_map(|path| path.split(':')).filter(|dir| !dir.is_empty());
+    let is_program = |path: &PathBuf| {
+        std::fs::metadata(path).is_ok_and(|m| m.is_file() && m.permissions().mode() & 0o111 != 0)
+    };
+    let mut found = places.map(|dir| Path::new(dir).join(program)).filter(is_program);
+    let given = || PathBuf::from(program);
+    if program.contains('/') { given() } else { found.next().unwrap_or_else(given) }
 }
 
 /// Waits for its end, without reaping it; asks it to stop, and ends its session, when it must.
