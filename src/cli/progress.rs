@@ -27,6 +27,8 @@ pub(super) struct Screen {
     running: BTreeMap<String, Running>,
     hits: Vec<String>,
     width: usize,
+    /// The command that goes on from here if the run does not come to its end.
+    again: String,
 }
 
 struct Running {
@@ -38,10 +40,10 @@ struct Running {
 }
 
 impl Screen {
-    pub(super) fn new(json: bool, plain: bool) -> Self {
+    pub(super) fn new(json: bool, plain: bool, again: String) -> Self {
         let bars = (!json && !plain).then(MultiProgress::new);
         let (running, hits) = (BTreeMap::new(), Vec::new());
-        Self { json, unread: false, bars, running, hits, width: 8 }
+        Self { json, unread: false, bars, running, hits, width: 8, again }
     }
 
     /// Shows an event.
@@ -63,8 +65,11 @@ impl Screen {
             RunEvent::Waiting { step, holder } => self.line(step, &format!("waits for {holder}")),
             RunEvent::Started { step, attempt, .. } => self.start(step, *attempt),
             RunEvent::Step { step, event } => self.step(step, event),
-            RunEvent::Retrying { step, attempt, message } => {
-                self.line(step, &format!("attempt {attempt} failed ({message}); trying again"));
+            RunEvent::Retrying { step, attempt, of, message, in_seconds } => {
+                self.end(step);
+                let when = table::seconds(*in_seconds);
+                let text = format!("attempt {attempt} of {of} failed: {message}; again in {when}");
+                self.line(step, &text);
             }
             RunEvent::Finished { step, seconds, facts, taken, differs, .. } => {
                 self.end(step);
@@ -114,7 +119,7 @@ impl Screen {
                 }
                 self.say(format!("{text}; {}", precise(*seconds)));
                 if matches!(status, Status::Failed | Status::Interrupted) {
-                    self.say("the same command goes on from here".to_owned());
+                    self.say(format!("to go on from here: {}", self.again));
                 }
             }
         }

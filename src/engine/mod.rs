@@ -7,20 +7,25 @@
 
 mod attempt;
 mod bind;
+mod ended;
+mod estimate;
 mod event;
 mod forecast;
 mod machine;
 mod outputs;
 mod prepare;
 mod ready;
+mod retry;
 mod run;
 mod scratch;
 mod session;
 mod slots;
 mod worker;
 
+pub use estimate::{Cost, Estimate};
 pub use event::{Outcome, RunEvent};
 pub use forecast::{Forecast, Prospect, forecast};
+pub use machine::memory_bytes;
 pub use prepare::{Unresolved, Updated, update};
 pub use run::run;
 pub use session::{Options, Session, WorkerCommand};

@@ -1,6 +1,6 @@
 //! The run: decides, lends slots, starts attempts, and says what happens.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeMap;
 use std::fs::File;
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -14,8 +14,10 @@ use petgraph::graph::NodeIndex;
 
 use super::attempt::{Around, Failure, Reply, Said, Task, attempt, guarded};
 use super::bind::{Bound, Decision, bind, decide};
+use super::ended::{downstream, last_lines};
 use super::prepare::{Prepared, prepare};
 use super::ready::Ready;
+use super::retry::pause;
 use super::slots::{Grant, Slots};
 use super::worker::{Program, attempt_in_worker};
 use super::{Outcome, RunEvent, Session, machine, outputs, scratch};
@@ -25,9 +27,6 @@ use crate::lineage::{
 };
 use crate::pipeline::{Instance, Plan};
 use crate::step::{CHECKPOINT_EVERY, Context, Event, Needs, Produced};
-
-/// Lines of a failed step's log that are shown with its failure.
-const TAIL_LINES: usize = 20;
 
 /// Runs a plan.
 ///
@@ -65,7 +64,7 @@ pub fn run(
         past: Past::of(&session.store, &plan.name),
         journal,
         observe,
-        slots: Slots::new(session.options.jobs, &session.options.gpus),
+        slots: Slots::new(&session.options),
         ready: Ready::new(plan, &prepared.order),
         records: BTreeMap::new(),
         by_key: BTreeMap::new(),
@@ -86,6 +85,8 @@ struct Queued {
     needs: Needs,
     /// The attempt to come, from 1.
     attempt: u32,
+    /// Not before, if an attempt has failed.
+    due: Option<Instant>,
 }
 
 /// An attempt under way.
@@ -249,12 +250,12 @@ impl<'a> Runner<'a, '_> {
             Decision::Miss(why) => why,
         };
         self.emit(RunEvent::Miss { step, key, why: why.clone() })?;
-        let needs = self.instance(node).policy.needs.unwrap_or_else(|| bound.step.needs());
-        let fits = self.slots.allows(&needs).map_err(anyhow::Error::from);
+        let needs = self.instance(node).needs();
+        let fits = self.session.options.allows(&needs).map_err(anyhow::Error::from);
         if let Err(e) = fits.and_then(|()| self.check_inputs(node, &bound)) {
             return self.fail(node, Some(key), Some(why), Failure::of(&e));
         }
-        let queued = Queued { bound: Arc::new(bound), why, needs, attempt: 1 };
+        let queued = Queued { bound: Arc::new(bound), why, needs, attempt: 1, due: None };
         self.queue.insert(position, (node, queued));
         Ok(())
     }
@@ -318,7 +319,10 @@ impl<'a> Runner<'a, '_> {
                 break;
             }
             from = position + 1;
-            let (node, key, needs) = (*node, queued.bound.key, queued.needs);
+            let (node, key, needs) = (*node, queued.bound.key, queued.needs.clone());
+            if queued.due.is_some_and(|due| Instant::now() < due) {
+                continue;
+            }
             // Two steps of one key: the second takes what the first made.
             if self.running.values().any(|r| r.queued.bound.key == key) {
                 continue;
@@ -452,7 +456,7 @@ impl<'a> Runner<'a, '_> {
 
     fn ended(&mut self, node: NodeIndex, reply: Reply) -> Result<()> {
         let Some(running) = self.running.remove(&node) else { return Ok(()) };
-        let Running { queued, grant, timed_out, started, .. } = running;
+        let Running { queued, grant, timed_out, started, mut log, log_path, .. } = running;
         self.slots.give(grant);
         let (step, key) = (self.id(node), queued.bound.key);
         let mut failure = match reply {
@@ -479,11 +483,17 @@ impl<'a> Runner<'a, '_> {
             return self.skip(node, Some(key), "the run was stopped".into());
         }
         self.store_failed |= failure.store;
-        let again = queued.attempt <= self.instance(node).policy.retry;
+        let retry = self.instance(node).policy.retry;
+        let again = queued.attempt <= retry.times;
         if again && !failure.store && !failure.keep && self.stop.is_none() {
             let (attempt, message) = (queued.attempt, failure.message);
-            self.emit(RunEvent::Retrying { step, attempt, message })?;
-            let queued = Queued { attempt: attempt + 1, ..queued };
+            let pause = pause(retry, &key, attempt);
+            let line = format!("attempt {attempt} failed: {message}\n");
+            self.session.store.disk().append(&mut log, line.as_bytes(), &log_path)?;
+            let (of, in_seconds) = (retry.times + 1, pause.as_secs_f64());
+            self.emit(RunEvent::Retrying { step, attempt, of, message, in_seconds })?;
+            let due = Instant::now().checked_add(pause);
+            let queued = Queued { attempt: attempt + 1, due, ..queued };
             self.queue.insert(self.ready.position(node), (node, queued));
             return Ok(());
         }
@@ -514,24 +524,16 @@ impl<'a> Runner<'a, '_> {
         let message = failure.message.clone();
         self.end(node, key, State::Failed, 0.0, why, Some(message));
         let log_path = Some(self.journal.log_path(&step)).filter(|p| p.is_file());
-        let log = log_path.as_ref().and_then(|p| std::fs::read(p).ok()).unwrap_or_default();
-        let log = String::from_utf8_lossy(&log);
-        let lines: Vec<&str> = log.lines().collect();
-        let tail = &lines[lines.len().saturating_sub(TAIL_LINES)..];
         self.emit(RunEvent::Failed {
             step: step.clone(),
             message: failure.message,
             chain: failure.chain,
             help: failure.help,
-            log_tail: tail.iter().map(|&l| l.to_owned()).collect(),
+            log_tail: log_path.as_deref().map(last_lines).unwrap_or_default(),
             log_path,
         })?;
         // What is downstream can never run now.
-        let mut after = BTreeSet::new();
-        let mut dfs = petgraph::visit::Dfs::new(&self.plan.graph, node);
-        while let Some(next) = dfs.next(&self.plan.graph) {
-            after.insert(next);
-        }
+        let after = downstream(self.plan, node);
         for &next in &self.prepared.order {
             if after.contains(&next) && !self.ended.contains_key(&next) {
                 self.skip(next, None, format!("{step} failed"))?;

@@ -2,6 +2,7 @@
 
 mod records;
 mod rim;
+mod steps;
 
 use std::fs;
 use std::path::{Path, PathBuf};
