@@ -25,7 +25,6 @@ pub(super) struct Screen {
     unread: bool,
     bars: Option<MultiProgress>,
     running: BTreeMap<String, Running>,
-    hits: Vec<String>,
     width: usize,
     /// The command that goes on from here if the run does not come to its end.
     again: String,
@@ -42,8 +41,8 @@ struct Running {
 impl Screen {
     pub(super) fn new(json: bool, plain: bool, again: String) -> Self {
         let bars = (!json && !plain).then(MultiProgress::new);
-        let (running, hits) = (BTreeMap::new(), Vec::new());
-        Self { json, unread: false, bars, running, hits, width: 8, again }
+        let running = BTreeMap::new();
+        Self { json, unread: false, bars, running, width: 8, again }
     }
 
     /// Shows an event.
@@ -60,7 +59,10 @@ impl Screen {
                 let n = steps.len();
                 self.say(format!("{pipeline}: run {run}, {n} steps, {jobs} CPU slots"));
             }
-            RunEvent::Hit { step, .. } => self.hits.push(step.clone()),
+            RunEvent::Unchanged { run, pipeline, steps, since } => {
+                self.say(format!("{pipeline}: run {run}, {steps} steps, unchanged since {since}"));
+            }
+            RunEvent::Hit { .. } => {}
             RunEvent::Miss { step, why, .. } => self.line(step, &because(why)),
             RunEvent::Waiting { step, holder } => self.line(step, &format!("waits for {holder}")),
             RunEvent::Started { step, attempt, .. } => self.start(step, *attempt),
@@ -86,7 +88,10 @@ impl Screen {
                 for cause in chain.iter().filter(|c| *c != message) {
                     self.say(format!("    because: {cause}"));
                 }
-                for line in help {
+                // A command's own advice is the end of its log.
+                let tail = log_tail.join("\n");
+                let repeats = |line: &String| !tail.is_empty() && line.ends_with(&tail);
+                for line in help.iter().filter(|line| !repeats(line)) {
                     self.say(format!("    help: {line}"));
                 }
                 for line in log_tail {

@@ -8,7 +8,8 @@ use serde_json::{Value, json};
 use super::arguments::{PipelineOptions, PlanOptions, RunOptions};
 use super::error::{Exit, Failure, show_diagnostics};
 use super::progress::Screen;
-use super::session::{ground, load, shortages_ahead};
+use super::project::Project;
+use super::session::{check, folder_of, ground, load, read, shortages_ahead};
 use super::{Stage, shell};
 use crate::engine::{self, Unresolved};
 use crate::lineage::Status;
@@ -17,10 +18,21 @@ use crate::step::Needs;
 
 /// `flow run FILE [STEP…]`.
 pub(super) fn run(stage: &Stage, options: &RunOptions) -> Result<Exit, Failure> {
-    let plan = load(stage, &options.plan.pipeline)?;
+    let (pipeline, grace) = (&options.plan.pipeline, Duration::from_secs(options.grace));
+    let text = read(&pipeline.file)?;
+    // A pipeline that is wrong leaves no store behind.
+    if Project::of(folder_of(&pipeline.file))?.store(stage).is_dir() {
+        let ground = ground(stage, &options.plan)?;
+        let session = ground.session(stage, &options.plan, options.keep_going, grace)?;
+        let mut screen = Screen::new(stage.json, stage.plain, String::new());
+        let mut show = |event: &engine::RunEvent| screen.show(event);
+        if engine::unchanged(&pipeline.file, &text, &session, &mut show)?.is_some() {
+            return Ok(Exit::Done);
+        }
+    }
+    let plan = check(stage, pipeline, text)?;
     show_diagnostics(&plan.source, &plan.warnings, stage.plain);
     let ground = ground(stage, &options.plan)?;
-    let grace = Duration::from_secs(options.grace);
     let session = ground.session(stage, &options.plan, options.keep_going, grace)?;
     let needed = plan.needed_for(&session.options.targets)?;
     let fits = |needs: Needs| session.options.shortage(&needs).is_empty();

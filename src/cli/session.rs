@@ -19,17 +19,26 @@ use crate::source::{Fault, Source};
 use crate::step::Device;
 use crate::store::Store;
 
+/// Reads a pipeline file.
+pub(super) fn read(file: &Path) -> Result<String, Failure> {
+    std::fs::read_to_string(file).map_err(|e| {
+        let fault = Fault::new(format!("cannot read the pipeline {}", file.display()));
+        Failure::Usage(fault.help(neighbours(file)).cause(e).into())
+    })
+}
+
 /// Reads and checks a pipeline file.
 pub(super) fn load(stage: &Stage, options: &PipelineOptions) -> Result<Plan, Failure> {
+    check(stage, options, read(&options.file)?)
+}
+
+/// Checks the text of a pipeline file.
+pub(super) fn check(
+    stage: &Stage,
+    options: &PipelineOptions,
+    text: String,
+) -> Result<Plan, Failure> {
     let file = &options.file;
-    let text = match std::fs::read_to_string(file) {
-        Ok(text) => text,
-        Err(e) => {
-            let fault = Fault::new(format!("cannot read the pipeline {}", file.display()));
-            let fault = fault.help(neighbours(file)).cause(e);
-            return Err(Failure::Usage(fault.into()));
-        }
-    };
     let project = Project::of(folder_of(file))?;
     let settings = Settings {
         sets: pairs(&options.sets)?,
@@ -153,6 +162,7 @@ impl Ground {
                 outputs: self.project.outputs.clone(),
                 lock: None,
                 command_line: std::env::args_os().map(|a| a.to_string_lossy().into()).collect(),
+                sweep_cap: options.pipeline.sweep_cap,
                 sets,
                 environment: stage.environment.variables.clone(),
                 ..lent

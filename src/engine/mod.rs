@@ -7,12 +7,14 @@
 
 mod attempt;
 mod bind;
+mod durable;
 mod ended;
 mod estimate;
 mod event;
 mod forecast;
 mod machine;
 mod outputs;
+mod pending;
 mod prepare;
 mod ready;
 mod retry;
@@ -20,6 +22,7 @@ mod run;
 mod scratch;
 mod session;
 mod slots;
+mod unchanged;
 mod worker;
 
 pub use estimate::{Cost, Estimate};
@@ -29,4 +32,5 @@ pub use machine::memory_bytes;
 pub use prepare::{Unresolved, Updated, update};
 pub use run::run;
 pub use session::{Options, Session, WorkerCommand};
+pub use unchanged::unchanged;
 pub use worker::worker;

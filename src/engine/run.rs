@@ -1,13 +1,11 @@
 //! The run: decides, lends slots, starts attempts, and says what happens.
 
 use std::collections::BTreeMap;
-use std::fs::File;
-use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::Scope;
-use std::time::{Duration, Instant};
+use std::time::{Duration, Instant, SystemTime};
 
 use anyhow::Result;
 use petgraph::graph::NodeIndex;
@@ -15,18 +13,19 @@ use petgraph::graph::NodeIndex;
 use super::attempt::{Around, Failure, Reply, Said, Task, attempt, guarded};
 use super::bind::{Bound, Decision, bind, decide};
 use super::ended::{downstream, last_lines};
+use super::pending::{Queued, Running};
 use super::prepare::{Prepared, prepare};
 use super::ready::Ready;
 use super::retry::pause;
 use super::slots::{Grant, Slots};
 use super::worker::{Program, attempt_in_worker};
-use super::{Outcome, RunEvent, Session, machine, outputs, scratch};
+use super::{Outcome, RunEvent, Session, machine, outputs, scratch, unchanged};
 use crate::digest::Digest;
 use crate::lineage::{
     Journal, Past, Record, RunInfo, Runs, State, Status, StepSummary, Summary, Why, unix_ms,
 };
 use crate::pipeline::{Instance, Plan};
-use crate::step::{CHECKPOINT_EVERY, Context, Event, Needs, Produced};
+use crate::step::{CHECKPOINT_EVERY, Context, Event, Produced};
 
 /// Runs a plan.
 ///
@@ -39,7 +38,7 @@ pub fn run(
     session: &Session<'_>,
     observe: &mut dyn FnMut(&RunEvent),
 ) -> Result<Outcome> {
-    let started = Instant::now();
+    let (started, clock) = (Instant::now(), SystemTime::now());
     let mut prepared = prepare(plan, session, false)?;
     prepared.lock.save(&session.store)?;
     let journal = Runs::of(&session.store).begin(RunInfo {
@@ -52,6 +51,7 @@ pub fn run(
         host: machine::host(),
         pid: std::process::id(),
         build: machine::BUILD.into(),
+        unchanged: None,
     })?;
     scratch::sweep(&session.store);
     let program = session.options.worker.as_ref();
@@ -75,30 +75,11 @@ pub fn run(
         store_failed: false,
     };
     let result = runner.work();
+    if result.is_ok() && runner.status() == Status::Done {
+        let run = (runner.journal.info.id.as_str(), clock);
+        unchanged::remember(plan, session, &prepared, &runner.records, run);
+    }
     runner.finish(result, started)
-}
-
-/// A miss that waits for its slots.
-struct Queued {
-    bound: Arc<Bound>,
-    why: Why,
-    needs: Needs,
-    /// The attempt to come, from 1.
-    attempt: u32,
-    /// Not before, if an attempt has failed.
-    due: Option<Instant>,
-}
-
-/// An attempt under way.
-struct Running {
-    queued: Queued,
-    grant: Grant,
-    cancel: Arc<AtomicBool>,
-    deadline: Option<Instant>,
-    timed_out: bool,
-    started: Instant,
-    log: File,
-    log_path: PathBuf,
 }
 
 enum Message {

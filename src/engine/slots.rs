@@ -88,7 +88,9 @@ impl Options {
     pub fn shortage(&self, needs: &Needs) -> Vec<String> {
         let there = |have: String| match have.as_str() {
             "0" => "there is none".to_owned(),
-            have => format!("there is only {have}"),
+            "1" => "there is only 1".to_owned(),
+            have if have.ends_with("GiB") => format!("there is only {have}"),
+            have => format!("there are only {have}"),
         };
         let mut short = Vec::new();
         if needs.gpu > self.gpus.len() {
@@ -186,7 +188,7 @@ mod tests {
             [
                 "2 GPUs, and there is none that this build can use",
                 "12.0 GiB of memory, and there is only 8.0 GiB",
-                "3 of `licence`, and there is only 2",
+                "3 of `licence`, and there are only 2",
             ]
         );
         assert!(options.shortage(&licences(2)).is_empty());

@@ -339,7 +339,10 @@ impl Past {
         while keys.is_empty() && read.len() < RUNS {
             let Some(run) = left.pop_front() else { break };
             let Ok(run) = runs.load(&run) else { continue };
-            if run.info.pipeline != self.pipeline {
+            // One in which nothing had changed says what an earlier one says.
+            if run.info.pipeline != self.pipeline
+                || run.info.unchanged.is_some() && !read.is_empty()
+            {
                 continue;
             }
             let steps = run.summary.into_iter().flat_map(|summary| summary.steps);

@@ -284,6 +284,7 @@ impl Form<'_> {
             retry.times = self.times(node);
             return retry;
         };
+        let before = self.out.len();
         for entry in entries {
             match entry.key.as_str() {
                 "times" => retry.times = self.times(&entry.value),
@@ -291,7 +292,7 @@ impl Form<'_> {
                 _ => self.unknown_key(entry, "`retry`", &["times", "backoff"]),
             }
         }
-        if !entries.iter().any(|e| e.key == "times") {
+        if self.out.len() == before && !entries.iter().any(|e| e.key == "times") {
             let help = "like `retry: { times: 3, backoff: 10s }`";
             self.wrong(node.span, "this `retry` has no `times`", "no `times`", help);
         }

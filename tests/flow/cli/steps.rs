@@ -157,7 +157,7 @@ fn what_a_project_declares_can_be_needed() {
         assert_eq!(output.status.code(), Some(code), "{verb}: {}", err(&output));
         let said = err(&output);
         assert!(said.contains("good: asks for 4194304.0 GiB of memory, and there is"), "{said}");
-        assert!(said.contains("3 of `licence`, and there is only 2"), "{said}");
+        assert!(said.contains("3 of `licence`, and there are only 2"), "{said}");
     }
     assert!(!project.path("kept/runs").exists_with_entries());
     project.write("p.yaml", &needs("{ licence: 2 }"));
@@ -193,8 +193,9 @@ steps:
     assert_eq!(project.flow(&["run", "p.yaml"]).status.code(), Some(0));
     project.write("p.yaml", &text.replace("12345678", "1"));
     let plan = out(&project.flow(&["plan", "p.yaml"]));
-    assert!(plan.contains("first   will run  ~0.2 s  with.run"), "{plan}");
-    assert!(plan.contains("time    about 0.2 s on") && plan.contains("of work)\n"), "{plan}");
+    let first = plan.lines().find(|l| l.starts_with("first ")).unwrap();
+    assert!(first.contains("will run") && first.contains(" s  with.run"), "{plan}");
+    assert!(plan.contains("time    about ") && plan.contains("of work)\n"), "{plan}");
     assert!(plan.contains("memory  unknown"), "{plan}");
     let output = project.flow(&["plan", "p.yaml", "--json"]);
     let json: Value = serde_json::from_str(&out(&output)).unwrap();

@@ -145,7 +145,7 @@ fn memory_and_named_resources_are_not_lent_twice() {
     let run = bench.run(&steps("more", "{ memory: 11GiB, licence: 4 }"));
     let said = run.failure("s0");
     assert!(said.contains("11.0 GiB of memory, and there is only 10.0 GiB"), "{said}");
-    assert!(said.contains("4 of `licence`, and there is only 3"), "{said}");
+    assert!(said.contains("4 of `licence`, and there are only 3"), "{said}");
     // What is asked for is not in the key.
     assert_eq!(bench.run(&steps("licence", "{ licence: 3 }")).outcome.hits, 4);
 }

@@ -61,8 +61,13 @@ fn a_point_is_explained_by_the_nearest_of_many() {
     let bench = Bench::new();
     let steps = |points: &str| {
         format!(
-            "sweep: {{ grid: {{ n: [{points}], s: [x, y] }}, cap: 4000 }}\n             steps:\n  a: {{ kind: emit, with: {{ texts: {{ n: \"${{sweep.n}}\", \
-             s: \"${{sweep.s}}\", m: \"${{sweep.n}}\" }} }} }}\n"
+            r#"
+sweep: {{ grid: {{ n: [{points}], s: [x, y] }}, cap: 4000 }}
+steps:
+  a:
+    kind: emit
+    with: {{ texts: {{ n: "${{sweep.n}}", s: "${{sweep.s}}", m: "${{sweep.n}}" }} }}
+"#
         )
     };
     let many: Vec<String> = (0..150).map(|n| format!("\"{n}\"")).collect();

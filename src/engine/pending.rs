@@ -1,0 +1,35 @@
+//! A step on its way to its result: waiting for its slots, or under way.
+
+use std::fs::File;
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::sync::atomic::AtomicBool;
+use std::time::Instant;
+
+use super::bind::Bound;
+use super::slots::Grant;
+use crate::lineage::Why;
+use crate::step::Needs;
+
+/// A miss that waits for its slots.
+pub(super) struct Queued {
+    pub(super) bound: Arc<Bound>,
+    pub(super) why: Why,
+    pub(super) needs: Needs,
+    /// The attempt to come, from 1.
+    pub(super) attempt: u32,
+    /// Not before, if an attempt has failed.
+    pub(super) due: Option<Instant>,
+}
+
+/// An attempt under way.
+pub(super) struct Running {
+    pub(super) queued: Queued,
+    pub(super) grant: Grant,
+    pub(super) cancel: Arc<AtomicBool>,
+    pub(super) deadline: Option<Instant>,
+    pub(super) timed_out: bool,
+    pub(super) started: Instant,
+    pub(super) log: File,
+    pub(super) log_path: PathBuf,
+}
