@@ -155,9 +155,8 @@ fn each_worker_sees_the_gpus_that_it_was_lent() {
     let mut bench = Bench::new().with_workers();
     bench.options.gpus = vec![0, 3, 5];
     let nap = |name: &str, gpu: usize| {
-        format!(
-            "  {name}: {{ kind: nap, with: {{ ms: 1, isolated: true, name: {name}, gpu: {gpu} }} }}\n"
-        )
+        let with = format!("{{ ms: 1, isolated: true, name: {name}, gpu: {gpu} }}");
+        format!("  {name}: {{ kind: nap, with: {with} }}\n")
     };
     let steps = format!("steps:\n{}{}{}", nap("a", 1), nap("b", 2), nap("none", 0));
     let run = bench.run(&steps);
