@@ -19,7 +19,8 @@ pub(super) struct Arguments {
     /// Results as JSON on stdout.
     #[arg(long, global = true)]
     pub(super) json: bool,
-    /// Where results are kept [default: FLOW_STORE, else .flow in the project root].
+    /// Where results are kept [default: FLOW_STORE, else flow.toml's, else .flow in the project
+    /// root].
     #[arg(long, global = true, value_name = "DIR")]
     pub(super) store: Option<PathBuf>,
     #[command(subcommand)]
@@ -94,7 +95,7 @@ pub(super) struct PlanOptions {
     /// Only these steps (or points of them, like `train@lora.r=8`) and what they need.
     #[arg(value_name = "STEP")]
     pub(super) steps: Vec<String>,
-    /// CPU slots [default: all cores].
+    /// CPU slots [default: `jobs` of flow.toml, else all cores].
     #[arg(long, short, value_name = "N")]
     pub(super) jobs: Option<usize>,
     /// Run a step again although it is in the cache; other bytes are recorded as a difference.

@@ -6,7 +6,7 @@ use super::arguments::{RunsOptions, ShowOptions, StepOptions};
 use super::error::{Exit, Failure};
 use super::session::store_here;
 use super::steps::{Phase, StepStatus, steps_named, steps_of};
-use super::{Stage, out, table};
+use super::{Stage, out, shell, table};
 use crate::artifact::View;
 use crate::digest::Digest;
 use crate::lineage::{Loaded, Record, Run, Runs};
@@ -102,7 +102,7 @@ fn show_run(stage: &Stage, run: &Run) -> Result<(), Failure> {
     let info = &run.info;
     outln!("run {}  {}  {:?}", info.id, info.pipeline, run.status)?;
     outln!("started {}  on {}", when(info.started_unix_ms), info.host)?;
-    outln!("$ {}\n", info.command_line.join(" "))?;
+    outln!("$ {}\n", shell::line(&info.command_line))?;
     let steps = steps_of(run);
     let rows = steps.iter().map(|s| {
         let why = s.message.clone().or_else(|| s.why.as_ref().map(ToString::to_string));

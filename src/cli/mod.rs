@@ -13,8 +13,10 @@ mod history;
 mod inspect;
 mod plan;
 mod progress;
+mod project;
 mod run;
 mod session;
+mod shell;
 mod steps;
 mod table;
 
@@ -50,6 +52,10 @@ fn start(kinds: &'static [Kind]) -> Exit {
     let arguments = match Arguments::try_parse() {
         Ok(arguments) => arguments,
         Err(e) => {
+            // There are no arguments to ask yet.
+            if e.use_stderr() && std::env::args().any(|argument| argument == "--json") {
+                return Failure::misused(&e).show(true, true);
+            }
             return match e.print() {
                 Err(e) if e.kind() != ErrorKind::BrokenPipe => Exit::Internal,
                 _ if e.use_stderr() => Exit::Usage,
@@ -95,7 +101,13 @@ fn dispatch(stage: &Stage, command: Command) -> Result<Exit, Failure> {
         Command::Completions { shell } => {
             let mut script = Vec::new();
             clap_complete::generate(shell, &mut Arguments::command(), "flow", &mut script);
-            out::text(&String::from_utf8_lossy(&script))?;
+            let script = String::from_utf8_lossy(&script);
+            if stage.json {
+                let shell = shell.to_string();
+                outln!("{}", serde_json::json!({ "shell": shell, "script": script }))?;
+            } else {
+                out::text(&script)?;
+            }
             Ok(Exit::Done)
         }
         Command::Worker { dir } => run::worker(stage, &dir),

@@ -50,6 +50,14 @@ pub(super) struct Task {
     pub(super) force: bool,
 }
 
+/// The variable that tells CUDA which GPUs there are.
+pub(super) const VISIBLE_GPUS: &str = "CUDA_VISIBLE_DEVICES";
+
+/// Its value for these.
+pub(super) fn visible_gpus(gpus: &[u32]) -> String {
+    gpus.iter().map(ToString::to_string).collect::<Vec<_>>().join(",")
+}
+
 /// What an attempt says while it lasts.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
@@ -152,6 +160,10 @@ fn try_attempt(task: &Task, step: &dyn Step, dir: &Path, around: &Around<'_>) ->
     let started_unix_ms = unix_ms();
     let mut env = task.env.clone();
     env.extend(around.secrets.clone());
+    if !task.gpus.is_empty() {
+        // A command's child sees what it was lent, too.
+        env.insert(VISIBLE_GPUS.into(), visible_gpus(&task.gpus));
+    }
     let mut cx = Context {
         store: store.clone(),
         hub: around.hub,

@@ -8,12 +8,16 @@
 mod attempt;
 mod bind;
 mod durable;
+mod ended;
+mod estimate;
 mod event;
 mod forecast;
 mod machine;
 mod outputs;
+mod pending;
 mod prepare;
 mod ready;
+mod retry;
 mod run;
 mod scratch;
 mod session;
@@ -21,8 +25,10 @@ mod slots;
 mod unchanged;
 mod worker;
 
+pub use estimate::{Cost, Estimate};
 pub use event::{Outcome, RunEvent};
 pub use forecast::{Forecast, Prospect, forecast};
+pub use machine::memory_bytes;
 pub use prepare::{Unresolved, Updated, update};
 pub use run::run;
 pub use session::{Options, Session, WorkerCommand};

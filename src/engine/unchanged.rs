@@ -64,6 +64,7 @@ fn index_path(session: &Session<'_>, file: &Path) -> Result<PathBuf> {
         "sets": options.sets,
         "sweep_cap": options.sweep_cap,
         "targets": options.targets,
+        "resources": options.resources.keys().collect::<Vec<_>>(),
         "device": options.device,
         "compute": options.compute,
         "outputs": options.outputs,

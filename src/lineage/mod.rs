@@ -1,16 +1,18 @@
 //! Records, runs, the lock: how everything came to be.
 
 mod lock;
+mod past;
 mod record;
 mod runs;
 mod trace;
 mod why;
 
 pub use lock::{Lock, LockMode};
+pub use past::{Current, Likeness, Past};
 pub use record::{Difference, Loaded, Made, Record, Wrote};
 pub use runs::{
     Journal, Run, RunInfo, Runs, State, Status, StepSummary, Summary, Unchanged, unix_ms,
 };
 pub use trace::{Lineage, Link, trace};
 pub(crate) use why::member_path;
-pub use why::{Change, Current, Past, Why, difference};
+pub use why::{Change, Since, Why, difference};

@@ -213,15 +213,11 @@ impl Record {
     /// When the folder cannot be read.
     pub fn all(store: &Store) -> Result<Vec<Self>> {
         let mut records = Vec::new();
-        let root = store.root().join("records");
-        for shard in read_dir(&root)? {
-            for path in read_dir(&shard)? {
-                if path.extension().is_some_and(|e| e == "json")
-                    && let Ok(text) = std::fs::read(&path)
-                    && let Ok(record) = Self::parse(&text)
-                {
-                    records.push(record);
-                }
+        for path in record_files(store)? {
+            if let Ok(text) = std::fs::read(&path)
+                && let Ok(record) = Self::parse(&text)
+            {
+                records.push(record);
             }
         }
         records.sort_by(|a, b| {
@@ -230,6 +226,16 @@ impl Record {
         });
         Ok(records)
     }
+}
+
+/// The files of all records of a store, whole or not.
+pub(super) fn record_files(store: &Store) -> Result<Vec<PathBuf>> {
+    let mut files = Vec::new();
+    for shard in read_dir(&store.root().join("records"))? {
+        files.extend(read_dir(&shard)?);
+    }
+    files.retain(|path| path.extension().is_some_and(|e| e == "json"));
+    Ok(files)
 }
 
 fn read_dir(dir: &std::path::Path) -> Result<Vec<PathBuf>> {

@@ -1,5 +1,7 @@
 //! What a kind of step is.
 
+use std::collections::BTreeMap;
+
 use anyhow::Result;
 use schemars::JsonSchema;
 use serde::Serialize;
@@ -48,7 +50,7 @@ pub enum Cpu {
 }
 
 /// What a step needs to run. Never part of its key.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
 pub struct Needs {
     /// CPU slots.
     pub cpu: Cpu,
@@ -58,13 +60,20 @@ pub struct Needs {
     pub gpu: usize,
     /// Nothing else may run beside it (timings).
     pub exclusive: bool,
+    /// What else there is only so much of (`licence: 1`); how much is said in `flow.toml`.
+    #[serde(skip_serializing_if = "BTreeMap::is_empty")]
+    pub named: BTreeMap<String, u64>,
 }
 
 impl Needs {
     /// One CPU slot.
-    pub const ONE: Self = Self { cpu: Cpu::N(1), memory: None, gpu: 0, exclusive: false };
+    pub const ONE: Self = Self::of(Cpu::N(1));
     /// All CPU slots.
-    pub const ALL: Self = Self { cpu: Cpu::All, ..Self::ONE };
+    pub const ALL: Self = Self::of(Cpu::All);
+
+    const fn of(cpu: Cpu) -> Self {
+        Self { cpu, memory: None, gpu: 0, exclusive: false, named: BTreeMap::new() }
+    }
 }
 
 /// Something wrong with a step's parameters, found by [`StepKind::check`].

@@ -6,6 +6,7 @@ mod kills; // processes that are killed
 mod records;
 mod rim;
 mod unchanged;
+mod steps;
 
 use std::fs;
 use std::path::{Path, PathBuf};

@@ -16,7 +16,8 @@ use flow::source::{Diagnostic, Severity, Source};
 
 fn settings() -> Settings {
     let env = BTreeMap::from([("TOKEN".to_owned(), "x".to_owned())]);
-    Settings { env, ..Settings::default() }
+    let resources = ["licence".to_owned()].into();
+    Settings { env, resources, ..Settings::default() }
 }
 
 fn plan(text: &str) -> Result<Plan, Vec<Diagnostic>> {

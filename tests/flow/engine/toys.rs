@@ -151,7 +151,7 @@ impl StepKind for Nap {
     }
     fn needs(&self) -> Needs {
         let cpu = if self.cpu == 0 { Cpu::All } else { Cpu::N(self.cpu) };
-        Needs { cpu, memory: None, gpu: self.gpu, exclusive: self.exclusive }
+        Needs { cpu, gpu: self.gpu, exclusive: self.exclusive, ..Needs::ONE }
     }
     fn isolate(&self) -> bool {
         self.isolated
@@ -179,6 +179,7 @@ impl StepKind for Nap {
         if let Some(value) = cx.env.get("NAP_ENV").cloned() {
             cx.fact("env", value);
         }
+        cx.fact("gpus", std::env::var("CUDA_VISIBLE_DEVICES").unwrap_or_default());
         cx.fact("undeclared", std::env::var("UNDECLARED").unwrap_or_default());
         std::fs::write(cx.out_dir("done")?.join("text"), &self.name)?;
         Ok(())
@@ -407,6 +408,7 @@ impl Bench {
         let env = std::collections::BTreeMap::from([("NAP_ENV".to_owned(), "one".to_owned())]);
         let mut settings = Settings { env, ..Settings::default() };
         settings.env.extend(self.options.environment.clone());
+        settings.resources.extend(self.options.resources.keys().cloned());
         let file = self.path("toy.yaml");
         let plan = Plan::new(&file, Source::new("toy.yaml", text), self.kinds, &settings);
         plan.unwrap_or_else(|d| {
