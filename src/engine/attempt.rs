@@ -170,6 +170,9 @@ fn try_attempt(task: &Task, step: &dyn Step, dir: &Path, around: &Around<'_>) ->
     guarded(|| step.run(&mut cx))?;
     let produced = std::mem::take(&mut cx.produced);
     outside.unchanged(store)?;
+    // What it gives may be there already, from a result that is swept away: not before the record
+    // is there too.
+    let _shared = store.lock_shared()?;
     let ports = publish(store, step, dir, &produced)?;
     let record = Record {
         key: task.key,

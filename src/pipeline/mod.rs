@@ -15,6 +15,7 @@ mod schema;
 mod scope;
 mod sweep;
 mod target;
+mod units;
 mod written;
 
 use std::collections::BTreeMap;
@@ -22,6 +23,7 @@ use std::collections::BTreeMap;
 pub use plan::{Edge, Instance, Output, Plan, Point, Policy, StepId};
 pub use schema::{kind_schema, schema};
 pub use target::is_named;
+pub use units::{bytes, duration};
 pub use written::{Pipeline, WrittenNeeds, WrittenStep};
 
 /// What a plan depends on beside its file.

@@ -6,6 +6,7 @@
 )]
 
 mod durable;
+mod gc;
 mod schedule;
 mod toys;
 
