@@ -230,7 +230,10 @@ fn age(text: &str) -> Result<Duration, String> {
 /// `20G`, `20GB`, `500MiB`; `0` is nothing at all.
 fn size(text: &str) -> Result<u64, String> {
     let zero = (text == "0").then_some(0);
-    let size = zero.or_else(|| bytes(text)).or_else(|| bytes(&format!("{text}B")));
+    // `20G` will do for `20GB`; `20` may be meant as anything.
+    let short = text.ends_with(|c: char| c.is_ascii_alphabetic());
+    let whole = || short.then(|| bytes(&format!("{text}B"))).flatten();
+    let size = zero.or_else(|| bytes(text)).or_else(whole);
     size.ok_or_else(|| "expected a number and a unit, like 20G, 500MB or 8GiB".to_owned())
 }
 

@@ -47,7 +47,7 @@ fn a_dry_run_says_what_is_then_done() {
     let planned = json(&project, &["gc", "--keep-runs", "1", "--dry-run"]);
     assert_eq!((planned["applied"].as_bool(), objects(&project).len()), (Some(false), 6));
     let said = out(&project.flow(&["gc", "--keep-runs", "1", "-n"]));
-    assert!(said.contains("records            4") && said.contains("would free"), "{said}");
+    assert!(said.contains("records         4") && said.contains("would free"), "{said}");
     let done = json(&project, &["gc", "--keep-runs", "1"]);
     assert_eq!(done["plan"], planned["plan"]);
     assert_eq!((done["applied"].as_bool(), objects(&project).len()), (Some(true), 2));
