@@ -59,6 +59,14 @@ impl Digest {
         Ok(Self::of(&bytes))
     }
 
+    /// Bytes of a digest.
+    pub const LENGTH: usize = 32;
+
+    /// The raw bytes.
+    pub fn as_bytes(&self) -> &[u8; Self::LENGTH] {
+        &self.0
+    }
+
     /// From raw bytes (a finished [`blake3::Hasher`]).
     pub fn from_bytes(bytes: [u8; 32]) -> Self {
         Self(bytes)

@@ -89,6 +89,7 @@ fn plural(class: Class) -> &'static str {
         Class::Quarantine => "damaged files",
         Class::Temporary => "temporary files",
         Class::Lease => "lock files",
+        Class::Unchanged => "indexes of unchanged runs",
         Class::Run => "journals",
     }
 }

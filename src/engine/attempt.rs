@@ -14,7 +14,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
 use super::bind::look_up;
-use super::machine;
+use super::{durable, machine};
 use crate::digest::Digest;
 use crate::hub::Hub;
 use crate::lineage::{Made, Record, Wrote, unix_ms};
@@ -170,10 +170,12 @@ fn try_attempt(task: &Task, step: &dyn Step, dir: &Path, around: &Around<'_>) ->
     guarded(|| step.run(&mut cx))?;
     let produced = std::mem::take(&mut cx.produced);
     outside.unchanged(store)?;
+    let seconds = started.elapsed().as_secs_f64();
+    let to = durable::store_for(store, started.elapsed(), &task.sources)?;
     // What it gives may be there already, from a result that is swept away: not before the record
     // is there too.
     let _shared = store.lock_shared()?;
-    let ports = publish(store, step, dir, &produced)?;
+    let ports = publish(&to, step, dir, &produced)?;
     let record = Record {
         key: task.key,
         kind: task.kind.clone(),
@@ -189,7 +191,7 @@ fn try_attempt(task: &Task, step: &dyn Step, dir: &Path, around: &Around<'_>) ->
             pipeline: task.pipeline.clone(),
             sources: task.sources.clone(),
             started_unix_ms,
-            seconds: started.elapsed().as_secs_f64(),
+            seconds,
             cpu_seconds: around.alone.then(machine::cpu_seconds).flatten(),
             peak_rss_bytes: around.alone.then(machine::peak_rss_bytes).flatten(),
             host: machine::host(),
@@ -200,7 +202,7 @@ fn try_attempt(task: &Task, step: &dyn Step, dir: &Path, around: &Around<'_>) ->
             attempt: task.attempt,
         },
     };
-    let differs = match record.write(store, !stands)? {
+    let differs = match record.write(&to, !stands)? {
         Wrote::New | Wrote::Same => Vec::new(),
         Wrote::Differs(ports) => ports,
     };

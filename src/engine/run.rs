@@ -7,7 +7,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::Scope;
-use std::time::{Duration, Instant};
+use std::time::{Duration, Instant, SystemTime};
 
 use anyhow::Result;
 use petgraph::graph::NodeIndex;
@@ -18,7 +18,7 @@ use super::prepare::{Prepared, prepare};
 use super::ready::Ready;
 use super::slots::{Grant, Slots};
 use super::worker::{Program, attempt_in_worker};
-use super::{Outcome, RunEvent, Session, machine, outputs, scratch};
+use super::{Outcome, RunEvent, Session, machine, outputs, scratch, unchanged};
 use crate::digest::Digest;
 use crate::lineage::{
     Journal, Past, Record, RunInfo, Runs, State, Status, StepSummary, Summary, Why, unix_ms,
@@ -40,7 +40,7 @@ pub fn run(
     session: &Session<'_>,
     observe: &mut dyn FnMut(&RunEvent),
 ) -> Result<Outcome> {
-    let started = Instant::now();
+    let (started, clock) = (Instant::now(), SystemTime::now());
     let mut prepared = prepare(plan, session, false)?;
     prepared.lock.save(&session.store)?;
     let journal = Runs::of(&session.store).begin(RunInfo {
@@ -53,6 +53,7 @@ pub fn run(
         host: machine::host(),
         pid: std::process::id(),
         build: machine::BUILD.into(),
+        unchanged: None,
     })?;
     scratch::sweep(&session.store);
     let program = session.options.worker.as_ref();
@@ -76,6 +77,10 @@ pub fn run(
         store_failed: false,
     };
     let result = runner.work();
+    if result.is_ok() && runner.status() == Status::Done {
+        let run = (runner.journal.info.id.as_str(), clock);
+        unchanged::remember(plan, session, &prepared, &runner.records, run);
+    }
     runner.finish(result, started)
 }
 

@@ -1,6 +1,7 @@
 //! `command`: any program, with declared inputs and outputs.
 
 mod process;
+mod watch;
 
 use std::collections::BTreeMap;
 use std::fs;

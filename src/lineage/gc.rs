@@ -84,6 +84,8 @@ pub enum Class {
     Temporary,
     /// The file of a lock that nobody holds.
     Lease,
+    /// What a run that does nothing is recognised by.
+    Unchanged,
     /// The journal of a run.
     Run,
 }
@@ -160,6 +162,7 @@ struct Survey<'a> {
     origins: BTreeMap<Digest, Item>,
     /// With whether an attempt at the key is under way.
     checkpoints: Vec<(Digest, Item, bool)>,
+    unchanged: Vec<Item>,
     /// What goes whatever is kept.
     litter: Vec<Removal>,
     candidates: Vec<Candidate>,
@@ -228,6 +231,7 @@ impl<'a> Survey<'a> {
             objects,
             origins,
             checkpoints,
+            unchanged: store.items("unchanged")?,
             litter,
             candidates,
             bytes,
@@ -275,7 +279,7 @@ impl<'a> Survey<'a> {
             let files = store.sharded(folder)?.into_iter().map(|(_, item)| item);
             temporary.extend(files.filter(|item| is_temporary(item.name())));
         }
-        for folder in ["pins", "outputs"] {
+        for folder in ["pins", "outputs", "unchanged"] {
             temporary.extend(store.items(folder)?.into_iter().filter(|i| is_temporary(i.name())));
         }
         for item in temporary.iter().filter(|item| stale(item, budget.grace)) {
@@ -418,13 +422,15 @@ impl<'a> Survey<'a> {
                 removals.push(self.removal(Class::Checkpoint, item, None));
             }
         }
-        // Logs and curves of a result are in the journal of the run that made it.
-        let mut makers = BTreeSet::new();
+        // Logs and curves of a result are in the journal of the run that made it, and the steps of
+        // a run without changes in that of an earlier one.
+        let kept = self.uses.iter().enumerate().filter(|(i, _)| !dropped.contains(i));
+        let mut sources: BTreeSet<&str> = kept.filter_map(|(_, u)| u.since.as_deref()).collect();
         for key in &marked.keys {
             if let Some(RecordFile { record: Some((_, Loaded::Found(record))), .. }) =
                 self.records.get(key)
             {
-                makers.insert(record.made.run.as_str());
+                sources.insert(record.made.run.as_str());
             }
         }
         let mut runs = Vec::new();
@@ -432,7 +438,7 @@ impl<'a> Survey<'a> {
             let used = &self.uses[i];
             let lost = used.keys.keys().filter(|k| self.ports.contains_key(k));
             let results = lost.filter(|key| !marked.keys.contains(key)).count();
-            let journal = used.journal.as_ref().filter(|_| !makers.contains(used.run.as_str()));
+            let journal = used.journal.as_ref().filter(|_| !sources.contains(used.run.as_str()));
             removals.extend(journal.map(|item| self.removal(Class::Run, item, None)));
             // One whose journal and results all stay was dropped before.
             if journal.is_some() || results > 0 {
@@ -440,6 +446,12 @@ impl<'a> Survey<'a> {
                 let last_unix_ms = used.last_unix_ms;
                 runs.push(Dropped { run, pipeline, last_unix_ms, results });
             }
+        }
+        // They name runs, and stand only while no record and no manifest comes or goes.
+        let stale = [Class::Record, Class::Tree, Class::Run];
+        if removals.iter().any(|removal| stale.contains(&removal.class)) {
+            let unchanged = self.unchanged.iter().filter(|item| !is_temporary(item.name()));
+            removals.extend(unchanged.map(|item| self.removal(Class::Unchanged, item, None)));
         }
         removals.sort_by(|a, b| (a.class, &a.path).cmp(&(b.class, &b.path)));
         let freed: u64 = removals.iter().map(|r| r.bytes).sum();

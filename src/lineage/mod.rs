@@ -14,7 +14,9 @@ pub use gc::{Budget, Class, Dropped, Removal, Sweep, plan_sweep, sweep};
 pub use lock::{Lock, LockMode};
 pub use pins::{Pin, Pins};
 pub use record::{Difference, Loaded, Made, Record, Wrote};
-pub use runs::{Journal, Run, RunInfo, Runs, State, Status, StepSummary, Summary, unix_ms};
+pub use runs::{
+    Journal, Run, RunInfo, Runs, State, Status, StepSummary, Summary, Unchanged, unix_ms,
+};
 pub use trace::{Lineage, Link, trace};
 pub use verify::{Checked, Finding, Lost, Part, verify};
 pub(crate) use why::member_path;

@@ -29,6 +29,8 @@ pub(super) struct Use {
     /// Its process, or one that it started, may be there.
     pub(super) alive: bool,
     pub(super) pinned: bool,
+    /// The run whose journal has its steps, if nothing had changed since that one.
+    pub(super) since: Option<String>,
     /// Its journal; none if it is only known from its records (they came from another store, or
     /// its journal was deleted).
     pub(super) journal: Option<Item>,
@@ -90,6 +92,7 @@ pub(super) fn uses(
             differing: Vec::new(),
             alive: elsewhere || alive.contains(&run.info.id),
             pinned: pinned(&run.info.id),
+            since: run.info.unchanged.map(|unchanged| unchanged.since),
             journal: Some(journal),
             pipeline: run.info.pipeline,
             run: run.info.id,
@@ -106,6 +109,7 @@ pub(super) fn uses(
             differing: Vec::new(),
             alive: alive.contains(&made.run),
             pinned: pinned(&made.run),
+            since: None,
             journal: None,
         });
         if used.journal.is_none() {
@@ -179,6 +183,7 @@ mod tests {
             differing: Vec::new(),
             alive: false,
             pinned: false,
+            since: None,
             journal: None,
         }
     }

@@ -194,6 +194,21 @@ impl Store {
         Ok(digest)
     }
 
+    /// Brings a published tree to the disk: its manifest and the objects that it names.
+    ///
+    /// # Errors
+    /// When the disk refuses.
+    pub fn sync_tree(&self, digest: &Digest) -> Result<()> {
+        let mut dirty = Dirty::new();
+        let entries = self.tree(digest)?.into_iter().flat_map(|tree| tree.entries);
+        let objects = entries.map(|entry| self.object_path(&entry.digest));
+        for path in objects.chain([self.place("trees", digest)]).filter(|path| path.exists()) {
+            self.disk().sync(&path)?;
+            dirty.extend(path.parent().map(Path::to_path_buf));
+        }
+        Ok(self.settle(dirty)?)
+    }
+
     /// The manifest of a published tree, or `None` if the store has no such tree.
     ///
     /// # Errors

@@ -119,6 +119,29 @@ fn damage_is_found_and_healed() {
     assert_eq!(project.flow(&["verify", "nothing"]).status.code(), Some(2));
 }
 
+#[test]
+fn a_run_without_changes_keeps_what_it_stands_for() {
+    let project = Project::new(CHAIN);
+    run(&project, "one");
+    run(&project, "two");
+    // Only what has settled is recognised.
+    std::thread::sleep(Duration::from_millis(2100));
+    let full = run(&project, "two")["run"].as_str().unwrap().to_owned();
+    let first = || {
+        let output = project.flow(&["--json", "run", "p.yaml", "--set", "params.word=two"]);
+        serde_json::from_str::<Value>(out(&output).lines().next().unwrap()).unwrap()
+    };
+    let unchanged = first();
+    assert_eq!((&unchanged["type"], &unchanged["since"]), (&"unchanged".into(), &full.into()));
+    let done = json(&project, &["gc", "--keep-runs", "1"]);
+    assert_eq!(done["plan"]["runs"].as_array().unwrap().len(), 1, "{done}");
+    assert_eq!(json(&project, &["show"])["steps"].as_array().unwrap().len(), 2);
+    assert_eq!(json(&project, &["runs"]).as_array().unwrap().len(), 3);
+    assert_eq!(first()["type"], "run_started", "the index went too");
+    assert_eq!(run(&project, "two")["hits"], 2);
+    assert_eq!(run(&project, "one")["ran"], 2);
+}
+
 #[cfg(target_os = "linux")]
 #[test]
 fn a_run_of_another_process_loses_nothing() {
