@@ -24,12 +24,6 @@ pub(super) fn record_of(
     })
 }
 
-fn when(unix_ms: u64) -> String {
-    let time =
-        i64::try_from(unix_ms).ok().and_then(|ms| jiff::Timestamp::from_millisecond(ms).ok());
-    time.map_or_else(String::new, |t| t.strftime("%Y-%m-%d %H:%M:%S UTC").to_string())
-}
-
 /// `flow runs`.
 pub(super) fn runs(stage: &Stage, options: &RunsOptions) -> Result<Exit, Failure> {
     let store = store_here(stage)?;
@@ -101,8 +95,9 @@ fn show_run(stage: &Stage, run: &Run) -> Result<(), Failure> {
     }
     let info = &run.info;
     outln!("run {}  {}  {:?}", info.id, info.pipeline, run.status)?;
-    outln!("started {}  on {}", when(info.started_unix_ms), info.host)?;
-    outln!("$ {}\n", shell::line(&info.command_line))?;
+    outln!("started {}  on {}", table::when(info.started_unix_ms), info.host)?;
+    outln!("$ {}
+", shell::line(&info.command_line))?;
     let steps = steps_of(run);
     let rows = steps.iter().map(|s| {
         let why = s.message.clone().or_else(|| s.why.as_ref().map(ToString::to_string));
@@ -130,7 +125,7 @@ fn show_step(store: &Store, step: &StepStatus) -> Result<(), Failure> {
     outln!(
         "  made     run {}, {}, in {}",
         made.run,
-        when(made.started_unix_ms),
+        table::when(made.started_unix_ms),
         table::seconds(made.seconds)
     )?;
     outln!("  on       {}, {} {}, {} threads", made.host, made.device, made.isa, made.threads)?;

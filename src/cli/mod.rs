@@ -9,8 +9,11 @@ mod arguments;
 mod environment;
 mod error;
 mod explain;
+mod gc;
 mod history;
 mod inspect;
+mod named;
+mod pin;
 mod plan;
 mod progress;
 mod project;
@@ -19,6 +22,7 @@ mod session;
 mod shell;
 mod steps;
 mod table;
+mod verify;
 
 use std::io::{ErrorKind, IsTerminal};
 use std::panic::{UnwindSafe, catch_unwind};
@@ -94,6 +98,9 @@ fn dispatch(stage: &Stage, command: Command) -> Result<Exit, Failure> {
         Command::Runs(options) => history::runs(stage, &options),
         Command::Show(options) => history::show(stage, &options),
         Command::Log(options) => history::log(stage, &options),
+        Command::Gc(options) => gc::gc(stage, &options),
+        Command::Pin(options) => pin::pin(stage, &options),
+        Command::Verify(options) => verify::verify(stage, &options),
         Command::Kinds { kind } => inspect::kinds(stage, kind.as_deref()),
         Command::Schema { kind, write } => {
             inspect::schema(stage, kind.as_deref(), write.as_deref())

@@ -184,6 +184,9 @@ fn try_attempt(task: &Task, step: &dyn Step, dir: &Path, around: &Around<'_>) ->
     outside.unchanged(store)?;
     let seconds = started.elapsed().as_secs_f64();
     let to = durable::store_for(store, started.elapsed(), &task.sources)?;
+    // What it gives may be there already, from a result that is swept away: not before the record
+    // is there too.
+    let _shared = store.lock_shared()?;
     let ports = publish(&to, step, dir, &produced)?;
     let record = Record {
         key: task.key,

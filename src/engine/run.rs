@@ -208,6 +208,9 @@ impl<'a> Runner<'a, '_> {
 
     /// Decides every step whose producers are through, in plan order.
     fn decide_ready(&mut self) -> Result<()> {
+        // What is looked up here may be swept away until the journal names it.
+        let store = &self.session.store;
+        let _shared = self.ready.any().then(|| store.lock_shared()).transpose()?;
         while let Some(position) = self.ready.next() {
             let node = self.prepared.order[position];
             let step = self.prepared.steps[&node].as_ref();

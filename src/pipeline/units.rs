@@ -1,4 +1,4 @@
-//! Amounts with their units, as people write them.
+//! Numbers with a unit, as people write them.
 
 use std::time::Duration;
 
@@ -10,8 +10,8 @@ fn quantity(text: &str) -> Option<(f64, &str)> {
     Some((number.parse().ok()?, unit.trim()))
 }
 
-/// `90s`, `15m`, `2h`, `1d`, `500ms`.
-pub(super) fn duration(text: &str) -> Option<Duration> {
+/// A length of time: `90s`, `15m`, `2h`, `1d`, `500ms`.
+pub fn duration(text: &str) -> Option<Duration> {
     let (number, unit) = quantity(text)?;
     let seconds = match unit {
         "ms" => 1e-3,
@@ -21,10 +21,10 @@ pub(super) fn duration(text: &str) -> Option<Duration> {
         "d" => 86400.0,
         _ => return None,
     };
-    Duration::try_from_secs_f64(number * seconds).ok().filter(|d| !d.is_zero())
+    Duration::try_from_secs_f64(number * seconds).ok()
 }
 
-/// `8GiB`, `512MB`, `1024B`.
+/// A number of bytes: `8GiB`, `512MB`, `1024B`.
 pub fn bytes(text: &str) -> Option<u64> {
     let (number, unit) = quantity(text)?;
     let scale = match unit {
@@ -52,7 +52,7 @@ mod tests {
     fn units() {
         assert_eq!(duration("90s"), Some(Duration::from_secs(90)));
         assert_eq!(duration("1.5h"), Some(Duration::from_secs(5400)));
-        assert_eq!(duration("0s"), None);
+        assert_eq!(duration("0s"), Some(Duration::ZERO));
         assert_eq!(duration("90"), None);
         assert_eq!(bytes("8GiB"), Some(8 << 30));
         assert_eq!(bytes("1.5MB"), Some(1_500_000));

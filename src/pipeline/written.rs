@@ -252,7 +252,7 @@ impl Form<'_> {
     }
 
     fn time(&mut self, node: &Node) -> Option<Duration> {
-        let time = node.as_text().and_then(duration);
+        let time = node.as_text().and_then(duration).filter(|d| !d.is_zero());
         if time.is_none() {
             self.expected(node, "a time", "write it like `90s`, `15m` or `2h`");
         }

@@ -243,6 +243,17 @@ impl Disk {
         self.call("appending to", path, || file.write_all(bytes))
     }
 
+    /// Removes a file or link; fine if there is none.
+    ///
+    /// # Errors
+    /// When the disk refuses.
+    pub fn remove_file(&self, path: &Path) -> Done<()> {
+        self.call("removing", path, || match std::fs::remove_file(path) {
+            Err(e) if e.kind() != io::ErrorKind::NotFound => Err(e),
+            _ => Ok(()),
+        })
+    }
+
     /// Removes a directory and what is in it, folders that may not be written included; fine if
     /// there is none.
     ///

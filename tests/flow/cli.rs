@@ -3,6 +3,7 @@
 mod crowd; // several runs at once
 #[cfg(target_os = "linux")]
 mod kills; // processes that are killed
+mod keeping;
 mod records;
 mod rim;
 mod unchanged;

@@ -403,8 +403,10 @@ impl Bench {
         Store::open(&self.path("store")).unwrap()
     }
 
+    /// The pipeline is called `toy` unless it says otherwise.
     pub(super) fn plan(&self, steps: &str) -> Plan {
-        let text = format!("name: toy\n{steps}");
+        let name = if steps.starts_with("name:") { "" } else { "name: toy\n" };
+        let text = format!("{name}{steps}");
         let env = std::collections::BTreeMap::from([("NAP_ENV".to_owned(), "one".to_owned())]);
         let mut settings = Settings { env, ..Settings::default() };
         settings.env.extend(self.options.environment.clone());
