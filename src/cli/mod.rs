@@ -10,6 +10,7 @@ mod environment;
 mod error;
 mod explain;
 mod history;
+mod import;
 mod inspect;
 mod plan;
 mod progress;
@@ -88,6 +89,7 @@ fn dispatch(stage: &Stage, command: Command) -> Result<Exit, Failure> {
         Command::Runs(options) => history::runs(stage, &options),
         Command::Show(options) => history::show(stage, &options),
         Command::Log(options) => history::log(stage, &options),
+        Command::Import(options) => import::import(stage, &options),
         Command::Kinds { kind } => inspect::kinds(stage, kind.as_deref()),
         Command::Schema { kind, write } => {
             inspect::schema(stage, kind.as_deref(), write.as_deref())
