@@ -60,6 +60,10 @@ pub fn import(
         project.found.push(crate::source::Diagnostic::error(start, message, "nothing to run"));
         return Err(refused(settled(project.found)));
     }
+    for stage in project.stages.iter().filter(|stage| stage.frozen) {
+        let notes = stage.notes.iter().map(|note| format!("stage `{}`: {note}", stage.name));
+        project.notes.extend(notes);
+    }
     if ignores(&dir) {
         let note = "`.dvcignore` is not read: a folder under `files` is taken whole";
         project.notes.push(note.to_owned());

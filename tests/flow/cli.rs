@@ -1,5 +1,6 @@
 //! The program as a user types it: what it prints, and how it exits.
 
+mod import;
 mod records;
 mod rim;
 
