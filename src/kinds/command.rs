@@ -384,6 +384,31 @@ mod tests {
     }
 
     #[test]
+    fn outputs_in_place_lie_apart() {
+        let problems = |outputs: serde_json::Value| {
+            let with = serde_json::json!({
+                "run": "true", "in_place": true, "outputs": outputs, "files": { "src": "./src" },
+            });
+            let command: Command = serde_json::from_value(with).unwrap();
+            command.check().into_iter().map(|p| p.path).collect::<Vec<_>>()
+        };
+        assert!(problems(serde_json::json!({ "a": "data/a", "b": "data/ab" })).is_empty());
+        assert_eq!(problems(serde_json::json!({ "a": "data/", "b": "data/b" })), ["outputs.a"]);
+        assert_eq!(problems(serde_json::json!({ "a": "src/x" })), ["outputs.a"]);
+    }
+
+    #[test]
+    fn in_place_paths_are_their_own() {
+        let with = serde_json::json!({
+            "run": "x > ${out.x}", "in_place": true, "outputs": { "x": "data/x" },
+            "files": { "inputs/y": "./y" },
+        });
+        let command: Command = serde_json::from_value(with).unwrap();
+        assert!(command.check().is_empty());
+        assert_eq!(command.filled("x > ${out.x}").unwrap(), "x > data/x");
+    }
+
+    #[test]
     fn names_stay_inside() {
         for bad in ["../x", "/x", "a/../../b", "", "a b", "-rf"] {
             assert!(!is_inside(bad), "{bad}");

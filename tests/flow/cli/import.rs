@@ -83,3 +83,76 @@ fn a_matrix_becomes_a_sweep() {
 fn what_has_no_counterpart_is_said() {
     gives_what_dvc_gives("rest");
 }
+
+#[test]
+fn mistakes_have_places_and_nothing_is_written() {
+    let project = Project::new("");
+    project.write("params.yaml", "lr: 0.1\n");
+    let refused = |text: &str, told: &str| {
+        project.write("dvc.yaml", text);
+        let output = project.flow(&["import", "dvc.yaml", "-o", "flow.yaml"]);
+        assert_eq!(output.status.code(), Some(2), "{text}\n{}", err(&output));
+        assert!(!project.path("flow.yaml").exists());
+        let said = err(&output);
+        assert!(said.contains("dvc.yaml:"), "{said}");
+        assert!(said.contains(told), "{told}: {said}");
+    };
+    let stage = |keys: &str| format!("stages:\n  a:\n    outs: [o]\n{keys}\n");
+    refused("stages: 3\n", "dvc.yaml:1:9");
+    refused("stages: {}\n", "no stages");
+    refused("a: b: c", "not valid YAML");
+    refused(&stage("    cmdd: x"), "unknown key");
+    refused(&stage("    cmdd: x"), "did you mean `cmd`?");
+    refused(&stage("    cmd: x ${lrr}"), "dvc.yaml:4:10");
+    refused(&stage("    cmd: x ${lrr}"), "did you mean `lr`?");
+    refused(&stage("    cmd: [x, [y]]"), "expected text");
+    refused(&stage("    cmd: x\n    deps: [o]"), "reads `o`, which it writes");
+    refused(&stage("    cmd: x\n    deps: ['a b']"), "cannot have the path `a b`");
+    refused(&stage("    cmd: x\n    vars: [lr: 2]"), "`lr` has a value already");
+    refused(&stage("    cmd: x\n    vars: [no.toml]"), "YAML and JSON only");
+    refused(&stage("    cmd: x\n    frozen: 1"), "expected `true` or `false`");
+    refused(&(stage("    cmd: x") + "  b: { cmd: x, outs: [o/x] }\n"), "both write `o/x`");
+    refused("stages:\n  a: { foreach: ['${lr}'] }\n", "has `foreach` and no `do`");
+    refused("stages:\n  a: { matrix: { x: '${lr}' }, cmd: x }\n", "expected a list of values");
+    let axis = (0..2000).map(|n| n.to_string()).collect::<Vec<_>>().join(", ");
+    let huge = format!("stages:\n  a: {{ matrix: {{ x: [{axis}], y: [{axis}] }}, cmd: x }}\n");
+    refused(&huge, "more than 10000 stages");
+
+    let missing = project.flow(&["import", "nowhere/dvc.yaml"]);
+    assert_eq!(missing.status.code(), Some(2));
+    assert!(err(&missing).contains("cannot read nowhere/dvc.yaml"), "{}", err(&missing));
+    project.write("dvc.yaml", &stage("    cmd: touch o"));
+    let shown = project.flow(&["import", "."]);
+    assert!(out(&shown).contains("kind: command"), "{}", err(&shown));
+    let json = project.flow(&["--json", "import", "."]);
+    let json: serde_json::Value = serde_json::from_str(&out(&json)).unwrap();
+    assert!(json["pipeline"].as_str().unwrap().contains("run: touch o"), "{json}");
+    let there = project.flow(&["import", ".", "-o", "p.yaml"]);
+    assert_eq!(there.status.code(), Some(2));
+    assert!(err(&there).contains("is there already"), "{}", err(&there));
+}
+
+/// Paths above the folder of the file, a pipeline in another folder, a file of another root.
+#[test]
+fn paths_are_kept() {
+    let project = Project::new("");
+    fs::create_dir_all(project.path("work/pipes")).unwrap();
+    fs::create_dir_all(project.path("flows")).unwrap();
+    project.write("work/in.txt", "in\n");
+    project.write("far.txt", "far\n");
+    let far = project.path("far.txt").canonicalize().unwrap().display().to_string();
+    let text = format!(
+        "stages:\n  a:\n    cmd: cat ../in.txt {far} > ../out.txt\n    deps: [../in.txt, {far}]\n    \
+         outs: [../out.txt]\n"
+    );
+    project.write("work/pipes/dvc.yaml", &text);
+    let imported = project.flow(&["import", "work/pipes", "-o", "flows/x.yaml"]);
+    assert_eq!(imported.status.code(), Some(0), "{}", err(&imported));
+    let ran = project.flow(&["run", "flows/x.yaml"]);
+    assert_eq!(ran.status.code(), Some(0), "{}", err(&ran));
+    let made = fs::read_to_string(project.path("outputs/pipes/a/out.txt")).unwrap();
+    assert_eq!(made, "in\nfar\n");
+    // Both are in the key.
+    project.write("far.txt", "farther\n");
+    assert_eq!(super::finished(&project.flow(&["--json", "run", "flows/x.yaml"]))["ran"], 1);
+}
