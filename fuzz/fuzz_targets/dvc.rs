@@ -40,7 +40,9 @@ fuzz_target!(|text: &str| {
             if source.name.contains("was made") {
                 // A circle of stages is one of steps, and a `${out}` of the shell is one of ours.
                 let known = |m: &str| {
-                    ["each other", "is not declared", "depends on itself", "characters"].iter().any(|k| m.contains(k))
+                    ["each other", "is not declared", "depends on itself", "characters"]
+                        .iter()
+                        .any(|k| m.contains(k))
                 };
                 assert!(found.iter().any(|d| known(&d.message)), "{}\n{found:?}", source.text);
             }

@@ -1,9 +1,9 @@
 //! `dvc.yaml`, with the files of parameters beside it.
 //!
 //! Source: DVC 3 (`dvc/schema.py`, `dvc/parsing/`): stages with `cmd`, `deps`, `outs`, `metrics`,
-//! `plots`, `params`, `vars`, `wdir`, `foreach` and `matrix`, and the `${…}` in all of them. DVC runs
-//! a stage in the folder of the project; here it is a `command` that works in place, in a folder
-//! with the files that the stage declares, at the same relative paths.
+//! `plots`, `params`, `vars`, `wdir`, `foreach` and `matrix`, and the `${…}` in all of them. DVC
+//! runs a stage in the folder of the project; here it is a `command` that works in place, in a
+//! folder with the files that the stage declares, at the same relative paths.
 
 mod links;
 mod path;

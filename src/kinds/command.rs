@@ -48,7 +48,7 @@ pub(super) struct Command {
     #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
     files: BTreeMap<String, FileInput>,
     /// Inputs lie, and outputs are written, at their own paths in the working directory.
-    // Left out of the key when it is not set: then nothing is other than before there was the field.
+    // Not in the key where it is false, which is how commands were before there was the field.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     in_place: bool,
     /// The shell; it is given `-c` and the text.

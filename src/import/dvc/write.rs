@@ -9,9 +9,9 @@ use crate::source::Span;
 use crate::yaml::{Entry, Node, Shape};
 
 const HEAD: [&str; 3] = [
-    "Made by `flow import` from dvc.yaml. A command runs in `sh`, in a folder that holds what its step",
-    "declares, and sees few variables (`flow kinds command`): declare what else it reads under `files`",
-    "and `env`.",
+    "Made by `flow import` from dvc.yaml. A command runs in `sh`, in a folder that holds what its",
+    "step declares, and sees few variables (`flow kinds command`): declare what else it reads under",
+    "`files` and `env`.",
 ];
 
 /// The text of a pipeline.
@@ -65,7 +65,14 @@ fn step(out: &mut String, step: &Step) {
     line(out, 2, &format!("{}:", scalar(&step.name)));
     line(out, 4, "kind: command");
     if !step.env.is_empty() {
-        line(out, 4, &format!("env: [{}]", step.env.join(", ")));
+        line(
+            out,
+            4,
+            &format!(
+                "env: [{}]",
+                step.env.iter().map(|n| scalar(n)).collect::<Vec<_>>().join(", ")
+            ),
+        );
     }
     line(out, 4, "with:");
     match block(&step.run) {

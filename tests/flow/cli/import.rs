@@ -142,8 +142,8 @@ fn paths_are_kept() {
     project.write("far.txt", "far\n");
     let far = project.path("far.txt").canonicalize().unwrap().display().to_string();
     let text = format!(
-        "stages:\n  a:\n    cmd: cat ../in.txt {far} > ../out.txt\n    deps: [../in.txt, {far}]\n    \
-         outs: [../out.txt]\n"
+        "stages:\n  a:\n    cmd: cat ../in.txt {far} > ../out.txt\n    \
+         deps: [../in.txt, {far}]\n    outs: [../out.txt]\n"
     );
     project.write("work/pipes/dvc.yaml", &text);
     let imported = project.flow(&["import", "work/pipes", "-o", "flows/x.yaml"]);

@@ -156,8 +156,9 @@ fn what_would_grow_without_end() {
     let axis: Vec<String> = (0..2000).map(|n| n.to_string()).collect();
     let axis = axis.join(", ");
     let sweep = format!(
-        "sweep: {{ cap: 18446744073709551615, grid: {{ a: [{axis}], b: [{axis}], c: [{axis}] }} }}\n\
-         steps:\n  one: {{ kind: command, with: {{ run: \"${{sweep.a}} ${{sweep.b}} ${{sweep.c}}\" }} }}\n"
+        "sweep:\n  cap: 18446744073709551615\n  grid: {{ a: [{axis}], b: [{axis}], c: [{axis}] }}\n\
+         steps:\n  one:\n    kind: command\n    \
+         with: {{ run: \"${{sweep.a}} ${{sweep.b}} ${{sweep.c}}\" }}\n"
     );
     let indented: String = (0..3000).map(|n| format!("{:n$}a:\n", "")).collect();
     let texts = [
