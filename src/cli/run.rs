@@ -9,17 +9,28 @@ use super::Stage;
 use super::arguments::{PipelineOptions, PlanOptions, RunOptions};
 use super::error::{Exit, Failure, show_diagnostics};
 use super::progress::Screen;
-use super::session::{ground, load, needs_of, shortages_ahead};
+use super::session::{check, ground, load, needs_of, read, shortages_ahead, store_dir};
 use crate::engine::{self, Unresolved};
 use crate::lineage::Status;
 use crate::source::{Diagnostic, Fault, advice};
 
 /// `flow run FILE [STEP…]`.
 pub(super) fn run(stage: &Stage, options: &RunOptions) -> Result<Exit, Failure> {
-    let plan = load(stage, &options.plan.pipeline)?;
+    let (pipeline, grace) = (&options.plan.pipeline, Duration::from_secs(options.grace));
+    let text = read(&pipeline.file)?;
+    // A pipeline that is wrong leaves no store behind.
+    if store_dir(stage, &options.plan).is_dir() {
+        let ground = ground(stage, &options.plan)?;
+        let session = ground.session(stage, &options.plan, options.keep_going, grace)?;
+        let mut screen = Screen::new(stage.json, stage.plain);
+        let mut show = |event: &engine::RunEvent| screen.show(event);
+        if engine::unchanged(&pipeline.file, &text, &session, &mut show)?.is_some() {
+            return Ok(Exit::Done);
+        }
+    }
+    let plan = check(stage, pipeline, text)?;
     show_diagnostics(&plan.source, &plan.warnings, stage.plain);
     let ground = ground(stage, &options.plan)?;
-    let grace = Duration::from_secs(options.grace);
     let session = ground.session(stage, &options.plan, options.keep_going, grace)?;
     let needed = plan.needed_for(&session.options.targets)?;
     if needed.iter().any(|node| needs_of(&plan.graph[*node]).gpu > session.options.gpus.len()) {

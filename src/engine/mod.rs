@@ -7,6 +7,7 @@
 
 mod attempt;
 mod bind;
+mod durable;
 mod event;
 mod forecast;
 mod machine;
@@ -17,6 +18,7 @@ mod run;
 mod scratch;
 mod session;
 mod slots;
+mod unchanged;
 mod worker;
 
 pub use event::{Outcome, RunEvent};
@@ -24,4 +26,5 @@ pub use forecast::{Forecast, Prospect, forecast};
 pub use prepare::{Unresolved, Updated, update};
 pub use run::run;
 pub use session::{Options, Session, WorkerCommand};
+pub use unchanged::unchanged;
 pub use worker::worker;

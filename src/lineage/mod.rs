@@ -8,7 +8,9 @@ mod why;
 
 pub use lock::{Lock, LockMode};
 pub use record::{Difference, Loaded, Made, Record, Wrote};
-pub use runs::{Journal, Run, RunInfo, Runs, State, Status, StepSummary, Summary, unix_ms};
+pub use runs::{
+    Journal, Run, RunInfo, Runs, State, Status, StepSummary, Summary, Unchanged, unix_ms,
+};
 pub use trace::{Lineage, Link, trace};
 pub(crate) use why::member_path;
 pub use why::{Change, Current, Past, Why, difference};

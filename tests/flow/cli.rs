@@ -3,6 +3,7 @@
 mod import;
 mod records;
 mod rim;
+mod unchanged;
 
 use std::fs;
 use std::path::{Path, PathBuf};
