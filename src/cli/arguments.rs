@@ -63,6 +63,8 @@ pub(super) enum Command {
     Pin(PinOptions),
     /// Read results again and compare them with their digests; what is damaged is set aside.
     Verify(VerifyOptions),
+    /// Make a pipeline of DVC's `dvc.yaml`; what has no counterpart is a comment and a warning.
+    Import(ImportOptions),
     /// The kinds of step, or the documentation of one.
     Kinds {
         /// The kind.
@@ -167,6 +169,15 @@ pub(super) struct ShowOptions {
     pub(super) what: String,
     /// A step of that run.
     pub(super) step: Option<String>,
+}
+
+#[derive(Debug, Args)]
+pub(super) struct ImportOptions {
+    /// A dvc.yaml, or the folder that it is in.
+    pub(super) file: PathBuf,
+    /// The pipeline file to write, which must not be there yet [default: stdout].
+    #[arg(long, short, value_name = "FILE")]
+    pub(super) output: Option<PathBuf>,
 }
 
 #[derive(Debug, Args)]

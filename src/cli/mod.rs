@@ -11,6 +11,7 @@ mod error;
 mod explain;
 mod gc;
 mod history;
+mod import;
 mod inspect;
 mod named;
 mod pin;
@@ -101,6 +102,7 @@ fn dispatch(stage: &Stage, command: Command) -> Result<Exit, Failure> {
         Command::Gc(options) => gc::gc(stage, &options),
         Command::Pin(options) => pin::pin(stage, &options),
         Command::Verify(options) => verify::verify(stage, &options),
+        Command::Import(options) => import::import(stage, &options),
         Command::Kinds { kind } => inspect::kinds(stage, kind.as_deref()),
         Command::Schema { kind, write } => {
             inspect::schema(stage, kind.as_deref(), write.as_deref())

@@ -4,6 +4,7 @@ mod crowd; // several runs at once
 #[cfg(target_os = "linux")]
 mod kills; // processes that are killed
 mod keeping;
+mod import;
 mod records;
 mod rim;
 mod unchanged;

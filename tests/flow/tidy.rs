@@ -15,7 +15,7 @@ const FLOORS: [&[&str]; 8] = [
     &["step"],
     &["pipeline", "kinds"],
     &["engine"],
-    &["report", "export"],
+    &["report", "export", "import"],
     &["cli", "main"],
 ];
 
