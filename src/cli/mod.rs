@@ -6,6 +6,8 @@
 mod out;
 
 mod arguments;
+mod compare;
+mod diff;
 mod environment;
 mod error;
 mod explain;
@@ -13,6 +15,7 @@ mod history;
 mod inspect;
 mod plan;
 mod progress;
+mod reproduce;
 mod run;
 mod session;
 mod steps;
@@ -87,6 +90,9 @@ fn dispatch(stage: &Stage, command: Command) -> Result<Exit, Failure> {
         Command::Trace(options) => explain::trace(stage, &options),
         Command::Runs(options) => history::runs(stage, &options),
         Command::Show(options) => history::show(stage, &options),
+        Command::Diff(options) => diff::diff(stage, &options),
+        Command::Compare(options) => compare::compare(stage, &options),
+        Command::Reproduce(options) => reproduce::reproduce(stage, options),
         Command::Log(options) => history::log(stage, &options),
         Command::Kinds { kind } => inspect::kinds(stage, kind.as_deref()),
         Command::Schema { kind, write } => {

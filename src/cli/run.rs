@@ -1,5 +1,6 @@
 //! `flow run`, and the worker that it starts.
 
+use std::collections::BTreeSet;
 use std::path::Path;
 use std::time::Duration;
 
@@ -10,9 +11,11 @@ use super::arguments::{PipelineOptions, PlanOptions, RunOptions};
 use super::error::{Exit, Failure, show_diagnostics};
 use super::progress::Screen;
 use super::session::{ground, load, needs_of, shortages_ahead};
-use crate::engine::{self, Unresolved};
-use crate::lineage::Status;
+use crate::digest::Digest;
+use crate::engine::{self, RunEvent, Unresolved};
+use crate::lineage::{Record, Results, Runs, Status};
 use crate::source::{Diagnostic, Fault, advice};
+use crate::store::Store;
 
 /// `flow run FILE [STEP…]`.
 pub(super) fn run(stage: &Stage, options: &RunOptions) -> Result<Exit, Failure> {
@@ -32,15 +35,54 @@ pub(super) fn run(stage: &Stage, options: &RunOptions) -> Result<Exit, Failure> 
     }
     ground.listen()?;
     let mut screen = Screen::new(stage.json, stage.plain);
-    let outcome = engine::run(&plan, &session, &mut |event| screen.show(event));
+    let mut fickle = Fickle::of(&ground.store);
+    let outcome = engine::run(&plan, &session, &mut |event| {
+        screen.show(event);
+        fickle.watch(event);
+    });
     drop(screen);
     let outcome = outcome.map_err(|error| unresolved(&plan.source, error))?;
+    fickle.warn();
+    if options.record && outcome.status == Status::Done {
+        let path = plan.file.with_extension("results");
+        let run = Runs::of(&ground.store).load(&outcome.run)?;
+        Results::of_run(&ground.store, &run)?.save(&ground.store, &path)?;
+        errln!("results -> {}", path.display());
+    }
     Ok(match outcome.status {
         Status::Failed if outcome.store_failed => Exit::Internal,
         Status::Done => Exit::Done,
         Status::Interrupted => Exit::Interrupted,
         Status::Failed | Status::Running | Status::Died => Exit::StepFailed,
     })
+}
+
+/// Steps of a run whose key has given other bytes before.
+struct Fickle {
+    keys: BTreeSet<Digest>,
+    seen: Vec<String>,
+}
+
+impl Fickle {
+    fn of(store: &Store) -> Self {
+        Self { keys: Record::differing(store), seen: Vec::new() }
+    }
+
+    fn watch(&mut self, event: &RunEvent) {
+        if let RunEvent::Hit { step, key, .. } | RunEvent::Finished { step, key, .. } = event
+            && self.keys.contains(key)
+        {
+            self.seen.push(step.clone());
+        }
+    }
+
+    fn warn(&self) {
+        for step in &self.seen {
+            errln!(
+                "warning: {step} does not give the same bytes every time; see `flow show {step}`"
+            );
+        }
+    }
 }
 
 /// `flow update FILE`.
@@ -68,7 +110,7 @@ pub(super) fn update(stage: &Stage, pipeline: PipelineOptions) -> Result<Exit, F
 }
 
 /// Failures to resolve outside names, shown at the steps that name them.
-fn unresolved(source: &crate::source::Source, error: anyhow::Error) -> Failure {
+pub(super) fn unresolved(source: &crate::source::Source, error: anyhow::Error) -> Failure {
     let Some(Unresolved(list)) = error.downcast_ref::<Unresolved>() else {
         return error.into();
     };

@@ -92,15 +92,20 @@ pub(super) fn store_here(stage: &Stage) -> Result<Store, Failure> {
 pub(super) fn ground(stage: &Stage, options: &PlanOptions) -> Result<Ground, Failure> {
     let root = project_root(folder_of(&options.pipeline.file));
     let dir = stage.environment.store_dir(stage.store.as_deref(), &root);
-    Ok(Ground {
-        store: Store::open(&dir)?,
-        hub: stage.environment.hub(options.offline),
-        cancel: Arc::new(AtomicBool::new(false)),
-        signals: Arc::new(AtomicUsize::new(0)),
-    })
+    Ok(Ground::on(stage, Store::open(&dir)?, options.offline))
 }
 
 impl Ground {
+    /// The ground over a store.
+    pub(super) fn on(stage: &Stage, store: Store, offline: bool) -> Self {
+        Self {
+            store,
+            hub: stage.environment.hub(offline),
+            cancel: Arc::new(AtomicBool::new(false)),
+            signals: Arc::new(AtomicUsize::new(0)),
+        }
+    }
+
     /// Ctrl-C and SIGTERM stop the run: children are ended, finished work is kept. A second
     /// signal does not wait for them.
     pub(super) fn listen(&self) -> Result<(), Failure> {

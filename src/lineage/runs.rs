@@ -242,6 +242,15 @@ impl Runs {
         self.store.is_leased(&lease_name(id))
     }
 
+    /// Holds an id alive, so that [`Runs::is_alive`] says so and what lies under it is not swept:
+    /// for work that keeps no journal.
+    ///
+    /// # Errors
+    /// When the disk refuses.
+    pub fn hold(&self, id: &str) -> Result<Lease> {
+        self.store.lease(&lease_name(id), id)
+    }
+
     /// Begins a journal under a new id.
     ///
     /// # Errors
@@ -259,7 +268,7 @@ impl Runs {
             if !disk.create_new_dir(&dir)? {
                 continue;
             }
-            let lease = self.store.lease(&lease_name(&id), &id)?;
+            let lease = self.hold(&id)?;
             info.id = id;
             let mut text = serde_json::to_vec_pretty(&info)?;
             text.push(b'\n');

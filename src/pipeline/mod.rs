@@ -21,6 +21,7 @@ use std::collections::BTreeMap;
 
 pub use plan::{Edge, Instance, Output, Plan, Point, Policy, StepId};
 pub use schema::{kind_schema, schema};
+pub use sweep::by_coordinates;
 pub use target::is_named;
 pub use written::{Pipeline, WrittenNeeds, WrittenStep};
 
