@@ -21,7 +21,15 @@ struct Row {
     run: String,
     point: Point,
     /// By step and metric.
-    values: BTreeMap<(String, String), f64>,
+    values: BTreeMap<(String, String), Number>,
+}
+
+/// A number of a record.
+#[derive(Debug, Clone, Copy)]
+struct Number {
+    value: f64,
+    /// Shown without being asked for.
+    usual: bool,
 }
 
 /// `flow compare [RUN…] [--metric NAME]`.
@@ -32,30 +40,22 @@ pub(super) fn compare(stage: &Stage, options: &CompareOptions) -> Result<Exit, F
     let names = if options.runs.is_empty() { &latest[..] } else { &options.runs };
     let mut rows = Vec::new();
     for name in names {
-        rows.extend(rows_of(&store, &runs.find(name)?, &options.metric)?);
+        rows.extend(rows_of(&store, &runs.find(name)?)?);
     }
     let columns = columns(&rows, &options.metric)?;
     if let (Some((first, steps)), false) = (columns.first(), options.metric.is_empty()) {
-        rows.sort_by(|a, b| {
-            let value = |row: &Row| steps.iter().find_map(|s| row.values.get(&key(s, first)));
-            best_first(first, value(a).copied(), value(b).copied())
-        });
+        let value = |row: &Row| {
+            let mut found = steps.iter().filter_map(|step| row.values.get(&key(step, first)));
+            found.next().map(|number| number.value)
+        };
+        rows.sort_by(|a, b| best_first(first, value(a), value(b)));
     }
-    // A metric of one step has its name; one of several, the step's name before it.
-    let cells: Vec<(String, String, String)> = columns
-        .iter()
-        .flat_map(|(metric, steps)| {
-            steps.iter().map(|step| {
-                let alone = steps.len() == 1;
-                let name = if alone { metric.clone() } else { format!("{step}.{metric}") };
-                (name, step.clone(), metric.clone())
-            })
-        })
-        .collect();
+    let cells = cells(&columns);
     if stage.json {
         let list = rows.iter().map(|row| {
             let value = |(name, step, metric): &(String, String, String)| {
-                Some((name.clone(), Value::from(*row.values.get(&key(step, metric))?)))
+                let number = row.values.get(&key(step, metric))?;
+                Some((name.clone(), Value::from(number.value)))
             };
             let values: serde_json::Map<String, Value> = cells.iter().filter_map(value).collect();
             json!({ "run": row.run, "point": row.point, "values": values })
@@ -65,6 +65,20 @@ pub(super) fn compare(stage: &Stage, options: &CompareOptions) -> Result<Exit, F
     }
     show(&rows, &cells)?;
     Ok(Exit::Done)
+}
+
+/// The columns of the table: name, step, metric. A metric of one step has its name; one of
+/// several has the step's name before it.
+fn cells(columns: &[(String, Vec<String>)]) -> Vec<(String, String, String)> {
+    let mut cells = Vec::new();
+    for (metric, steps) in columns {
+        for step in steps {
+            let alone = steps.len() == 1;
+            let name = if alone { metric.clone() } else { format!("{step}.{metric}") };
+            cells.push((name, step.clone(), metric.clone()));
+        }
+    }
+    cells
 }
 
 fn key(step: &str, metric: &str) -> (String, String) {
@@ -97,7 +111,7 @@ fn coordinates(id: &str) -> (&str, Point) {
 
 /// A row for every point of a run's sweep, with the metrics of all steps at it; one row for a
 /// run without a sweep.
-fn rows_of(store: &Store, run: &Run, asked: &[String]) -> Result<Vec<Row>, Failure> {
+fn rows_of(store: &Store, run: &Run) -> Result<Vec<Row>, Failure> {
     let records = run.records(store)?;
     let mut points: Vec<Point> = records.keys().map(|id| coordinates(id).1).collect();
     points.sort_by(by_coordinates);
@@ -115,8 +129,8 @@ fn rows_of(store: &Store, run: &Run, asked: &[String]) -> Result<Vec<Row>, Failu
             if (own.is_empty() && !point.is_empty()) || !inside(&own, &point) {
                 continue;
             }
-            for (metric, value) in numbers(store, record, asked) {
-                values.insert(key(step, &metric), value);
+            for (metric, number) in numbers(store, record) {
+                values.insert(key(step, &metric), number);
             }
         }
         Row { run: run.info.id.clone(), point, values }
@@ -124,8 +138,8 @@ fn rows_of(store: &Store, run: &Run, asked: &[String]) -> Result<Vec<Row>, Failu
     Ok(rows.collect())
 }
 
-/// The numbers of a record that were asked for, else the usual ones of its type.
-fn numbers(store: &Store, record: &Record, asked: &[String]) -> BTreeMap<String, f64> {
+/// All numbers of a record, by name.
+fn numbers(store: &Store, record: &Record) -> BTreeMap<String, Number> {
     let mut metrics = record.metrics(store);
     metrics.insert("seconds".into(), record.made.seconds.into());
     if let Some(bytes) = record.made.peak_rss_bytes {
@@ -137,37 +151,43 @@ fn numbers(store: &Store, record: &Record, asked: &[String]) -> BTreeMap<String,
         Type::TrainedModel => &FACTS,
         _ => &[],
     };
-    metrics.retain(|name, _| match asked {
-        [] => usual.contains(&name.as_str()),
-        asked => asked.contains(name),
+    let numbers = metrics.into_iter().filter_map(|(name, value)| {
+        let usual = usual.contains(&name.as_str());
+        Some((name, Number { value: value.as_f64()?, usual }))
     });
-    metrics.into_iter().filter_map(|(name, value)| Some((name, value.as_f64()?))).collect()
+    numbers.collect()
 }
 
-/// The metrics that the rows have, with the steps that have them: as asked for, else in the usual
-/// order.
+/// The metrics to show, with the steps that have them: as asked for, else the usual ones.
 fn columns(rows: &[Row], asked: &[String]) -> Result<Vec<(String, Vec<String>)>, Failure> {
     let mut known: BTreeMap<&str, BTreeSet<&str>> = BTreeMap::new();
-    for (step, metric) in rows.iter().flat_map(|row| row.values.keys()) {
-        known.entry(metric).or_default().insert(step);
+    let usual = METRICS.iter().chain(&FACTS).chain(&SPEEDS).map(|m| (*m).to_owned());
+    for ((step, metric), number) in rows.iter().flat_map(|row| &row.values) {
+        if number.usual || !asked.is_empty() {
+            known.entry(metric).or_default().insert(step);
+        }
     }
-    let usual: Vec<String> =
-        METRICS.iter().chain(&FACTS).chain(&SPEEDS).map(|m| (*m).to_owned()).collect();
-    let names = if asked.is_empty() { &usual } else { asked };
+    let names = if asked.is_empty() { usual.collect() } else { asked.to_vec() };
     let mut columns = Vec::new();
     for name in names {
         match known.get(name.as_str()) {
             Some(steps) => {
-                columns.push((name.clone(), steps.iter().map(|s| (*s).to_owned()).collect()));
+                let steps = steps.iter().map(|step| (*step).to_owned()).collect();
+                columns.push((name, steps));
             }
             None if asked.is_empty() => {}
             None => {
-                let usual: Vec<&str> = usual.iter().map(String::as_str).collect();
+                let known: Vec<&str> = known.keys().copied().collect();
                 let fault = Fault::new(format!("no step here has a metric `{name}`"));
-                let help = suggest(name, &usual).unwrap_or_default();
+                let help = suggest(&name, &known).unwrap_or_default();
                 return Err(Failure::Usage(fault.help(help).into()));
             }
         }
+    }
+    if columns.is_empty() {
+        let fault = Fault::new("nothing here has a metric that is usually compared");
+        let help = "an evaluation or a training has some; `--metric NAME` shows any number";
+        return Err(Failure::Usage(fault.help(help).into()));
     }
     Ok(columns)
 }
@@ -184,7 +204,8 @@ fn show(rows: &[Row], cells: &[(String, String, String)]) -> std::io::Result<()>
         let mut line = if named { vec![row.run.clone()] } else { Vec::new() };
         line.extend(axes.iter().map(|axis| row.point.get(*axis).map(text).unwrap_or_default()));
         line.extend(cells.iter().map(|(_, step, metric)| {
-            row.values.get(&key(step, metric)).map(|v| shown(metric, *v)).unwrap_or_default()
+            let number = row.values.get(&key(step, metric));
+            number.map(|n| shown(metric, n.value)).unwrap_or_default()
         }));
         line
     });

@@ -1,6 +1,7 @@
 //! The program as a user types it: what it prints, and how it exits.
 
 mod records;
+mod reproduced;
 mod rim;
 
 use std::fs;

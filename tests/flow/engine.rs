@@ -6,6 +6,7 @@
 )]
 
 mod durable;
+mod reproduced;
 mod schedule;
 mod toys;
 
