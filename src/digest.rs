@@ -59,6 +59,14 @@ impl Digest {
         Ok(Self::of(&bytes))
     }
 
+    /// Bytes of a digest.
+    pub const LENGTH: usize = 32;
+
+    /// The raw bytes.
+    pub fn as_bytes(&self) -> &[u8; Self::LENGTH] {
+        &self.0
+    }
+
     /// From raw bytes (a finished [`blake3::Hasher`]).
     pub fn from_bytes(bytes: [u8; 32]) -> Self {
         Self(bytes)
@@ -72,7 +80,7 @@ impl Digest {
 
 impl fmt::Display for Digest {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        self.0.iter().try_for_each(|b| write!(f, "{b:02x}"))
+        f.write_str(&blake3::Hash::from_bytes(self.0).to_hex())
     }
 }
 

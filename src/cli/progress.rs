@@ -25,7 +25,6 @@ pub(super) struct Screen {
     unread: bool,
     bars: Option<MultiProgress>,
     running: BTreeMap<String, Running>,
-    hits: Vec<String>,
     width: usize,
 }
 
@@ -40,8 +39,7 @@ struct Running {
 impl Screen {
     pub(super) fn new(json: bool, plain: bool) -> Self {
         let bars = (!json && !plain).then(MultiProgress::new);
-        let (running, hits) = (BTreeMap::new(), Vec::new());
-        Self { json, unread: false, bars, running, hits, width: 8 }
+        Self { json, unread: false, bars, running: BTreeMap::new(), width: 8 }
     }
 
     /// Shows an event.
@@ -58,7 +56,10 @@ impl Screen {
                 let n = steps.len();
                 self.say(format!("{pipeline}: run {run}, {n} steps, {jobs} CPU slots"));
             }
-            RunEvent::Hit { step, .. } => self.hits.push(step.clone()),
+            RunEvent::Unchanged { run, pipeline, steps, since } => {
+                self.say(format!("{pipeline}: run {run}, {steps} steps, unchanged since {since}"));
+            }
+            RunEvent::Hit { .. } => {}
             RunEvent::Miss { step, why, .. } => self.line(step, &because(why)),
             RunEvent::Waiting { step, holder } => self.line(step, &format!("waits for {holder}")),
             RunEvent::Started { step, attempt, .. } => self.start(step, *attempt),

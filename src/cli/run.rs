@@ -10,19 +10,31 @@ use super::Stage;
 use super::arguments::{PipelineOptions, PlanOptions, RunOptions};
 use super::error::{Exit, Failure, show_diagnostics};
 use super::progress::Screen;
-use super::session::{ground, load, needs_of, shortages_ahead};
+use super::session::{check, ground, load, needs_of, read, shortages_ahead, store_dir};
 use crate::digest::Digest;
-use crate::engine::{self, RunEvent, Unresolved};
+use crate::engine::{self, Outcome, Unresolved};
 use crate::lineage::{Record, Results, Runs, Status};
 use crate::source::{Diagnostic, Fault, advice};
 use crate::store::Store;
 
 /// `flow run FILE [STEP…]`.
 pub(super) fn run(stage: &Stage, options: &RunOptions) -> Result<Exit, Failure> {
-    let plan = load(stage, &options.plan.pipeline)?;
+    let (pipeline, grace) = (&options.plan.pipeline, Duration::from_secs(options.grace));
+    let text = read(&pipeline.file)?;
+    // A pipeline that is wrong leaves no store behind.
+    if store_dir(stage, &options.plan).is_dir() {
+        let ground = ground(stage, &options.plan)?;
+        let session = ground.session(stage, &options.plan, options.keep_going, grace)?;
+        let mut screen = Screen::new(stage.json, stage.plain);
+        let mut show = |event: &engine::RunEvent| screen.show(event);
+        let fickle = Record::differing(&ground.store);
+        if let Some(outcome) = engine::unchanged(&pipeline.file, &text, &session, &mut show)? {
+            return finish(options, &ground.store, &outcome, &fickle);
+        }
+    }
+    let plan = check(stage, pipeline, text)?;
     show_diagnostics(&plan.source, &plan.warnings, stage.plain);
     let ground = ground(stage, &options.plan)?;
-    let grace = Duration::from_secs(options.grace);
     let session = ground.session(stage, &options.plan, options.keep_going, grace)?;
     let needed = plan.needed_for(&session.options.targets)?;
     if needed.iter().any(|node| needs_of(&plan.graph[*node]).gpu > session.options.gpus.len()) {
@@ -35,19 +47,35 @@ pub(super) fn run(stage: &Stage, options: &RunOptions) -> Result<Exit, Failure> 
     }
     ground.listen()?;
     let mut screen = Screen::new(stage.json, stage.plain);
-    let mut fickle = Fickle::of(&ground.store);
-    let outcome = engine::run(&plan, &session, &mut |event| {
-        screen.show(event);
-        fickle.watch(event);
-    });
+    let fickle = Record::differing(&ground.store);
+    let outcome = engine::run(&plan, &session, &mut |event| screen.show(event));
     drop(screen);
     let outcome = outcome.map_err(|error| unresolved(&plan.source, error))?;
-    fickle.warn();
-    if options.record && outcome.status == Status::Done {
-        let path = plan.file.with_extension("results");
-        let run = Runs::of(&ground.store).load(&outcome.run)?;
-        Results::of_run(&ground.store, &run)?.save(&ground.store, &path)?;
-        errln!("results -> {}", path.display());
+    finish(options, &ground.store, &outcome, &fickle)
+}
+
+/// What is left to do and to say when a run has ended. `fickle` holds the keys that had given
+/// several results before it.
+fn finish(
+    options: &RunOptions,
+    store: &Store,
+    outcome: &Outcome,
+    fickle: &BTreeSet<Digest>,
+) -> Result<Exit, Failure> {
+    let record = options.record && outcome.status == Status::Done;
+    if record || !fickle.is_empty() {
+        let run = Runs::of(store).load(&outcome.run)?;
+        for step in run.summary.iter().flat_map(|s| &s.steps) {
+            if step.key.is_some_and(|key| fickle.contains(&key)) {
+                let id = &step.id;
+                errln!("warning: {id} has given other bytes for the same key: `flow show {id}`");
+            }
+        }
+        if record {
+            let path = options.plan.pipeline.file.with_extension("results");
+            Results::of_run(store, &run)?.save(store, &path)?;
+            errln!("results -> {}", path.display());
+        }
     }
     Ok(match outcome.status {
         Status::Failed if outcome.store_failed => Exit::Internal,
@@ -55,34 +83,6 @@ pub(super) fn run(stage: &Stage, options: &RunOptions) -> Result<Exit, Failure> 
         Status::Interrupted => Exit::Interrupted,
         Status::Failed | Status::Running | Status::Died => Exit::StepFailed,
     })
-}
-
-/// Steps of a run whose key has given other bytes before.
-struct Fickle {
-    keys: BTreeSet<Digest>,
-    seen: Vec<String>,
-}
-
-impl Fickle {
-    fn of(store: &Store) -> Self {
-        Self { keys: Record::differing(store), seen: Vec::new() }
-    }
-
-    fn watch(&mut self, event: &RunEvent) {
-        if let RunEvent::Hit { step, key, .. } | RunEvent::Finished { step, key, .. } = event
-            && self.keys.contains(key)
-        {
-            self.seen.push(step.clone());
-        }
-    }
-
-    fn warn(&self) {
-        for step in &self.seen {
-            errln!(
-                "warning: {step} does not give the same bytes every time; see `flow show {step}`"
-            );
-        }
-    }
 }
 
 /// `flow update FILE`.

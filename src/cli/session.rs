@@ -19,17 +19,26 @@ use crate::source::{Fault, Source};
 use crate::step::{Device, Needs};
 use crate::store::Store;
 
+/// Reads a pipeline file.
+pub(super) fn read(file: &Path) -> Result<String, Failure> {
+    std::fs::read_to_string(file).map_err(|e| {
+        let fault = Fault::new(format!("cannot read the pipeline {}", file.display()));
+        Failure::Usage(fault.help(neighbours(file)).cause(e).into())
+    })
+}
+
 /// Reads and checks a pipeline file.
 pub(super) fn load(stage: &Stage, options: &PipelineOptions) -> Result<Plan, Failure> {
+    check(stage, options, read(&options.file)?)
+}
+
+/// Checks the text of a pipeline file.
+pub(super) fn check(
+    stage: &Stage,
+    options: &PipelineOptions,
+    text: String,
+) -> Result<Plan, Failure> {
     let file = &options.file;
-    let text = match std::fs::read_to_string(file) {
-        Ok(text) => text,
-        Err(e) => {
-            let fault = Fault::new(format!("cannot read the pipeline {}", file.display()));
-            let fault = fault.help(neighbours(file)).cause(e);
-            return Err(Failure::Usage(fault.into()));
-        }
-    };
     let settings = Settings {
         sets: pairs(&options.sets)?,
         env: stage.environment.variables.clone(),
@@ -88,10 +97,15 @@ pub(super) fn store_here(stage: &Stage) -> Result<Store, Failure> {
     Ok(Store::open(&dir)?)
 }
 
+/// The folder of the store that belongs to a pipeline.
+pub(super) fn store_dir(stage: &Stage, options: &PlanOptions) -> PathBuf {
+    let root = project_root(folder_of(&options.pipeline.file));
+    stage.environment.store_dir(stage.store.as_deref(), &root)
+}
+
 /// Opens the store that belongs to a pipeline, and the hub.
 pub(super) fn ground(stage: &Stage, options: &PlanOptions) -> Result<Ground, Failure> {
-    let root = project_root(folder_of(&options.pipeline.file));
-    let dir = stage.environment.store_dir(stage.store.as_deref(), &root);
+    let dir = store_dir(stage, options);
     Ok(Ground::on(stage, Store::open(&dir)?, options.offline))
 }
 
@@ -158,6 +172,7 @@ impl Ground {
                 outputs: project_root(folder_of(&file)).join("outputs"),
                 lock: None,
                 command_line: std::env::args_os().map(|a| a.to_string_lossy().into()).collect(),
+                sweep_cap: options.pipeline.sweep_cap,
                 sets,
                 environment: stage.environment.variables.clone(),
             },

@@ -15,7 +15,7 @@ use serde_json::Value;
 
 use super::bind::{Bound, look_up};
 use super::slots::Grant;
-use super::{Options, machine};
+use super::{Options, durable, machine};
 use crate::digest::Digest;
 use crate::hub::Hub;
 use crate::lineage::{Made, Record, Wrote, unix_ms};
@@ -210,7 +210,9 @@ fn try_attempt(task: &Task, step: &dyn Step, dir: &Path, around: &Around<'_>) ->
     guarded(|| step.run(&mut cx))?;
     let produced = std::mem::take(&mut cx.produced);
     outside.unchanged(store)?;
-    let ports = publish(store, step, dir, &produced)?;
+    let seconds = started.elapsed().as_secs_f64();
+    let to = durable::store_for(store, started.elapsed(), &task.sources)?;
+    let ports = publish(&to, step, dir, &produced)?;
     let record = Record {
         key: task.key,
         kind: task.kind.clone(),
@@ -226,7 +228,7 @@ fn try_attempt(task: &Task, step: &dyn Step, dir: &Path, around: &Around<'_>) ->
             pipeline: task.pipeline.clone(),
             sources: task.sources.clone(),
             started_unix_ms,
-            seconds: started.elapsed().as_secs_f64(),
+            seconds,
             cpu_seconds: around.alone.then(machine::cpu_seconds).flatten(),
             peak_rss_bytes: around.alone.then(machine::peak_rss_bytes).flatten(),
             host: machine::host(),
@@ -237,12 +239,14 @@ fn try_attempt(task: &Task, step: &dyn Step, dir: &Path, around: &Around<'_>) ->
             attempt: task.attempt,
         },
     };
-    let differs = match record.write(store, !stands)? {
-        Wrote::New | Wrote::Same => Vec::new(),
-        Wrote::Differs(ports) => ports,
-    };
+    let wrote = record.write(&to, !stands)?;
     // What cannot be removed now is only space.
     let _ = store.drop_checkpoints(&task.key);
+    let differs = match wrote {
+        Wrote::New => return Ok(Reply::Made { record: Box::new(record), differs: Vec::new() }),
+        Wrote::Same => Vec::new(),
+        Wrote::Differs(ports) => ports,
+    };
     // The first result stands; what flows on is what it says.
     let record = match look_up(store, &task.key)? {
         Ok(first) => first,

@@ -24,6 +24,18 @@ pub enum RunEvent {
         /// CPU slots.
         jobs: usize,
     },
+    /// Nothing has changed since a run that was done in full: every result is in the store, and
+    /// the pipeline was not read. Stands in place of [`RunEvent::RunStarted`] and the hits.
+    Unchanged {
+        /// Run id.
+        run: String,
+        /// The pipeline's name.
+        pipeline: String,
+        /// Steps.
+        steps: usize,
+        /// The run that was done in full; its journal has the steps and their keys.
+        since: String,
+    },
     /// The result was in the store.
     Hit {
         /// Instance.

@@ -7,6 +7,7 @@
 
 mod attempt;
 mod bind;
+mod durable;
 mod event;
 mod forecast;
 mod machine;
@@ -18,6 +19,7 @@ mod run;
 mod scratch;
 mod session;
 mod slots;
+mod unchanged;
 mod worker;
 
 pub use event::{Outcome, RunEvent};
@@ -26,4 +28,5 @@ pub use prepare::{Unresolved, Updated, update};
 pub use reproduce::{Reproduced, Verdict, reproduce};
 pub use run::run;
 pub use session::{Options, Session, WorkerCommand};
+pub use unchanged::unchanged;
 pub use worker::worker;

@@ -12,7 +12,7 @@ use crate::digest::Digest;
 use crate::lineage::Record;
 use crate::pipeline::{Output, Plan};
 use crate::source::{Fault, suggest};
-use crate::store::{Entry, FileState, Store, Tree, unique};
+use crate::store::{Entry, States, Store, Tree, unique};
 
 /// What was put at a place, so that an edit can be told from what we wrote.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -23,7 +23,7 @@ struct Put {
     /// What lies there then.
     tree: Tree,
     /// And its files' states, so that an unchanged copy need not be read.
-    states: BTreeMap<PathBuf, FileState>,
+    states: States,
 }
 
 /// Lays out every output that is not there yet.
@@ -38,7 +38,7 @@ pub(super) fn publish(
     let mut events = Vec::new();
     for output in &plan.outputs {
         let Some(record) = records.get(&output.node) else { continue };
-        let name = output.name.replace(['/', '\0'], "_");
+        let name = file_name(output);
         // One writer a place: runs of one pipeline at once publish one after the other.
         let lease = format!("outputs-{}", place_name(&dir.join(&name))?);
         let _lease = store.lease(&lease, run)?;
@@ -50,6 +50,26 @@ pub(super) fn publish(
         }
     }
     Ok(events)
+}
+
+/// Where the outputs of a plan lie, and the states of their files as they were put there.
+pub(super) fn placed(plan: &Plan, session: &Session<'_>) -> Result<Vec<(PathBuf, States)>> {
+    let dir = session.options.outputs.join(&plan.name);
+    let put = plan.outputs.iter().map(|output| {
+        let dest = dir.join(file_name(output));
+        let put: Put = serde_json::from_slice(&std::fs::read(note_path(&session.store, &dest)?)?)?;
+        Ok((dest, put.states))
+    });
+    put.collect()
+}
+
+/// Whether what lies at a place is what was put there, by its states.
+pub(super) fn is_as_placed(store: &Store, dest: &Path, states: &States) -> bool {
+    dest.is_dir() && !dest.is_symlink() && store.states(dest).is_ok_and(|now| now == *states)
+}
+
+fn file_name(output: &Output) -> String {
+    output.name.replace(['/', '\0'], "_")
 }
 
 enum Placed {
@@ -135,11 +155,8 @@ fn remember(store: &Store, note: &Path, dest: &Path, put: Put) -> Result<()> {
 }
 
 fn is_as_put(store: &Store, dest: &Path, put: &Put) -> bool {
-    if !dest.is_dir() || dest.is_symlink() {
-        return false;
-    }
-    let same_states = store.states(dest).is_ok_and(|states| states == put.states);
-    same_states || store.tree_of_path(dest).is_ok_and(|tree| tree == put.tree)
+    let same_bytes = || store.tree_of_path(dest).is_ok_and(|tree| tree == put.tree);
+    is_as_placed(store, dest, &put.states) || dest.is_dir() && !dest.is_symlink() && same_bytes()
 }
 
 /// The files of an output: of several ports side by side, or in a folder each. Where two ports

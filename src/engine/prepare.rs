@@ -7,11 +7,12 @@ use std::path::{Path, PathBuf};
 use anyhow::{Result, anyhow};
 use petgraph::graph::NodeIndex;
 
-use super::Session;
+use super::{Options, Session};
 use crate::lineage::{Lock, LockMode};
 use crate::pipeline::Plan;
 use crate::source::{Fault, Span};
 use crate::step::{BadField, Outside, Step};
+use crate::store::States;
 
 /// What is missing outside: every name that could not be resolved, with its step.
 #[derive(Debug)]
@@ -39,10 +40,12 @@ pub(super) struct Prepared {
     pub(super) force: BTreeSet<NodeIndex>,
     /// With what was added.
     pub(super) lock: Lock,
+    /// Outside files in the state before they were read.
+    pub(super) files: BTreeMap<PathBuf, States>,
 }
 
-fn lock_path(plan: &Plan, session: &Session<'_>) -> PathBuf {
-    session.options.lock.clone().unwrap_or_else(|| plan.file.with_extension("lock"))
+pub(super) fn lock_path(file: &Path, options: &Options) -> PathBuf {
+    options.lock.clone().unwrap_or_else(|| file.with_extension("lock"))
 }
 
 /// Chooses the steps and resolves them; all that is missing is reported together.
@@ -72,17 +75,19 @@ pub(super) fn prepare_what_can(
         let message = format!("`{id}` is to be forced, but the steps asked for do not need it");
         return Err(Fault::new(message).help("name it among the steps too").into());
     }
-    let mut lock = Lock::load(&lock_path(plan, session), mode)?;
+    let mut lock = Lock::load(&lock_path(&plan.file, &session.options), mode)?;
     let dir = plan.file.parent().unwrap_or(Path::new(""));
     let order: Vec<NodeIndex> = plan.order().into_iter().filter(|n| chosen.contains(n)).collect();
     let mut steps = BTreeMap::new();
     let mut missing = Vec::new();
+    let mut files = BTreeMap::new();
     for &node in &order {
         let instance = &plan.graph[node];
         let parsed = (instance.kind.parse)(&instance.parsed.params()).map_err(bad_field);
         let resolved = parsed.and_then(|mut step| {
             let store = &session.store;
-            let mut outside = Outside { dir, lock: &mut lock, hub: session.hub, store };
+            let (lock, files, hub) = (&mut lock, &mut files, session.hub);
+            let mut outside = Outside { dir, lock, hub, store, files };
             step.resolve(&mut outside)?;
             Ok(step)
         });
@@ -93,7 +98,7 @@ pub(super) fn prepare_what_can(
             Err(e) => missing.push((instance.id.0.clone(), instance.span, e)),
         }
     }
-    Ok((Prepared { order, steps, force, lock }, Unresolved(missing)))
+    Ok((Prepared { order, steps, force, lock, files }, Unresolved(missing)))
 }
 
 /// A step that does not parse once it is bound or resolved, as an error.
@@ -118,7 +123,7 @@ pub struct Updated {
 /// # Errors
 /// When a name cannot be resolved ([`Unresolved`]) or the lock cannot be written.
 pub fn update(plan: &Plan, session: &Session<'_>) -> Result<Vec<Updated>> {
-    let old = Lock::load(&lock_path(plan, session), LockMode::Grow)?;
+    let old = Lock::load(&lock_path(&plan.file, &session.options), LockMode::Grow)?;
     let mut prepared = prepare(plan, session, true)?;
     let mut updated = Vec::new();
     for (name, new) in prepared.lock.entries() {

@@ -7,7 +7,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::Scope;
-use std::time::{Duration, Instant};
+use std::time::{Duration, Instant, SystemTime};
 
 use anyhow::Result;
 use petgraph::graph::NodeIndex;
@@ -18,7 +18,7 @@ use super::prepare::{Prepared, prepare};
 use super::ready::Ready;
 use super::slots::{Grant, Slots};
 use super::worker::{Program, attempt_in_worker};
-use super::{Outcome, RunEvent, Session, machine, outputs, scratch};
+use super::{Outcome, RunEvent, Session, machine, outputs, scratch, unchanged};
 use crate::digest::Digest;
 use crate::lineage::{
     Journal, Past, Record, RunInfo, Runs, State, Status, StepSummary, Summary, Why, unix_ms,
@@ -40,7 +40,7 @@ pub fn run(
     session: &Session<'_>,
     observe: &mut dyn FnMut(&RunEvent),
 ) -> Result<Outcome> {
-    let started = Instant::now();
+    let (started, clock) = (Instant::now(), SystemTime::now());
     let mut prepared = prepare(plan, session, false)?;
     prepared.lock.save(&session.store)?;
     let journal = Runs::of(&session.store).begin(RunInfo {
@@ -54,6 +54,7 @@ pub fn run(
         host: machine::host(),
         pid: std::process::id(),
         build: machine::BUILD.into(),
+        unchanged: None,
     })?;
     scratch::sweep(&session.store);
     let program = session.options.worker.as_ref();
@@ -77,6 +78,10 @@ pub fn run(
         store_failed: false,
     };
     let result = runner.work();
+    if result.is_ok() && runner.status() == Status::Done {
+        let run = (runner.journal.info.id.as_str(), clock);
+        unchanged::remember(plan, session, &prepared, &runner.records, run);
+    }
     runner.finish(result, started)
 }
 
@@ -97,7 +102,8 @@ struct Running {
     deadline: Option<Instant>,
     timed_out: bool,
     started: Instant,
-    log: File,
+    /// Made with its first line.
+    log: Option<File>,
     log_path: PathBuf,
 }
 
@@ -358,9 +364,7 @@ impl<'a> Runner<'a, '_> {
             force: self.prepared.force.contains(&node),
             ..Task::of(instance, &queued.bound, options, &grant)
         };
-        // The log is there before anything can fail.
         let log_path = self.journal.log_path(&instance.id.0);
-        let log = store.disk().open_append(&log_path)?;
         let dir = scratch::path(store, &task.run, &task.key);
         store.disk().create_dir_all(&dir)?;
         let cancel = Arc::new(AtomicBool::new(false));
@@ -373,7 +377,7 @@ impl<'a> Runner<'a, '_> {
             deadline: instance.policy.timeout.map(|t| Instant::now() + t),
             timed_out: false,
             started: Instant::now(),
-            log,
+            log: None,
             log_path: log_path.clone(),
         };
         self.running.insert(node, running);
@@ -427,7 +431,11 @@ impl<'a> Runner<'a, '_> {
                 };
                 if let (Some(line), Some(running)) = (line, self.running.get_mut(&node)) {
                     let disk = self.session.store.disk();
-                    disk.append(&mut running.log, line.as_bytes(), &running.log_path)?;
+                    let log = match &mut running.log {
+                        Some(log) => log,
+                        none => none.insert(disk.open_append(&running.log_path)?),
+                    };
+                    disk.append(log, line.as_bytes(), &running.log_path)?;
                 }
                 let step = self.id(node);
                 self.emit(RunEvent::Step { step, event })

@@ -39,7 +39,8 @@ impl Scratch {
         let name = format!("{purpose}-{}", unique());
         let alive = Runs::of(real).hold(&name)?;
         let dir = attempts(real).join(format!("{name}{SEPARATOR}store"));
-        let store = Store::open_on(&dir, real.disk().clone())?;
+        // Nothing in it outlives this process.
+        let store = Store::open_on(&dir, real.disk().clone())?.unsynced();
         Ok(Self { store, name, real: real.clone(), dir, _alive: alive })
     }
 

@@ -49,7 +49,9 @@ pub struct Options {
     pub lock: Option<PathBuf>,
     /// As typed, for the journal.
     pub command_line: Vec<String>,
-    /// `--set` values, for the journal.
+    /// Points that a sweep may have, as the plan was made with.
+    pub sweep_cap: usize,
+    /// `--set` values, as the plan was made with.
     pub sets: BTreeMap<String, String>,
     /// The environment of this process; workers get an allow-list of it and what a step declares.
     pub environment: BTreeMap<String, String>,
@@ -72,6 +74,7 @@ impl Default for Options {
             outputs: "outputs".into(),
             lock: None,
             command_line: Vec::new(),
+            sweep_cap: 256,
             sets: BTreeMap::new(),
             environment: BTreeMap::new(),
         }

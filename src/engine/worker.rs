@@ -154,7 +154,7 @@ fn start(
         grace_ms,
         task: task.clone(),
     };
-    store.write_atomic(&dir.join(REQUEST), &serde_json::to_vec_pretty(&request)?)?;
+    store.unsynced().write_atomic(&dir.join(REQUEST), &serde_json::to_vec_pretty(&request)?)?;
     let log_file = store.disk().open_append(log)?;
     let child = Command::new(&command.exe)
         .args(&command.args)
@@ -364,7 +364,7 @@ pub fn worker(
         build: &program.to_string(),
     };
     let reply = attempt(&task, step.as_ref(), dir, &around);
-    store.write_atomic(&dir.join(RESULT), &serde_json::to_vec_pretty(&reply)?)?;
+    store.unsynced().write_atomic(&dir.join(RESULT), &serde_json::to_vec_pretty(&reply)?)?;
     Ok(!matches!(reply, Reply::Failed(_)))
 }
 

@@ -1,6 +1,7 @@
 //! `command`: any program, with declared inputs and outputs.
 
 mod process;
+mod watch;
 
 use std::collections::BTreeMap;
 use std::fs;
@@ -138,9 +139,7 @@ impl StepKind for Command {
                 }
             }
         }
-        let temporary = cx.attempt_dir.join("tmp");
-        fs::create_dir_all(&temporary).context("making a folder for temporary files")?;
-        environment.insert("TMPDIR".into(), text(&temporary)?);
+        environment.insert("TMPDIR".into(), text(&cx.attempt_dir)?);
         environment.extend(cx.env.clone());
         let job = Job { shell: &self.shell, script: &script, dir: &work, environment };
         process::run(&job, cx)?;

@@ -62,6 +62,21 @@ pub struct RunInfo {
     pub pid: u32,
     /// Version of this program.
     pub build: String,
+    /// For a run in which nothing had changed: what it stands for. It has no summary and no events
+    /// of its own.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub unchanged: Option<Unchanged>,
+}
+
+/// A run that found every result in the cache, as an earlier one had left it.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct Unchanged {
+    /// The run whose steps and keys are its own.
+    pub since: String,
+    /// Their number.
+    pub steps: usize,
+    /// Wall-clock seconds.
+    pub seconds: f64,
 }
 
 /// A step in a run's summary.
@@ -122,6 +137,9 @@ impl Run {
     /// When the file cannot be read.
     pub fn events(&self) -> Result<Vec<serde_json::Value>> {
         let path = self.dir.join("events.jsonl");
+        if self.info.unchanged.is_some() {
+            return Ok(Vec::new());
+        }
         let text = std::fs::read(&path).with_context(|| format!("reading {}", path.display()))?;
         Ok(text.split(|&b| b == b'\n').filter_map(|l| serde_json::from_slice(l).ok()).collect())
     }
@@ -226,15 +244,34 @@ impl Runs {
         let dir = self.dir().join(id);
         let path = dir.join("run.json");
         let text = std::fs::read(&path).with_context(|| format!("reading {}", path.display()))?;
-        let info = serde_json::from_slice(&text).with_context(|| path.display().to_string())?;
-        let summary = std::fs::read(dir.join("summary.json")).ok();
-        let summary: Option<Summary> = summary.and_then(|t| serde_json::from_slice(&t).ok());
+        let info: RunInfo =
+            serde_json::from_slice(&text).with_context(|| path.display().to_string())?;
+        let summary = match &info.unchanged {
+            Some(unchanged) => Some(self.unchanged_summary(&info, unchanged)),
+            None => Self::summary(&dir),
+        };
         let status = match &summary {
             Some(summary) => summary.status,
             None if self.is_alive(id) => Status::Running,
             None => Status::Died,
         };
         Ok(Run { info, summary, status, dir })
+    }
+
+    fn summary(dir: &Path) -> Option<Summary> {
+        serde_json::from_slice(&std::fs::read(dir.join("summary.json")).ok()?).ok()
+    }
+
+    /// The steps of the run that it stands for, all from the cache.
+    fn unchanged_summary(&self, info: &RunInfo, unchanged: &Unchanged) -> Summary {
+        let steps = Self::summary(&self.dir().join(&unchanged.since)).map(|s| s.steps);
+        let hit = |step| StepSummary { state: State::Hit, seconds: 0.0, why: None, ..step };
+        Summary {
+            status: Status::Done,
+            seconds: unchanged.seconds,
+            ended_unix_ms: info.started_unix_ms + (unchanged.seconds * 1e3) as u64,
+            steps: steps.into_iter().flatten().map(hit).collect(),
+        }
     }
 
     /// Whether the process of a run is there.
@@ -256,28 +293,49 @@ impl Runs {
     /// # Errors
     /// When the disk refuses.
     pub fn begin(&self, mut info: RunInfo) -> Result<Journal> {
-        let started = jiff::Timestamp::from_millisecond(i64::try_from(info.started_unix_ms)?)?;
+        let (id, dir) = self.new_dir(info.started_unix_ms)?;
+        let lease = self.hold(&id)?;
+        info.id = id;
+        self.write_info(&dir, &info)?;
+        let disk = self.store.disk();
+        disk.create_dir_all(&dir.join("logs"))?;
+        let events = disk.open_append(&dir.join("events.jsonl"))?;
+        Ok(Journal { store: self.store.clone(), info, dir, events, _lease: lease })
+    }
+
+    /// Notes a run in which [nothing had changed](Unchanged), and returns its id.
+    ///
+    /// # Errors
+    /// When the disk refuses.
+    pub fn note(&self, mut info: RunInfo) -> Result<String> {
+        let (id, dir) = self.new_dir(info.started_unix_ms)?;
+        info.id.clone_from(&id);
+        self.write_info(&dir, &info)?;
+        Ok(id)
+    }
+
+    /// A folder that is nobody else's, named by the time.
+    fn new_dir(&self, started_unix_ms: u64) -> Result<(String, PathBuf)> {
+        let started = jiff::Timestamp::from_millisecond(i64::try_from(started_unix_ms)?)?;
         let stamp = started.strftime("%Y%m%d-%H%M%S").to_string();
         // The fraction of the second in 4 digits, so that ids sort by time; the next one if taken.
-        let fraction = (info.started_unix_ms % 1000) * 65;
+        let fraction = (started_unix_ms % 1000) * 65;
         let disk = self.store.disk();
         disk.create_dir_all(&self.dir())?;
         for n in 0..65_536 {
             let id = format!("{stamp}-{:04x}", (fraction + n) % 65_536);
             let dir = self.dir().join(&id);
-            if !disk.create_new_dir(&dir)? {
-                continue;
+            if disk.create_new_dir(&dir)? {
+                return Ok((id, dir));
             }
-            let lease = self.hold(&id)?;
-            info.id = id;
-            let mut text = serde_json::to_vec_pretty(&info)?;
-            text.push(b'\n');
-            self.store.write_atomic(&dir.join("run.json"), &text)?;
-            disk.create_dir_all(&dir.join("logs"))?;
-            let events = disk.open_append(&dir.join("events.jsonl"))?;
-            return Ok(Journal { store: self.store.clone(), info, dir, events, _lease: lease });
         }
         anyhow::bail!("no free run id")
+    }
+
+    fn write_info(&self, dir: &Path, info: &RunInfo) -> Result<()> {
+        let mut text = serde_json::to_vec_pretty(info)?;
+        text.push(b'\n');
+        Ok(self.store.unsynced().write_atomic(&dir.join("run.json"), &text)?)
     }
 }
 
@@ -331,14 +389,21 @@ impl Journal {
         Ok(())
     }
 
-    /// Ends the journal.
+    /// Ends the journal. That of a run of less than a second is not waited for until the disk
+    /// has it.
     ///
     /// # Errors
     /// When the disk refuses.
     pub fn finish(self, summary: &Summary) -> Result<()> {
-        let mut text = serde_json::to_vec_pretty(summary)?;
+        let mut text = serde_json::to_vec(summary)?;
         text.push(b'\n');
-        self.store.write_atomic(&self.dir.join("summary.json"), &text)?;
-        Ok(())
+        let path = self.dir.join("summary.json");
+        if summary.seconds < 1.0 {
+            return Ok(self.store.unsynced().write_atomic(&path, &text)?);
+        }
+        let disk = self.store.disk();
+        disk.sync(&self.dir.join("run.json"))?;
+        disk.sync(&self.dir.join("events.jsonl"))?;
+        Ok(self.store.write_atomic(&path, &text)?)
     }
 }

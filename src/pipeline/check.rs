@@ -63,6 +63,7 @@ impl Plan {
                 graph: checked.graph,
                 points: checked.points,
                 outputs: checked.outputs,
+                environment: checked.environment,
                 warnings: found,
             }),
             Some(_) => Err(found),
@@ -92,6 +93,7 @@ struct Checked {
     graph: DiGraph<Instance, super::plan::Edge>,
     points: Vec<super::plan::Point>,
     outputs: Vec<super::plan::Output>,
+    environment: BTreeMap<String, Option<String>>,
 }
 
 fn check(
@@ -145,10 +147,12 @@ fn check(
     let graph = assemble(&steps, made, pipeline, found);
     let points = sweep.points.clone();
     drop(steps);
+    let mut environment = scope.env_read();
     found.extend(scope.finish());
     let (graph, nodes) = graph?;
+    environment.extend(graph.node_weights().flat_map(|instance| instance.env.clone()));
     let outputs = wanted.into_iter().map(|o| o.at(&nodes)).collect::<Option<Vec<_>>>()?;
-    Some(Checked { graph, points, outputs })
+    Some(Checked { graph, points, outputs, environment })
 }
 
 /// Axes flow along edges, but not through a gather.

@@ -122,6 +122,9 @@ pub struct Plan {
     pub points: Vec<Point>,
     /// What is published.
     pub outputs: Vec<Output>,
+    /// Environment that it was made from: value by name, absent where a step declares a variable
+    /// that is not set.
+    pub environment: BTreeMap<String, Option<String>>,
     /// Warnings found while checking.
     pub warnings: Vec<Diagnostic>,
 }

@@ -16,6 +16,7 @@ pub(super) struct Scope<'a> {
     secrets: BTreeSet<String>,
     values: RefCell<BTreeMap<String, Result<Node, Unresolved>>>,
     used: RefCell<BTreeSet<String>>,
+    env_read: RefCell<BTreeMap<String, Option<String>>>,
     on_the_way: RefCell<Vec<String>>,
     wrong: RefCell<Vec<Diagnostic>>,
 }
@@ -64,6 +65,7 @@ impl<'a> Scope<'a> {
             secrets,
             values: RefCell::default(),
             used: RefCell::default(),
+            env_read: RefCell::default(),
             on_the_way: RefCell::default(),
             wrong: RefCell::new(wrong),
         };
@@ -163,7 +165,14 @@ impl<'a> Scope<'a> {
 
     /// The value of an environment variable that may be read.
     pub(super) fn env(&self, name: &str) -> Option<&str> {
-        self.env.get(name).filter(|_| !self.is_secret(name)).map(String::as_str)
+        let value = self.env.get(name).filter(|_| !self.is_secret(name));
+        self.env_read.borrow_mut().insert(name.to_owned(), value.cloned());
+        value.map(String::as_str)
+    }
+
+    /// The environment that was read so far.
+    pub(super) fn env_read(&self) -> BTreeMap<String, Option<String>> {
+        self.env_read.borrow().clone()
     }
 
     /// The value of a parameter, or of a part of it (`a.b`).

@@ -1,6 +1,7 @@
 //! The world outside, seen by `resolve`.
 
-use std::path::Path;
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
 
 use anyhow::Result;
 
@@ -9,7 +10,7 @@ use crate::digest::Digest;
 use crate::hub::{Hub, RepoType};
 use crate::lineage::Lock;
 use crate::source::Fault;
-use crate::store::Store;
+use crate::store::{States, Store};
 
 /// The only access to the lock and to hub metadata. Replaces names by identities.
 pub struct Outside<'a> {
@@ -21,6 +22,8 @@ pub struct Outside<'a> {
     pub hub: &'a Hub,
     /// For the stat table.
     pub store: &'a Store,
+    /// Local files and folders seen so far, in the state before they were read.
+    pub files: &'a mut BTreeMap<PathBuf, States>,
 }
 
 impl Outside<'_> {
@@ -70,9 +73,11 @@ impl Outside<'_> {
             let fault = Fault::new(format!("{} holds the store, which changes", path.display()));
             return Err(fault.help("name the files, or a folder beside the store").into());
         }
+        let states = self.store.states(&path)?;
         let tree = self.store.tree_of_path(&path)?;
         let value = serde_json::to_value(&tree)?;
         input.digest = Some(Digest::of_value("flow/file/v1", &value)?);
+        self.files.insert(path.clone(), states);
         input.path = path;
         Ok(())
     }

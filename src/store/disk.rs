@@ -86,6 +86,8 @@ impl Faults {
 #[derive(Debug, Clone, Default)]
 pub struct Disk {
     faults: Option<Arc<Faults>>,
+    /// Leaves it to the system when written bytes reach the disk.
+    unsynced: bool,
 }
 
 type Done<T> = Result<T, StoreError>;
@@ -93,7 +95,12 @@ type Done<T> = Result<T, StoreError>;
 impl Disk {
     /// A disk on which a call fails.
     pub fn faulty(faults: Arc<Faults>) -> Self {
-        Self { faults: Some(faults) }
+        Self { faults: Some(faults), unsynced: false }
+    }
+
+    /// The same disk, without waiting for it: see [`Store::unsynced`](super::Store::unsynced).
+    pub(super) fn unsynced(&self) -> Self {
+        Self { faults: self.faults.clone(), unsynced: true }
     }
 
     fn call<T>(
@@ -134,7 +141,8 @@ impl Disk {
         })
     }
 
-    /// Writes a new file and brings it to the disk.
+    /// Writes a new file and, unless this disk is [unsynced](super::Store::unsynced), brings it to
+    /// the disk.
     ///
     /// # Errors
     /// When the disk refuses.
@@ -142,6 +150,9 @@ impl Disk {
         let mut file = self
             .call("making", path, || OpenOptions::new().write(true).create_new(true).open(path))?;
         self.call("writing", path, || file.write_all(bytes))?;
+        if self.unsynced {
+            return Ok(());
+        }
         self.call("syncing", path, || file.sync_all())
     }
 
@@ -157,11 +168,15 @@ impl Disk {
         })
     }
 
-    /// Brings a file's content, or a directory's names, to the disk.
+    /// Brings a file's content, or a directory's names, to the disk; an
+    /// [unsynced](super::Store::unsynced) one does nothing.
     ///
     /// # Errors
     /// When the disk refuses.
     pub fn sync(&self, path: &Path) -> Done<()> {
+        if self.unsynced {
+            return Ok(());
+        }
         self.call("syncing", path, || File::open(path)?.sync_all())
     }
 

@@ -8,7 +8,8 @@
 //! differing             keys that gave other bytes when made again (written by `lineage`)
 //! runs/<id>/            one journal per run (written by `lineage`)
 //! leases/<key>          kernel-released locks
-//! checkpoints/<key>/ the newest checkpoint of a key without a result
+//! checkpoints/<key>/    the newest checkpoint of a key without a result
+//! unchanged/…           what runs that would do nothing are recognised by; may be deleted too
 //! attempts/<name>/      private scratch of one attempt, removed after publishing
 //! stat/…                digests by (dev, ino, size, mtime, ctime); may be deleted at any time
 //! quarantine/…          damaged objects and manifests, kept for inspection
@@ -30,8 +31,8 @@ use serde::{Deserialize, Serialize};
 
 pub use disk::{Disk, Faults, StoreError};
 pub use lease::{Holder, Lease};
-pub use stat::FileState;
 use stat::StatTable;
+pub use stat::{FileState, States};
 
 use crate::digest::Digest;
 
@@ -108,6 +109,16 @@ impl Store {
         let root = root.canonicalize().map_err(|e| StoreError::from_io("opening", root, e))?;
         let stat = StatTable::new(&root.join("stat"));
         Ok(Self { root: Arc::new(root), disk, stat: Arc::new(stat) })
+    }
+
+    /// The same store, whose writes do not wait for the disk: the system brings them there within
+    /// its usual half minute. A crash of the program loses none of them. A crash of the machine may
+    /// lose some, but never shows a wrong one: an object of another size is a miss, one of other
+    /// bytes is found when it is first read, and records and manifests carry their digests. For
+    /// results that cost less to make than to sync.
+    #[must_use]
+    pub fn unsynced(&self) -> Self {
+        Self { disk: self.disk.unsynced(), ..self.clone() }
     }
 
     /// The store's folder.

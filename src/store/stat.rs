@@ -47,7 +47,9 @@ impl FileState {
         }
     }
 
-    fn settled(&self, now: SystemTime) -> bool {
+    /// Whether it was two seconds old at a time: a younger file may change again within the same
+    /// clock tick of its file system, and look the same.
+    pub fn settled(&self, now: SystemTime) -> bool {
         let limit = now.checked_sub(RACY).and_then(|t| t.duration_since(UNIX_EPOCH).ok());
         let limit = limit.map_or(0, |d| i64::try_from(d.as_nanos()).unwrap_or(0));
         self.mtime_ns <= limit && self.ctime_ns <= limit
@@ -75,6 +77,9 @@ impl FileState {
         Some((state, words.next()?.parse().ok()?))
     }
 }
+
+/// States of a file or of all files of a folder, by path below it.
+pub type States = BTreeMap<PathBuf, FileState>;
 
 /// Digests by state of file.
 #[derive(Debug)]

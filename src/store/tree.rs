@@ -1,7 +1,7 @@
 //! Trees: directories by content.
 
 use std::collections::BTreeMap;
-use std::os::unix::fs::PermissionsExt;
+use std::os::unix::fs::{MetadataExt, PermissionsExt};
 use std::path::{Component, Path, PathBuf};
 
 use anyhow::{Context as _, Result, bail, ensure};
@@ -65,6 +65,7 @@ struct Found {
     /// The file itself; for a link, what it leads to.
     file: PathBuf,
     executable: bool,
+    /// Whether it is a link or lies in a folder that is one.
     link: bool,
 }
 
@@ -73,7 +74,7 @@ fn walk(root: &Path) -> Result<Vec<Found>> {
     let mut found = Vec::new();
     let meta = std::fs::metadata(root).map_err(|e| StoreError::from_io("reading", root, e))?;
     if meta.is_dir() {
-        walk_dir(root, "", &mut Vec::new(), &mut found)?;
+        walk_dir(root, "", false, &mut Vec::new(), &mut found)?;
     } else {
         let name = root.file_name().and_then(|n| n.to_str());
         let name = name.with_context(|| format!("{} is not a file name", root.display()))?;
@@ -88,24 +89,26 @@ fn walk(root: &Path) -> Result<Vec<Found>> {
 fn walk_dir(
     dir: &Path,
     prefix: &str,
-    above: &mut Vec<PathBuf>,
+    linked: bool,
+    above: &mut Vec<(u64, u64)>,
     found: &mut Vec<Found>,
 ) -> Result<()> {
     let read = |e| StoreError::from_io("reading", dir, e);
-    let real = dir.canonicalize().map_err(read)?;
-    ensure!(!above.contains(&real), "{} is a link to a folder above it", dir.display());
-    above.push(real);
+    let meta = std::fs::metadata(dir).map_err(read)?;
+    let own = (meta.dev(), meta.ino());
+    ensure!(!above.contains(&own), "{} is a link to a folder above it", dir.display());
+    above.push(own);
     for entry in std::fs::read_dir(dir).map_err(read)? {
         let entry = entry.map_err(read)?;
         let file = entry.path();
         let name = entry.file_name();
         let name = name.to_str().with_context(|| format!("{} is not UTF-8", file.display()))?;
         let path = format!("{prefix}{name}");
-        let link = entry.file_type().map_err(read)?.is_symlink();
+        let link = linked || entry.file_type().map_err(read)?.is_symlink();
         let meta =
             std::fs::metadata(&file).map_err(|e| StoreError::from_io("reading", &file, e))?;
         if meta.is_dir() {
-            walk_dir(&file, &format!("{path}/"), above, found)?;
+            walk_dir(&file, &format!("{path}/"), link, above, found)?;
         } else if meta.is_file() {
             let executable = meta.permissions().mode() & 0o100 != 0;
             found.push(Found { path, file, executable, link });
@@ -152,11 +155,11 @@ impl Store {
         let real = dir.canonicalize().unwrap_or_else(|_| dir.to_path_buf());
         let mut entries = Vec::new();
         let mut linked = std::collections::BTreeSet::new();
-        for Found { path, file, executable, .. } in &found {
-            let target = file.canonicalize()?;
-            let inside = target.starts_with(&real);
-            ensure!(inside, "`{path}` leads out of the output; outputs hold their own bytes");
-            if target != real.join(path) {
+        for Found { path, file, executable, link } in &found {
+            if *link {
+                let target = file.canonicalize()?;
+                let inside = target.starts_with(&real);
+                ensure!(inside, "`{path}` leads out of the output; outputs hold their own bytes");
                 linked.insert(target);
             }
             // Hashed afresh: a file that was just written is never in the stat table.
@@ -192,6 +195,21 @@ impl Store {
         text.push(b'\n');
         self.write_atomic(&path, &text)?;
         Ok(digest)
+    }
+
+    /// Brings a published tree to the disk: its manifest and the objects that it names.
+    ///
+    /// # Errors
+    /// When the disk refuses.
+    pub fn sync_tree(&self, digest: &Digest) -> Result<()> {
+        let mut dirty = Dirty::new();
+        let entries = self.tree(digest)?.into_iter().flat_map(|tree| tree.entries);
+        let objects = entries.map(|entry| self.object_path(&entry.digest));
+        for path in objects.chain([self.place("trees", digest)]).filter(|path| path.exists()) {
+            self.disk().sync(&path)?;
+            dirty.extend(path.parent().map(Path::to_path_buf));
+        }
+        Ok(self.settle(dirty)?)
     }
 
     /// The manifest of a published tree, or `None` if the store has no such tree.

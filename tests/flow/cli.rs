@@ -3,6 +3,7 @@
 mod records;
 mod reproduced;
 mod rim;
+mod unchanged;
 
 use std::fs;
 use std::path::{Path, PathBuf};

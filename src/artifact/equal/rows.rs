@@ -288,7 +288,8 @@ mod tests {
                 *x += 1.0;
             }
         });
-        let expected = (Likeness::WithinTolerance, "row 1024, column `x`: 1024 1025".to_owned());
+        let expected =
+            (Likeness::WithinTolerance, "row 1024, column `x`: 1024.0 1025.0".to_owned());
         assert_eq!(place(&near), expected);
         assert_eq!(found(&rows, &near).largest, Some(1.0));
         assert_eq!(place(&rows.slice(0, 2999)), different("row 2999: present absent"));

@@ -1,20 +1,23 @@
 //! A child process in a group of its own: its lines are logged, and it ends with the run.
 //!
-//! What keeps that promise when the runner itself is killed is a small shell beside it, which waits
-//! for the end of a pipe that only the runner holds, and then ends the group. (The kernel's own
-//! parent-death signal reaches the command's shell but not what the shell has started.)
+//! What keeps that promise when the runner itself is killed is [`Watch`].
 
 use std::collections::{BTreeMap, VecDeque};
-use std::io::{BufRead, BufReader, Read};
+use std::fs::File;
+use std::io::Read as _;
+use std::os::fd::{AsFd as _, OwnedFd};
+use std::os::unix::fs::PermissionsExt as _;
 use std::os::unix::process::{CommandExt as _, ExitStatusExt as _};
-use std::path::Path;
-use std::process::{Child, Command, Stdio};
-use std::sync::mpsc::{Receiver, RecvTimeoutError, SyncSender, sync_channel};
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+use std::sync::OnceLock;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, bail};
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::process::{Pid, Signal, WaitId, WaitIdOptions, kill_process_group, waitid};
 
+use super::watch::Watch;
 use crate::source::Fault;
 use crate::step::Context;
 
@@ -22,7 +25,7 @@ use crate::step::Context;
 const TAIL: usize = 20;
 
 /// Longest line that is logged whole, in bytes.
-const LONGEST_LINE: u64 = 64 << 10;
+const LONGEST_LINE: usize = 64 << 10;
 
 /// How long a process may take to end after it was asked to.
 const GRACE: Duration = Duration::from_secs(10);
@@ -30,9 +33,6 @@ const GRACE: Duration = Duration::from_secs(10);
 /// How long its output is followed after it has ended: a process that left its group may hold the
 /// pipes open for ever.
 const LAST_WORDS: Duration = Duration::from_secs(3);
-
-/// Lines that wait to be logged before the command has to.
-const WAITING: usize = 1024;
 
 /// What is to be run.
 pub(super) struct Job<'a> {
@@ -44,7 +44,7 @@ pub(super) struct Job<'a> {
 
 /// Runs it to its end.
 pub(super) fn run(job: &Job<'_>, cx: &Context<'_>) -> Result<()> {
-    let mut command = Command::new(job.shell);
+    let mut command = Command::new(on_path(job.shell, inherited()?));
     command.arg("-c").arg(job.script).current_dir(job.dir).env_clear();
     for (name, value) in inherited()? {
         command.env(name, value);
@@ -57,27 +57,24 @@ pub(super) fn run(job: &Job<'_>, cx: &Context<'_>) -> Result<()> {
     })?;
     let group = i32::try_from(child.id()).ok().and_then(Pid::from_raw);
     let group = group.context("a process without a number")?;
-    let watch = Watch::start(group).inspect_err(|_| signal(group, Signal::KILL))?;
-    let (send, lines) = sync_channel(WAITING);
-    if let Some(from) = child.stdout.take() {
-        follow(from, send.clone());
-    }
-    if let Some(from) = child.stderr.take() {
-        follow(from, send);
-    }
-    let mut said = Said { lines, tail: VecDeque::with_capacity(TAIL) };
-    wait(group, cx, &mut said);
+    let watch = Watch::over(group).inspect_err(|_| signal(group, Signal::KILL))?;
+    let out = child.stdout.take().map(|out| Lines::of(out.into()));
+    let err = child.stderr.take().map(|err| Lines::of(err.into()));
+    let mut said = Said { pipes: [out, err], tail: VecDeque::with_capacity(TAIL) };
+    let waited = wait(group, cx, &mut said);
     // Whatever it left running would hold the pipes open, and its slots are free now. Before it is
     // reaped, so that its group's number cannot be another's yet.
     signal(group, Signal::KILL);
-    watch.stop();
+    drop(watch);
     let status = child.wait().context("waiting for the command")?;
+    waited?;
     let deadline = Instant::now() + LAST_WORDS;
-    while said.hear(cx, deadline.saturating_duration_since(Instant::now())) {
+    while said.is_open() {
         if Instant::now() >= deadline {
             cx.log("a process that the command left behind holds its output open: no more is read");
             break;
         }
+        said.hear(cx, None, deadline.saturating_duration_since(Instant::now()))?;
     }
     if cx.cancelled() {
         bail!("interrupted");
@@ -100,18 +97,40 @@ pub(super) fn run(job: &Job<'_>, cx: &Context<'_>) -> Result<()> {
 }
 
 /// `PATH` and `HOME` of this process, as a child sees them: only the roof reads the environment.
-fn inherited() -> Result<Vec<(&'static str, String)>> {
+fn inherited() -> Result<&'static [(&'static str, String)]> {
+    static INHERITED: OnceLock<Vec<(&str, String)>> = OnceLock::new();
+    if let Some(known) = INHERITED.get() {
+        return Ok(known);
+    }
     let script = r#"printf '%s\0%s' "$PATH" "$HOME""#;
     let output = Command::new("sh").arg("-c").arg(script).output().context("starting `sh`")?;
     let text = String::from_utf8_lossy(&output.stdout).into_owned();
     let (path, home) = text.split_once('\0').unwrap_or((&text, ""));
     let pairs = [("PATH", path), ("HOME", home)].into_iter().filter(|(_, v)| !v.is_empty());
-    Ok(pairs.map(|(name, value)| (name, value.to_owned())).collect())
+    Ok(INHERITED.get_or_init(|| pairs.map(|(name, value)| (name, value.to_owned())).collect()))
+}
+
+/// Where a program is. Given by its path it can be started without a copy of this process, which
+/// a search on another `PATH` than its own would take.
+fn on_path(program: &str, environment: &[(&str, String)]) -> PathBuf {
+    let path = environment.iter().find(|(name, _)| *name == "PATH").map(|(_, path)| path);
+    let places = path.into_iter().flat_map(|path| path.split(':')).filter(|dir| !dir.is_empty());
+    let is_program = |path: &PathBuf| {
+        std::fs::metadata(path).is_ok_and(|m| m.is_file() && m.permissions().mode() & 0o111 != 0)
+    };
+    let mut found = places.map(|dir| Path::new(dir).join(program)).filter(is_program);
+    let given = || PathBuf::from(program);
+    if program.contains('/') { given() } else { found.next().unwrap_or_else(given) }
 }
 
 /// Waits for its end, without reaping it; asks it to stop, and ends its group, when it must.
-fn wait(group: Pid, cx: &Context<'_>, said: &mut Said) {
-    let mut pause = Duration::from_millis(1);
+fn wait(group: Pid, cx: &Context<'_>, said: &mut Said) -> Result<()> {
+    // Where the system can say when a process ends, nothing need look for it.
+    #[cfg(target_os = "linux")]
+    let end = rustix::process::pidfd_open(group, rustix::process::PidfdFlags::empty()).ok();
+    #[cfg(not(target_os = "linux"))]
+    let end: Option<OwnedFd> = None;
+    let mut pause = Duration::from_millis(if end.is_some() { 50 } else { 1 });
     let mut asked: Option<Instant> = None;
     let options = WaitIdOptions::EXITED | WaitIdOptions::NOHANG | WaitIdOptions::NOWAIT;
     while matches!(waitid(WaitId::Pid(group), options), Ok(None) | Err(rustix::io::Errno::INTR)) {
@@ -123,11 +142,10 @@ fn wait(group: Pid, cx: &Context<'_>, said: &mut Said) {
             Some(since) if since.elapsed() > GRACE => signal(group, Signal::KILL),
             _ => {}
         }
-        if !said.hear(cx, pause) {
-            std::thread::sleep(pause);
-        }
+        said.hear(cx, end.as_ref(), pause)?;
         pause = (pause * 2).min(Duration::from_millis(50));
     }
+    Ok(())
 }
 
 fn signal(group: Pid, signal: Signal) {
@@ -135,78 +153,87 @@ fn signal(group: Pid, signal: Signal) {
     let _ = kill_process_group(group, signal);
 }
 
-/// Ends a process group when this process ends without having stopped it.
-struct Watch(Child);
-
-impl Watch {
-    fn start(group: Pid) -> Result<Self> {
-        // In a group of its own, so that a key pressed at the terminal does not end it first.
-        let script = "trap '' HUP INT TERM; read -r end; kill -s KILL -- \"-$0\"";
-        let group = group.as_raw_nonzero().to_string();
-        let mut command = Command::new("sh");
-        command.args(["-c", script, &group]).process_group(0);
-        command.stdin(Stdio::piped()).stdout(Stdio::null()).stderr(Stdio::null());
-        Ok(Self(command.spawn().context("starting `sh`")?))
-    }
-
-    /// Before the group's number is free for others, and before the pipe is closed.
-    fn stop(mut self) {
-        let pipe = self.0.stdin.take();
-        // Both fail only if it has ended, which is what is wanted.
-        let _ = self.0.kill();
-        let _ = self.0.wait();
-        drop(pipe);
-    }
-}
-
 /// What the command writes.
 struct Said {
-    lines: Receiver<String>,
+    pipes: [Option<Lines>; 2],
     tail: VecDeque<String>,
 }
 
 impl Said {
-    /// Logs lines for so long; `false` once both pipes are closed.
-    fn hear(&mut self, cx: &Context<'_>, time: Duration) -> bool {
-        let until = Instant::now() + time;
-        loop {
-            let left = until.saturating_duration_since(Instant::now());
-            if left.is_zero() {
-                return true;
-            }
-            match self.lines.recv_timeout(left) {
-                Ok(line) => {
-                    if self.tail.len() == TAIL {
-                        self.tail.pop_front();
-                    }
-                    self.tail.push_back(line.clone());
-                    cx.log(line);
-                }
-                Err(RecvTimeoutError::Timeout) => return true,
-                Err(RecvTimeoutError::Disconnected) => return false,
+    /// Whether more may come.
+    fn is_open(&self) -> bool {
+        self.pipes.iter().any(Option::is_some)
+    }
+
+    /// Waits so long for lines, or for the process to end, and logs what has come.
+    fn hear(&mut self, cx: &Context<'_>, end: Option<&OwnedFd>, time: Duration) -> Result<()> {
+        let pipes = self.pipes.iter().flatten().map(|lines| lines.from.as_fd());
+        let fds = pipes.chain(end.map(|fd| fd.as_fd()));
+        let mut fds: Vec<PollFd<'_>> =
+            fds.map(|fd| PollFd::from_borrowed_fd(fd, PollFlags::IN)).collect();
+        match poll(&mut fds, Some(&Timespec::try_from(time)?)) {
+            Ok(_) | Err(rustix::io::Errno::INTR) => {}
+            Err(e) => return Err(e).context("waiting for the command"),
+        }
+        let ready: Vec<bool> = fds.iter().map(|fd| !fd.revents().is_empty()).collect();
+        let mut ready = ready.into_iter();
+        let mut heard = Vec::new();
+        for pipe in &mut self.pipes {
+            if let Some(lines) = pipe
+                && ready.next() == Some(true)
+                && !lines.read(&mut heard)
+            {
+                *pipe = None;
             }
         }
+        for line in heard {
+            if self.tail.len() == TAIL {
+                self.tail.pop_front();
+            }
+            self.tail.push_back(line.clone());
+            cx.log(line);
+        }
+        Ok(())
     }
 }
 
-/// Reads lines on a thread that nobody waits for.
-fn follow(from: impl Read + Send + 'static, to: SyncSender<String>) {
-    std::thread::spawn(move || {
-        let mut from = BufReader::new(from);
-        let mut line = Vec::new();
+/// Lines of a pipe as they come.
+struct Lines {
+    from: File,
+    /// Of a line without its end.
+    rest: Vec<u8>,
+}
+
+impl Lines {
+    fn of(from: OwnedFd) -> Self {
+        Self { from: File::from(from), rest: Vec::new() }
+    }
+
+    /// Reads once; `false` at the end of the pipe.
+    fn read(&mut self, heard: &mut Vec<String>) -> bool {
+        let mut chunk = [0; 16 << 10];
+        let n = match self.from.read(&mut chunk) {
+            Ok(n) => n,
+            Err(e) if e.kind() == std::io::ErrorKind::Interrupted => return true,
+            Err(_) => 0,
+        };
+        self.rest.extend_from_slice(&chunk[..n]);
+        let mut start = 0;
         loop {
-            line.clear();
-            match (&mut from).take(LONGEST_LINE).read_until(b'\n', &mut line) {
-                Ok(0) | Err(_) => return,
-                Ok(_) => {}
-            }
-            let text = String::from_utf8_lossy(&line).trim_end_matches(['\n', '\r']).to_owned();
-            // Nobody listens any more once the command's last words are over.
-            if to.send(text).is_err() {
-                return;
-            }
+            let rest = &self.rest[start..];
+            let window = &rest[..rest.len().min(LONGEST_LINE)];
+            let end = match window.iter().position(|&b| b == b'\n') {
+                Some(end) => end + 1,
+                None if window.len() == LONGEST_LINE || n == 0 && !rest.is_empty() => window.len(),
+                None => break,
+            };
+            let text = String::from_utf8_lossy(&rest[..end]);
+            heard.push(text.trim_end_matches(['\n', '\r']).to_owned());
+            start += end;
         }
-    });
+        self.rest.drain(..start);
+        n > 0
+    }
 }
 
 #[cfg(test)]
@@ -214,20 +241,14 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_group_ends_with_its_runner() {
-        let sleeper = || {
-            let child = Command::new("sleep").arg("60").process_group(0).spawn().unwrap();
-            let group = Pid::from_raw(i32::try_from(child.id()).unwrap()).unwrap();
-            (child, Watch::start(group).unwrap())
-        };
-        // The end of a process closes its pipes, as this does.
-        let (mut child, watch) = sleeper();
-        drop(watch);
-        assert_eq!(child.wait().unwrap().signal(), Some(9));
-        let (mut child, watch) = sleeper();
-        watch.stop();
-        assert!(child.try_wait().unwrap().is_none());
-        child.kill().unwrap();
-        child.wait().unwrap();
+    fn lines_come_whole() {
+        let mut file = tempfile::tempfile().unwrap();
+        let long = "x".repeat(LONGEST_LINE + 5);
+        std::io::Write::write_all(&mut file, format!("a\r\n\n{long}\nend").as_bytes()).unwrap();
+        std::io::Seek::rewind(&mut file).unwrap();
+        let (mut lines, mut heard) = (Lines { from: file, rest: Vec::new() }, Vec::new());
+        while lines.read(&mut heard) {}
+        let want = ["a", "", &long[..LONGEST_LINE], &long[LONGEST_LINE..], "end"];
+        assert_eq!(heard, want);
     }
 }

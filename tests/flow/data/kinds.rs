@@ -57,7 +57,8 @@ impl Room {
     fn resolve(&self, step: &mut dyn Step) -> Result<()> {
         let mut lock = Lock::default();
         let (hub, store) = (&self.hub, &self.store);
-        step.resolve(&mut Outside { dir: self.dir.path(), lock: &mut lock, hub, store })
+        let (dir, lock, files) = (self.dir.path(), &mut lock, &mut BTreeMap::new());
+        step.resolve(&mut Outside { dir, lock, hub, store, files })
     }
 
     /// The life of a step as the engine lives it, without the cache.
