@@ -6,6 +6,7 @@
 //! output directory; the file names and schemas of each type stand beside its view.
 
 mod dataset;
+mod equal;
 mod model;
 mod report;
 mod tokens;
@@ -19,6 +20,7 @@ use anyhow::{Context as _, Result};
 use serde::{Deserialize, Serialize};
 
 pub use dataset::{Dataset, Features, Prompts, PromptsInfo, ROWS, Segment, SegmentKind, Split};
+pub use equal::{Comparison, Likeness, Place, Tolerance, compare};
 pub use model::{AnyModel, Model, TokenizerFiles, TrainedInfo, TrainedModel};
 pub use report::{Report, ReportFile};
 pub use tokens::{Candidate, Tokens, TokensInfo, TokensSplit};

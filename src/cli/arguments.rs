@@ -5,6 +5,7 @@ use std::time::Duration;
 
 use clap::{Args, Parser, Subcommand};
 
+use crate::artifact::Tolerance;
 use crate::pipeline::{bytes, duration};
 
 const AFTER: &str = "Exit codes: 0 done, 1 a step failed, 2 pipeline or command wrong, \
@@ -50,6 +51,19 @@ pub(super) enum Command {
     Runs(RunsOptions),
     /// One run, or one step of it: what it read, made and measured.
     Show(ShowOptions),
+    /// What differs between two runs, two steps or two keys: fields, inputs, metrics, outputs.
+    Diff(DiffOptions),
+    /// A table of runs and of the points of a sweep, with their metrics.
+    Compare(CompareOptions),
+    /// Make results again, in scratch, and say how alike they are; exits with 1 if any differs.
+    ///
+    /// Each step gets the inputs that are on record, so that one difference does not spoil what
+    /// follows; only where their bytes are nowhere does it read what its producer gave now, which
+    /// is named. A result is bit-identical; logically equal (the same rows and schema, tensors or
+    /// JSON values); within tolerance (no float further from the one on record than
+    /// ABSOLUTE + RELATIVE * |value|); or different, with the first difference. Nothing in the
+    /// store is replaced; what gave other bytes is noted in the ledger that `flow show STEP` shows.
+    Reproduce(ReproduceOptions),
     /// The log of a step.
     Log(StepOptions),
     /// Remove from the store what is not needed any more.
@@ -135,6 +149,60 @@ pub(super) struct RunOptions {
     /// Seconds that a stopped step gets to end by itself.
     #[arg(long, value_name = "SECONDS", default_value_t = 30)]
     pub(super) grace: u64,
+    /// When all is done, write what the steps gave beside the pipeline (`NAME.results`), for
+    /// `flow reproduce FILE`; commit it with the lock.
+    #[arg(long)]
+    pub(super) record: bool,
+}
+
+#[derive(Debug, Args)]
+pub(super) struct ReproduceOptions {
+    /// A pipeline, which is compared with its results file (`flow run --record`); or a run (a
+    /// unique prefix, or `latest`), which is compared with its records.
+    #[arg(value_name = "FILE|RUN")]
+    pub(super) what: String,
+    /// Only these steps (or points of them, like `train@lora.r=8`).
+    #[arg(value_name = "STEP")]
+    pub(super) steps: Vec<String>,
+    /// How far a float may lie from the one on record [default: 1e-3,1e-5 for a step that runs a
+    /// model, else 1e-6,1e-9; a half-precision number may always be one step of its format off].
+    #[arg(long, value_name = "RELATIVE[,ABSOLUTE]", value_parser = tolerance)]
+    pub(super) tolerance: Option<Tolerance>,
+    /// CPU slots [default: all cores].
+    #[arg(long, short, value_name = "N")]
+    pub(super) jobs: Option<usize>,
+    /// Ask nothing of the network.
+    #[arg(long)]
+    pub(super) offline: bool,
+}
+
+fn tolerance(text: &str) -> Result<Tolerance, String> {
+    let number = |text: &str| match text.trim().parse::<f64>() {
+        Ok(x) if x.is_finite() && x >= 0.0 => Ok(x),
+        _ => Err(format!("`{text}` is not a number of 0 or more, like 1e-4")),
+    };
+    let (relative, absolute) = text.split_once(',').unwrap_or((text, "0"));
+    Ok(Tolerance { relative: number(relative)?, absolute: number(absolute)? })
+}
+
+#[derive(Debug, Args)]
+pub(super) struct DiffOptions {
+    /// A run (a unique prefix, or `latest`), a step of the latest run, a step of another one
+    /// (`RUN:STEP`), or a key (a unique prefix of at least 6 digits).
+    pub(super) a: String,
+    /// The same, to compare it with.
+    pub(super) b: String,
+}
+
+#[derive(Debug, Args)]
+pub(super) struct CompareOptions {
+    /// The runs [default: latest].
+    #[arg(value_name = "RUN")]
+    pub(super) runs: Vec<String>,
+    /// A metric to show, in place of the usual ones; the best of the first one named comes first.
+    /// Can be given several times.
+    #[arg(long, value_name = "NAME")]
+    pub(super) metric: Vec<String>,
 }
 
 #[derive(Debug, Args)]

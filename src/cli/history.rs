@@ -1,5 +1,7 @@
 //! `flow runs`, `flow show`, `flow log`: what is on record.
 
+use std::collections::{BTreeMap, BTreeSet};
+
 use serde_json::{Value, json};
 
 use super::arguments::{RunsOptions, ShowOptions, StepOptions};
@@ -9,7 +11,7 @@ use super::steps::{Phase, StepStatus, steps_named, steps_of};
 use super::{Stage, out, shell, table};
 use crate::artifact::View;
 use crate::digest::Digest;
-use crate::lineage::{Loaded, Record, Run, Runs};
+use crate::lineage::{Loaded, Record, Run, Runs, is_measured};
 use crate::store::Store;
 
 /// The record of a key, if it can be read.
@@ -75,7 +77,12 @@ pub(super) fn show(stage: &Stage, options: &ShowOptions) -> Result<Exit, Failure
     if stage.json {
         let mut list = Vec::with_capacity(steps.len());
         for step in &steps {
-            list.push(json!({ "step": step, "record": record_of(&store, step.key)? }));
+            let differences = match &step.key {
+                Some(key) => Record::differences(&store, key)?,
+                None => Vec::new(),
+            };
+            let record = record_of(&store, step.key)?;
+            list.push(json!({ "step": step, "record": record, "differences": differences }));
         }
         outln!("{}", Value::Array(list))?;
         return Ok(Exit::Done);
@@ -96,8 +103,11 @@ fn show_run(stage: &Stage, run: &Run) -> Result<(), Failure> {
     let info = &run.info;
     outln!("run {}  {}  {:?}", info.id, info.pipeline, run.status)?;
     outln!("started {}  on {}", table::when(info.started_unix_ms), info.host)?;
-    outln!("$ {}
-", shell::line(&info.command_line))?;
+    outln!(
+        "$ {}
+",
+        shell::line(&info.command_line)
+    )?;
     let steps = steps_of(run);
     let rows = steps.iter().map(|s| {
         let why = s.message.clone().or_else(|| s.why.as_ref().map(ToString::to_string));
@@ -149,12 +159,45 @@ fn show_step(store: &Store, step: &StepStatus) -> Result<(), Failure> {
     for warning in &record.warnings {
         outln!("  warning: {warning}")?;
     }
-    for other in Record::differences(store, &record.key)? {
-        outln!("  another result of the same key: run {}", other.made.run)?;
-    }
+    show_ledger(store, &record)?;
     let view = View { ty: record.ty, ports: record.ports.clone(), store: store.clone() };
     for port in record.ports.keys() {
         show_files(&view, port)?;
+    }
+    Ok(())
+}
+
+/// What else the key has given: results that differ, and how far their metrics lie apart.
+fn show_ledger(store: &Store, record: &Record) -> Result<(), Failure> {
+    let ledger = Record::differences(store, &record.key)?;
+    if ledger.is_empty() {
+        return Ok(());
+    }
+    let mut given: Vec<&BTreeMap<String, Digest>> = vec![&record.ports];
+    given.extend(ledger.iter().map(|d| &d.ports));
+    given.sort_unstable();
+    given.dedup();
+    outln!(
+        "  ledger   made {} times, {} results; the first stands",
+        ledger.len() + 1,
+        given.len()
+    )?;
+    for other in &ledger {
+        let names = record.ports.keys().chain(other.ports.keys());
+        let differ = |name: &&String| record.ports.get(*name) != other.ports.get(*name);
+        let ports: BTreeSet<&str> = names.filter(differ).map(String::as_str).collect();
+        let ports: Vec<&str> = ports.into_iter().collect();
+        let (made, ports) = (&other.made, ports.join(", "));
+        outln!("    {}  {}  other {ports}", made.run, when(made.started_unix_ms))?;
+    }
+    let own = record.metrics(store);
+    for (name, first) in own.iter().filter(|(name, _)| !is_measured(name)) {
+        let all = ledger.iter().filter_map(|d| d.metrics.get(name)?.as_f64());
+        let Some(first) = first.as_f64() else { continue };
+        let (low, high) = all.fold((first, first), |(l, h), x| (l.min(x), h.max(x)));
+        if low < high {
+            outln!("    {name}  {first}, from {low} to {high}")?;
+        }
     }
     Ok(())
 }

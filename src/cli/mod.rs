@@ -6,6 +6,8 @@
 mod out;
 
 mod arguments;
+mod compare;
+mod diff;
 mod environment;
 mod error;
 mod explain;
@@ -18,6 +20,7 @@ mod pin;
 mod plan;
 mod progress;
 mod project;
+mod reproduce;
 mod run;
 mod session;
 mod shell;
@@ -98,6 +101,9 @@ fn dispatch(stage: &Stage, command: Command) -> Result<Exit, Failure> {
         Command::Trace(options) => explain::trace(stage, &options),
         Command::Runs(options) => history::runs(stage, &options),
         Command::Show(options) => history::show(stage, &options),
+        Command::Diff(options) => diff::diff(stage, &options),
+        Command::Compare(options) => compare::compare(stage, &options),
+        Command::Reproduce(options) => reproduce::reproduce(stage, options),
         Command::Log(options) => history::log(stage, &options),
         Command::Gc(options) => gc::gc(stage, &options),
         Command::Pin(options) => pin::pin(stage, &options),

@@ -1,5 +1,6 @@
 //! `flow run`, and the worker that it starts.
 
+use std::collections::BTreeSet;
 use std::path::Path;
 use std::time::Duration;
 
@@ -11,10 +12,12 @@ use super::progress::Screen;
 use super::project::Project;
 use super::session::{check, folder_of, ground, load, read, shortages_ahead};
 use super::{Stage, shell};
-use crate::engine::{self, Unresolved};
-use crate::lineage::Status;
+use crate::digest::Digest;
+use crate::engine::{self, Outcome, Unresolved};
+use crate::lineage::{Record, Results, Runs, Status};
 use crate::source::{Diagnostic, Fault, advice};
 use crate::step::Needs;
+use crate::store::Store;
 
 /// `flow run FILE [STEP…]`.
 pub(super) fn run(stage: &Stage, options: &RunOptions) -> Result<Exit, Failure> {
@@ -26,8 +29,9 @@ pub(super) fn run(stage: &Stage, options: &RunOptions) -> Result<Exit, Failure> 
         let session = ground.session(stage, &options.plan, options.keep_going, grace)?;
         let mut screen = Screen::new(stage.json, stage.plain, String::new());
         let mut show = |event: &engine::RunEvent| screen.show(event);
-        if engine::unchanged(&pipeline.file, &text, &session, &mut show)?.is_some() {
-            return Ok(Exit::Done);
+        let fickle = Record::differing(&ground.store);
+        if let Some(outcome) = engine::unchanged(&pipeline.file, &text, &session, &mut show)? {
+            return finish(options, &ground.store, &outcome, &fickle);
         }
     }
     let plan = check(stage, pipeline, text)?;
@@ -48,9 +52,36 @@ pub(super) fn run(stage: &Stage, options: &RunOptions) -> Result<Exit, Failure> 
     ground.listen()?;
     let mut screen =
         Screen::new(stage.json, stage.plain, shell::line(&session.options.command_line));
+    let fickle = Record::differing(&ground.store);
     let outcome = engine::run(&plan, &session, &mut |event| screen.show(event));
     drop(screen);
     let outcome = outcome.map_err(|error| unresolved(&plan.source, error))?;
+    finish(options, &ground.store, &outcome, &fickle)
+}
+
+/// What is left to do and to say when a run has ended. `fickle` holds the keys that had given
+/// several results before it.
+fn finish(
+    options: &RunOptions,
+    store: &Store,
+    outcome: &Outcome,
+    fickle: &BTreeSet<Digest>,
+) -> Result<Exit, Failure> {
+    let record = options.record && outcome.status == Status::Done;
+    if record || !fickle.is_empty() {
+        let run = Runs::of(store).load(&outcome.run)?;
+        for step in run.summary.iter().flat_map(|s| &s.steps) {
+            if step.key.is_some_and(|key| fickle.contains(&key)) {
+                let id = &step.id;
+                errln!("warning: {id} has given other bytes for the same key: `flow show {id}`");
+            }
+        }
+        if record {
+            let path = options.plan.pipeline.file.with_extension("results");
+            Results::of_run(store, &run)?.save(store, &path)?;
+            errln!("results -> {}", path.display());
+        }
+    }
     Ok(match outcome.status {
         Status::Failed if outcome.store_failed => Exit::Internal,
         Status::Done => Exit::Done,
@@ -84,7 +115,7 @@ pub(super) fn update(stage: &Stage, pipeline: PipelineOptions) -> Result<Exit, F
 }
 
 /// Failures to resolve outside names, shown at the steps that name them.
-fn unresolved(source: &crate::source::Source, error: anyhow::Error) -> Failure {
+pub(super) fn unresolved(source: &crate::source::Source, error: anyhow::Error) -> Failure {
     let Some(Unresolved(list)) = error.downcast_ref::<Unresolved>() else {
         return error.into();
     };

@@ -102,16 +102,22 @@ pub(super) fn store_here(stage: &Stage) -> Result<Store, Failure> {
 /// Opens the store that belongs to a pipeline, and the hub.
 pub(super) fn ground(stage: &Stage, options: &PlanOptions) -> Result<Ground, Failure> {
     let project = Project::of(folder_of(&options.pipeline.file))?;
-    Ok(Ground {
-        store: Store::open(&project.store(stage))?,
-        project,
-        hub: stage.environment.hub(options.offline),
-        cancel: Arc::new(AtomicBool::new(false)),
-        signals: Arc::new(AtomicUsize::new(0)),
-    })
+    let store = Store::open(&project.store(stage))?;
+    Ok(Ground::on(stage, project, store, options.offline))
 }
 
 impl Ground {
+    /// The ground over a store.
+    pub(super) fn on(stage: &Stage, project: Project, store: Store, offline: bool) -> Self {
+        Self {
+            project,
+            store,
+            hub: stage.environment.hub(offline),
+            cancel: Arc::new(AtomicBool::new(false)),
+            signals: Arc::new(AtomicUsize::new(0)),
+        }
+    }
+
     /// Ctrl-C and SIGTERM stop the run: children are ended, finished work is kept. A second
     /// signal does not wait for them.
     pub(super) fn listen(&self) -> Result<(), Failure> {

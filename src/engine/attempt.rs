@@ -13,13 +13,15 @@ use anyhow::{Context as _, Result, bail, ensure};
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
-use super::bind::look_up;
-use super::{durable, machine};
+use super::bind::{Bound, look_up};
+use super::slots::Grant;
+use super::{Options, durable, machine};
 use crate::digest::Digest;
 use crate::hub::Hub;
 use crate::lineage::{Made, Record, Wrote, unix_ms};
+use crate::pipeline::Instance;
 use crate::source::{Fault, advice};
-use crate::step::{Context, Device, Event, Produced, Step};
+use crate::step::{CHECKPOINT_EVERY, Context, Device, Event, Produced, Step};
 use crate::store::{FileState, Store, StoreError};
 
 /// What is to be done: all that an attempt needs beside the parsed step.
@@ -56,6 +58,44 @@ pub(super) const VISIBLE_GPUS: &str = "CUDA_VISIBLE_DEVICES";
 /// Its value for these.
 pub(super) fn visible_gpus(gpus: &[u32]) -> String {
     gpus.iter().map(ToString::to_string).collect::<Vec<_>>().join(",")
+}
+
+impl Task {
+    /// A first attempt of no run.
+    pub(super) fn of(instance: &Instance, bound: &Bound, options: &Options, grant: &Grant) -> Self {
+        Self {
+            kind: instance.kind.name.into(),
+            version: instance.kind.version,
+            params: bound.step.params(),
+            preimage: bound.preimage.clone(),
+            key: bound.key,
+            sources: bound.source_keys.clone(),
+            env: set(&instance.env),
+            secrets: instance.policy.secrets.clone(),
+            device: options.device,
+            compute: options.compute.clone(),
+            checkpoint_every: instance.policy.checkpoint.unwrap_or(CHECKPOINT_EVERY),
+            threads: grant.threads,
+            gpus: grant.gpus.clone(),
+            run: String::new(),
+            step: instance.id.0.clone(),
+            pipeline: String::new(),
+            attempt: 1,
+            force: false,
+        }
+    }
+
+    /// Values of its secrets, by name.
+    pub(super) fn secrets_in(&self, options: &Options) -> BTreeMap<String, String> {
+        let environment = &options.environment;
+        let values = self.secrets.iter();
+        values.filter_map(|n| Some((n.clone(), environment.get(n)?.clone()))).collect()
+    }
+}
+
+/// Declared environment that is set.
+pub(super) fn set(env: &BTreeMap<String, Option<String>>) -> BTreeMap<String, String> {
+    env.iter().filter_map(|(name, value)| Some((name.clone(), value.clone()?))).collect()
 }
 
 /// What an attempt says while it lasts.
@@ -386,6 +426,17 @@ impl Outsiders {
         }
         Ok(())
     }
+}
+
+/// The trees that a step with these parameters reads.
+pub(super) fn trees_read(params: &Value) -> Vec<Digest> {
+    let mut found = Vec::new();
+    collect(params, &mut found);
+    let trees = found.into_iter().filter_map(|read| match read {
+        Read::Tree(tree) => Some(tree),
+        Read::File(..) => None,
+    });
+    trees.collect()
 }
 
 enum Read {

@@ -10,7 +10,7 @@ use std::time::{Duration, Instant, SystemTime};
 use anyhow::Result;
 use petgraph::graph::NodeIndex;
 
-use super::attempt::{Around, Failure, Reply, Said, Task, attempt, guarded};
+use super::attempt::{Around, Failure, Reply, Said, Task, attempt, guarded, set};
 use super::bind::{Bound, Decision, bind, decide};
 use super::ended::{downstream, last_lines};
 use super::pending::{Log, Queued, Running};
@@ -44,7 +44,8 @@ pub fn run(
     let journal = Runs::of(&session.store).begin(RunInfo {
         id: String::new(),
         pipeline: plan.name.clone(),
-        file: plan.file.clone(),
+        // As it can be found from anywhere.
+        file: std::path::absolute(&plan.file)?,
         command_line: session.options.command_line.clone(),
         sets: session.options.sets.clone(),
         started_unix_ms: unix_ms(),
@@ -339,24 +340,11 @@ impl<'a> Runner<'a, '_> {
         let (store, options) = (&session.store, &session.options);
         let instance = self.instance(node);
         let task = Task {
-            kind: instance.kind.name.into(),
-            version: instance.kind.version,
-            params: queued.bound.step.params(),
-            preimage: queued.bound.preimage.clone(),
-            key: queued.bound.key,
-            sources: queued.bound.source_keys.clone(),
-            env: set(&instance.env),
-            secrets: instance.policy.secrets.clone(),
-            device: options.device,
-            compute: options.compute.clone(),
-            checkpoint_every: instance.policy.checkpoint.unwrap_or(CHECKPOINT_EVERY),
-            threads: grant.threads,
-            gpus: grant.gpus.clone(),
             run: self.journal.info.id.clone(),
-            step: instance.id.0.clone(),
             pipeline: self.plan.name.clone(),
             attempt: queued.attempt,
             force: self.prepared.force.contains(&node),
+            ..Task::of(instance, &queued.bound, options, &grant)
         };
         let log_path = self.journal.log_path(&instance.id.0);
         let dir = scratch::path(store, &task.run, &task.key);
@@ -384,14 +372,12 @@ impl<'a> Runner<'a, '_> {
                 let _ = send.send(Message::Said(node, said));
             };
             let worker = program.filter(|_| bound.step.isolate());
-            let secrets = task.secrets.iter();
-            let secrets = secrets.filter_map(|n| Some((n.clone(), options.environment.get(n)?)));
             let around = Around {
                 store,
                 hub: session.hub,
                 cancel: &cancel,
                 say: &say,
-                secrets: secrets.map(|(n, v)| (n, v.clone())).collect(),
+                secrets: task.secrets_in(options),
                 alone: false,
                 build: machine::BUILD,
             };
@@ -573,9 +559,4 @@ impl<'a> Runner<'a, '_> {
         let (steps, store_failed) = (states, self.store_failed);
         Ok(Outcome { run, status, steps, ran, hits, failed, skipped, seconds, store_failed })
     }
-}
-
-/// Declared environment that is set.
-fn set(env: &BTreeMap<String, Option<String>>) -> BTreeMap<String, String> {
-    env.iter().filter_map(|(name, value)| Some((name.clone(), value.clone()?))).collect()
 }

@@ -2,9 +2,11 @@
 
 use std::path::{Path, PathBuf};
 
+use anyhow::Result;
+
 use crate::digest::Digest;
 use crate::lineage::Runs;
-use crate::store::{Store, unique};
+use crate::store::{Lease, Origin, Store, unique};
 
 /// Begins the names of folders that are kept for inspection.
 const KEPT: &str = "kept-";
@@ -19,6 +21,56 @@ fn attempts(store: &Store) -> PathBuf {
 /// A new folder's path for an attempt of a run at a key.
 pub(super) fn path(store: &Store, run: &str, key: &Digest) -> PathBuf {
     attempts(store).join(format!("{run}{SEPARATOR}{}-{}", key.short(), unique()))
+}
+
+/// A store of its own for work that must leave nothing in the real one. It lies among the
+/// attempts, so that inputs can be shared and what a killed process left is swept.
+pub(super) struct Scratch {
+    pub(super) store: Store,
+    /// What its attempts are made for, where others have the id of a run.
+    pub(super) name: String,
+    real: Store,
+    dir: PathBuf,
+    _alive: Lease,
+}
+
+impl Scratch {
+    pub(super) fn new(real: &Store, purpose: &str) -> Result<Self> {
+        let name = format!("{purpose}-{}", unique());
+        let alive = Runs::of(real).hold(&name)?;
+        let dir = attempts(real).join(format!("{name}{SEPARATOR}store"));
+        // Nothing in it outlives this process.
+        let store = Store::open_on(&dir, real.disk().clone())?.unsynced();
+        Ok(Self { store, name, real: real.clone(), dir, _alive: alive })
+    }
+
+    /// Makes a tree of the real store readable in this one, without a copy. `false` if its bytes
+    /// are not all there.
+    pub(super) fn lend(&self, tree: &Digest) -> Result<bool> {
+        if self.store.missing(tree)?.is_none() {
+            return Ok(true);
+        }
+        if self.real.missing(tree)?.is_some() {
+            return Ok(false);
+        }
+        let mut referenced = Vec::new();
+        for entry in self.real.tree(tree)?.into_iter().flat_map(|t| t.entries) {
+            let Some(path) = self.real.locate_entry(&entry)? else { return Ok(false) };
+            if path.starts_with(self.real.root()) && !self.real.verify(&entry.digest)? {
+                return Ok(false);
+            }
+            referenced.push((entry, Origin { path, hub: None }));
+        }
+        let nothing = self.store.root().join("tmp").join("nothing");
+        Ok(self.store.publish_tree_with(&nothing, &referenced)? == *tree)
+    }
+}
+
+impl Drop for Scratch {
+    fn drop(&mut self) {
+        // What cannot be removed now is swept by a later run.
+        let _ = self.real.disk().remove_dir_all(&self.dir);
+    }
 }
 
 /// Sets a folder aside, so that it is never swept.

@@ -200,7 +200,7 @@ pub fn unchanged(
     let info = RunInfo {
         id: String::new(),
         pipeline: pipeline.clone(),
-        file: file.to_owned(),
+        file: std::path::absolute(file)?,
         command_line: session.options.command_line.clone(),
         sets: session.options.sets.clone(),
         started_unix_ms,

@@ -95,6 +95,7 @@ impl StepKind for Benchmark {
     const NAME: &'static str = "benchmark";
     const VERSION: u32 = 1;
     const RUNS_MODEL: bool = true;
+    const MEASURES: bool = true;
 
     fn ports(&self) -> Ports {
         Ports::of(Type::Report)

@@ -62,8 +62,10 @@ fn two() -> f64 {
     2.0
 }
 
-const METRICS: [&str; 5] = ["accuracy", "f1", "matthews", "loss", "perplexity"];
-const FACTS: [&str; 6] = [
+/// Metrics of reports that a table shows unless others are asked for.
+pub(crate) const METRICS: [&str; 5] = ["accuracy", "f1", "matthews", "loss", "perplexity"];
+/// Numbers about the making of a model.
+pub(crate) const FACTS: [&str; 6] = [
     "trainable_parameters",
     "trainable_percent",
     "seconds",
@@ -71,7 +73,8 @@ const FACTS: [&str; 6] = [
     "adapter_bytes",
     "tokens_per_second",
 ];
-const SPEEDS: [&str; 2] = ["latency_ms", "rows_per_second"];
+/// Metrics of benchmarks.
+pub(crate) const SPEEDS: [&str; 2] = ["latency_ms", "rows_per_second"];
 
 /// A line of the table.
 struct Row {
@@ -241,7 +244,7 @@ impl Compare {
 }
 
 /// A value as people read it, by the name of its column.
-fn shown(column: &str, value: f64) -> String {
+pub(crate) fn shown(column: &str, value: f64) -> String {
     if column.ends_with("_bytes") {
         format!("{:.2}", value / 1e6)
     } else if column.ends_with("_parameters") {
@@ -255,7 +258,8 @@ fn shown(column: &str, value: f64) -> String {
     }
 }
 
-fn heading(column: &str) -> String {
+/// The name of a column for people, with the unit of its values.
+pub(crate) fn heading(column: &str) -> String {
     match column.strip_suffix("_bytes") {
         Some(name) => format!("{} MB", name.replace('_', " ")),
         None => column.replace('_', " "),

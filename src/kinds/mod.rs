@@ -3,7 +3,7 @@
 
 mod benchmark;
 mod command;
-mod compare;
+pub(crate) mod compare;
 mod evaluate;
 mod fetch;
 mod format;

@@ -5,6 +5,7 @@ mod lock;
 mod past;
 mod pins;
 mod record;
+mod results;
 mod runs;
 mod trace;
 mod uses;
@@ -16,6 +17,7 @@ pub use lock::{Lock, LockMode};
 pub use past::{Current, Likeness, Past};
 pub use pins::{Pin, Pins};
 pub use record::{Difference, Loaded, Made, Record, Wrote};
+pub use results::{Results, StepResult, is_measured};
 pub use runs::{
     Journal, Run, RunInfo, Runs, State, Status, StepSummary, Summary, Unchanged, unix_ms,
 };

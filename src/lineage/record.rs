@@ -1,6 +1,6 @@
 //! Records: what a key gave, and how it was made. The cache entry is the lineage record.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::path::PathBuf;
 
 use anyhow::{Context as _, Result};
@@ -74,6 +74,9 @@ pub struct Record {
 pub struct Difference {
     /// What it gave.
     pub ports: BTreeMap<String, Digest>,
+    /// Its facts and metrics, for their spread.
+    #[serde(default, skip_serializing_if = "Map::is_empty")]
+    pub metrics: Map<String, Value>,
     /// How.
     pub made: Made,
 }
@@ -176,12 +179,7 @@ impl Record {
             differing.dedup();
             if !differing.is_empty() {
                 let kept = if replace { old.as_ref() } else { self };
-                let line = Difference { ports: kept.ports.clone(), made: kept.made.clone() };
-                let mut line = serde_json::to_vec(&line)?;
-                line.push(b'\n');
-                let path = Self::ledger(store, &self.key);
-                let mut file = store.disk().open_append(&path)?;
-                store.disk().append(&mut file, &line, &path)?;
+                kept.note_difference(store, kept.metrics(store))?;
             }
         }
         if old.is_none() || (replace && !differing.is_empty()) {
@@ -196,6 +194,35 @@ impl Record {
             (Some(_), true) => Wrote::Same,
             (Some(_), false) => Wrote::Differs(differing),
         })
+    }
+
+    /// Adds it to the ledger of its key, as a result that is not the first one, with its metrics.
+    /// The ledger lies beside the first record; the store's file `differing` lists the keys that
+    /// have one.
+    ///
+    /// # Errors
+    /// When the disk refuses.
+    pub fn note_difference(&self, store: &Store, metrics: Map<String, Value>) -> Result<()> {
+        let (ports, made) = (self.ports.clone(), self.made.clone());
+        let difference = Difference { ports, metrics, made };
+        let append = |path: &std::path::Path, mut line: Vec<u8>| -> Result<()> {
+            line.push(b'\n');
+            let mut file = store.disk().open_append(path)?;
+            Ok(store.disk().append(&mut file, &line, path)?)
+        };
+        append(&Self::ledger(store, &self.key), serde_json::to_vec(&difference)?)?;
+        append(&Self::differing_path(store), self.key.to_string().into_bytes())
+    }
+
+    fn differing_path(store: &Store) -> PathBuf {
+        store.root().join("differing")
+    }
+
+    /// Keys that gave other bytes when they were made again: one small file, so that a run can
+    /// ask for every hit. Nothing if it cannot be read: it only serves warnings.
+    pub fn differing(store: &Store) -> BTreeSet<Digest> {
+        let text = std::fs::read_to_string(Self::differing_path(store)).unwrap_or_default();
+        text.lines().filter_map(|line| line.parse().ok()).collect()
     }
 
     /// Later runs of a key that gave other bytes, oldest first.

@@ -279,13 +279,22 @@ impl Runs {
         self.store.is_leased(&lease_name(id))
     }
 
+    /// Holds an id alive, so that [`Runs::is_alive`] says so and what lies under it is not swept:
+    /// for work that keeps no journal.
+    ///
+    /// # Errors
+    /// When the disk refuses.
+    pub fn hold(&self, id: &str) -> Result<Lease> {
+        self.store.lease(&lease_name(id), id)
+    }
+
     /// Begins a journal under a new id.
     ///
     /// # Errors
     /// When the disk refuses.
     pub fn begin(&self, mut info: RunInfo) -> Result<Journal> {
         let (id, dir) = self.new_dir(info.started_unix_ms)?;
-        let lease = self.store.lease(&lease_name(&id), &id)?;
+        let lease = self.hold(&id)?;
         info.id = id;
         self.write_info(&dir, &info)?;
         let disk = self.store.disk();

@@ -22,6 +22,7 @@ use std::collections::{BTreeMap, BTreeSet};
 
 pub use plan::{Edge, Instance, Output, Plan, Point, Policy, Retry, StepId};
 pub use schema::{kind_schema, schema};
+pub use sweep::by_coordinates;
 pub use target::is_named;
 pub use units::{bytes, duration};
 pub use written::{Pipeline, WrittenNeeds, WrittenStep};

@@ -91,7 +91,7 @@ impl Sweep {
 }
 
 /// An order of points: by axis, then numbers by size before text by bytes.
-pub(super) fn by_coordinates(a: &Point, b: &Point) -> Ordering {
+pub fn by_coordinates(a: &Point, b: &Point) -> Ordering {
     let pairs = a.iter().zip(b.iter());
     let first = pairs.map(|((ka, va), (kb, vb))| ka.cmp(kb).then_with(|| by_value(va, vb)));
     first.fold(Ordering::Equal, Ordering::then).then_with(|| a.len().cmp(&b.len()))

@@ -162,6 +162,10 @@ pub trait StepKind: Serialize + DeserializeOwned + JsonSchema + Send + Sync + 's
     /// Fields that were added after the kind was first released.
     const ADDED: &'static [Added] = &[];
 
+    /// Whether what comes out is a measurement (of time, of memory), so that equal inputs never
+    /// give equal bytes: `flow reproduce` makes it again and holds nothing against it.
+    const MEASURES: bool = false;
+
     /// What comes out, as a function of the parameters and of the types bound to the inputs.
     fn ports(&self) -> Ports;
 
@@ -302,6 +306,8 @@ pub struct Kind {
     pub runs_model: bool,
     /// See [`StepKind::READS_RECORDS`].
     pub reads_records: bool,
+    /// See [`StepKind::MEASURES`].
+    pub measures: bool,
     /// Parses `with:`.
     pub parse: fn(&Value) -> Result<Box<dyn Step>, BadField>,
     /// Its JSON Schema; `description` is the documentation for users.
@@ -316,6 +322,7 @@ impl Kind {
             version: K::VERSION,
             runs_model: K::RUNS_MODEL,
             reads_records: K::READS_RECORDS,
+            measures: K::MEASURES,
             parse: parse::<K>,
             schema: schema::<K>,
         }

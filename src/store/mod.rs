@@ -5,6 +5,7 @@
 //! trees/ab/cdef…        manifests: sorted (path, executable, digest, size); named by tree digest
 //! origins/ab/cdef…      where a blob that is referenced, not copied, lies outside the store
 //! records/ab/cdef….json one record per key (written by `lineage`)
+//! differing             keys that gave other bytes when made again (written by `lineage`)
 //! runs/<id>/            one journal per run (written by `lineage`)
 //! leases/<key>          kernel-released locks
 //! checkpoints/<key>/    the newest checkpoint of a key without a result

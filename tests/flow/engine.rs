@@ -7,11 +7,12 @@
 
 mod attempts;
 mod durable;
+mod expected;
 mod faults; // disks that refuse, damaged and odd stores
+mod gc;
 mod golden; // what every kind makes of one small input, and its key
 pub(crate) mod real; // a pipeline of all real kinds
-mod expected;
-mod gc;
+mod reproduced;
 mod schedule;
 mod toys;
 mod truth; // what has to run again after an edit, and what has not

@@ -4,6 +4,7 @@
 
 mod kinds; // train, evaluate, select, merge, benchmark, compare through the store
 mod learning; // the loop on tiny random models
+mod threads; // the same bytes on any number of threads
 
 use std::path::Path;
 

@@ -23,7 +23,7 @@ use serde_json::{Value, json};
 use super::{ANSWERS, EOS, VOCABULARY, decoder, encoder, model, rows};
 
 /// A store, and what stands for the engine in front of it.
-struct Bench {
+pub(super) struct Bench {
     dir: tempfile::TempDir,
     store: Store,
     hub: Hub,
@@ -33,16 +33,16 @@ struct Bench {
 }
 
 /// What a step made.
-struct Made {
+pub(super) struct Made {
     ty: &'static str,
-    ports: BTreeMap<String, Digest>,
+    pub(super) ports: BTreeMap<String, Digest>,
     facts: Facts,
     warnings: Vec<String>,
     events: Vec<Event>,
 }
 
 impl Made {
-    fn input(&self) -> Value {
+    pub(super) fn input(&self) -> Value {
         json!({ "$input": self.binding() })
     }
 
@@ -58,7 +58,7 @@ fn gather(members: &[(Value, &Made)]) -> Value {
 }
 
 impl Bench {
-    fn new() -> Self {
+    pub(super) fn new() -> Self {
         let dir = tempfile::tempdir().unwrap();
         let store = Store::open(&dir.path().join("store")).unwrap();
         let hub = Hub::new(HubSettings::new(dir.path().join("hub")));
@@ -81,7 +81,7 @@ impl Bench {
     }
 
     /// Does what an attempt does: parse, narrow, check on headers, run, publish.
-    fn run(&self, kind: &str, ty: &'static str, with: Value) -> Result<Made> {
+    pub(super) fn run(&self, kind: &str, ty: &'static str, with: Value) -> Result<Made> {
         let row = flow::kinds::ALL.iter().find(|k| k.name == kind).unwrap();
         let mut step = (row.parse)(&with).map_err(|e| anyhow::anyhow!("{e:?}"))?;
         let problems = step.check();
@@ -140,7 +140,7 @@ impl Bench {
     }
 
     /// A random model with a tokenizer of one word per id.
-    fn base(&self, config: &Value) -> Made {
+    pub(super) fn base(&self, config: &Value) -> Made {
         let dir = self.fresh_dir();
         let (c, w, t) = (dir.join("c"), dir.join("w"), dir.join("t"));
         for dir in [&c, &w, &t] {
@@ -157,7 +157,7 @@ impl Bench {
         self.publish("model", &[("config", &c), ("weights", &w), ("tokenizer", &t)])
     }
 
-    fn tokens(&self, splits: &[(&str, Vec<Row>)], causal: bool, info: &Value) -> Made {
+    pub(super) fn tokens(&self, splits: &[(&str, Vec<Row>)], causal: bool, info: &Value) -> Made {
         let dir = self.fresh_dir();
         let mut ports = Vec::new();
         for (split, rows) in splits {
@@ -203,7 +203,7 @@ fn write(path: &Path, rows: &[Row], causal: bool) {
     writer.close().unwrap();
 }
 
-fn words() -> Value {
+pub(super) fn words() -> Value {
     let candidate =
         |i: usize| json!({ "word": format!("t{}", ANSWERS[i]), "ids": [ANSWERS[i], EOS] });
     json!({ "candidates": [candidate(0), candidate(1)] })
