@@ -188,7 +188,7 @@ fn show_ledger(store: &Store, record: &Record) -> Result<(), Failure> {
         let ports: BTreeSet<&str> = names.filter(differ).map(String::as_str).collect();
         let ports: Vec<&str> = ports.into_iter().collect();
         let (made, ports) = (&other.made, ports.join(", "));
-        outln!("    {}  {}  other {ports}", made.run, when(made.started_unix_ms))?;
+        outln!("    {}  {}  other {ports}", made.run, table::when(made.started_unix_ms))?;
     }
     let own = record.metrics(store);
     for (name, first) in own.iter().filter(|(name, _)| !is_measured(name)) {

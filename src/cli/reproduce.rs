@@ -65,7 +65,7 @@ pub(super) fn reproduce(stage: &Stage, options: ReproduceOptions) -> Result<Exit
     }
     let session = ground.session(stage, &plan_options, false, Duration::from_secs(30))?;
     ground.listen()?;
-    let mut screen = Screen::new(false, stage.plain);
+    let mut screen = Screen::new(false, stage.plain, String::new());
     let reproduced =
         engine::reproduce(&plan, &session, &recorded, options.tolerance, &mut |event| {
             screen.show(event);
