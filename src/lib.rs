@@ -11,6 +11,7 @@
 //! | floor | modules | what they do |
 //! |---|---|---|
 //! | 7 roof | `cli`, `main.rs` | arguments, colours, exit codes; reads the environment, prints |
+//! | 6 windows | `import` | pipelines of other tools, made into pipelines of this one |
 //! | 5 engine | `engine` | Plan in, Run out: scheduler, cache decision, workers, events |
 //! | 4 rooms | `pipeline`, `kinds` | YAML to Pipeline to Plan; one file per step kind |
 //! | 3 contract | `step` | all that floors 4 and 5 agree on |
@@ -26,6 +27,7 @@ pub mod data;
 pub mod digest;
 pub mod engine;
 pub mod hub;
+pub mod import;
 pub mod kinds;
 pub mod learn;
 pub mod lineage;

@@ -1,10 +1,12 @@
 //! What can be typed.
 
 use std::path::PathBuf;
+use std::time::Duration;
 
 use clap::{Args, Parser, Subcommand};
 
 use crate::artifact::Tolerance;
+use crate::pipeline::{bytes, duration};
 
 const AFTER: &str = "Exit codes: 0 done, 1 a step failed, 2 pipeline or command wrong, \
     3 store, disk or internal, 130 interrupted.\n\
@@ -21,7 +23,8 @@ pub(super) struct Arguments {
     /// Results as JSON on stdout.
     #[arg(long, global = true)]
     pub(super) json: bool,
-    /// Where results are kept [default: FLOW_STORE, else .flow in the project root].
+    /// Where results are kept [default: FLOW_STORE, else flow.toml's, else .flow in the project
+    /// root].
     #[arg(long, global = true, value_name = "DIR")]
     pub(super) store: Option<PathBuf>,
     #[command(subcommand)]
@@ -63,6 +66,19 @@ pub(super) enum Command {
     Reproduce(ReproduceOptions),
     /// The log of a step.
     Log(StepOptions),
+    /// Remove from the store what is not needed any more.
+    ///
+    /// Without a budget, only what nothing on record refers to. --keep-runs, --older-than and
+    /// --max-size let runs go, with all results that no other run needs; what is given together
+    /// must all allow it. What a running or pinned run uses never goes, and nothing that a pin
+    /// holds.
+    Gc(GcOptions),
+    /// Keep a run, a step of a run or a key, whatever `gc` is asked to remove.
+    Pin(PinOptions),
+    /// Read results again and compare them with their digests; what is damaged is set aside.
+    Verify(VerifyOptions),
+    /// Make a pipeline of DVC's `dvc.yaml`; what has no counterpart is a comment and a warning.
+    Import(ImportOptions),
     /// The kinds of step, or the documentation of one.
     Kinds {
         /// The kind.
@@ -109,7 +125,7 @@ pub(super) struct PlanOptions {
     /// Only these steps (or points of them, like `train@lora.r=8`) and what they need.
     #[arg(value_name = "STEP")]
     pub(super) steps: Vec<String>,
-    /// CPU slots [default: all cores].
+    /// CPU slots [default: `jobs` of flow.toml, else all cores].
     #[arg(long, short, value_name = "N")]
     pub(super) jobs: Option<usize>,
     /// Run a step again although it is in the cache; other bytes are recorded as a difference.
@@ -221,4 +237,103 @@ pub(super) struct ShowOptions {
     pub(super) what: String,
     /// A step of that run.
     pub(super) step: Option<String>,
+}
+
+#[derive(Debug, Args)]
+pub(super) struct ImportOptions {
+    /// A dvc.yaml, or the folder that it is in.
+    pub(super) file: PathBuf,
+    /// The pipeline file to write, which must not be there yet [default: stdout].
+    #[arg(long, short, value_name = "FILE")]
+    pub(super) output: Option<PathBuf>,
+}
+
+#[derive(Debug, Args)]
+pub(super) struct GcOptions {
+    /// Let go of runs that are not among the newest N of their pipeline [default: 1 with one of
+    /// the other budgets]. Counted for every step, so a run that failed early counts for little.
+    #[arg(long, value_name = "N")]
+    pub(super) keep_runs: Option<usize>,
+    /// Let go of runs that ended longer ago (`30d`, `12h`), and of damaged files and attempts that
+    /// were set aside before that.
+    #[arg(long, value_name = "AGE", value_parser = age)]
+    pub(super) older_than: Option<Duration>,
+    /// Let go of no more than it takes to get the store down to this size (`20G`), the oldest
+    /// first.
+    #[arg(long, value_name = "SIZE", value_parser = size)]
+    pub(super) max_size: Option<u64>,
+    /// Leave files alone that nothing refers to and that are younger than this: another host may
+    /// be about to use them.
+    #[arg(long, value_name = "AGE", value_parser = age, default_value = "1h")]
+    pub(super) grace: Duration,
+    /// Only say what would go.
+    #[arg(long, short = 'n')]
+    pub(super) dry_run: bool,
+}
+
+#[derive(Debug, Args)]
+pub(super) struct PinOptions {
+    /// A run (a unique prefix, or `latest`), a step of a run, or a key or output digest.
+    #[arg(required_unless_present_any = ["list", "remove"])]
+    pub(super) what: Option<String>,
+    /// The run that a step is looked up in.
+    #[arg(long, value_name = "RUN", default_value = "latest")]
+    pub(super) run: String,
+    /// What the pin is called [default: after what it holds].
+    #[arg(long, value_name = "NAME", conflicts_with_all = ["list", "remove"])]
+    pub(super) name: Option<String>,
+    /// The pins there are.
+    #[arg(long, conflicts_with_all = ["what", "remove"])]
+    pub(super) list: bool,
+    /// Remove a pin.
+    #[arg(long, value_name = "NAME", conflicts_with = "what")]
+    pub(super) remove: Option<String>,
+}
+
+#[derive(Debug, Args)]
+pub(super) struct VerifyOptions {
+    /// A run (a unique prefix, or `latest`), a step of a run, a key or output digest, or `all`.
+    #[arg(default_value = "all")]
+    pub(super) what: String,
+    /// The run that a step is looked up in.
+    #[arg(long, value_name = "RUN", default_value = "latest")]
+    pub(super) run: String,
+}
+
+/// `30d`, `12h`; `0` is no time at all.
+fn age(text: &str) -> Result<Duration, String> {
+    let zero = (text == "0").then_some(Duration::ZERO);
+    let age = zero.or_else(|| duration(text));
+    age.ok_or_else(|| "expected a number and a unit, like 30d, 12h or 15m".to_owned())
+}
+
+/// `20G`, `20GB`, `500MiB`; `0` is nothing at all.
+fn size(text: &str) -> Result<u64, String> {
+    let zero = (text == "0").then_some(0);
+    // `20G` will do for `20GB`; `20` may be meant as anything.
+    let short = text.ends_with(|c: char| c.is_ascii_alphabetic());
+    let whole = || short.then(|| bytes(&format!("{text}B"))).flatten();
+    let size = zero.or_else(|| bytes(text)).or_else(whole);
+    size.ok_or_else(|| "expected a number and a unit, like 20G, 500MB or 8GiB".to_owned())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn arguments_are_sound() {
+        use clap::CommandFactory as _;
+        Arguments::command().debug_assert();
+    }
+
+    #[test]
+    fn ages_and_sizes() {
+        assert_eq!(age("30d"), Ok(Duration::from_secs(30 * 86400)));
+        assert_eq!((age("0"), age("0s")), (Ok(Duration::ZERO), Ok(Duration::ZERO)));
+        assert!(age("30").is_err() && age("-1d").is_err() && age("").is_err());
+        assert_eq!((size("20G"), size("20GB")), (Ok(20_000_000_000), Ok(20_000_000_000)));
+        assert_eq!((size("8GiB"), size("1.5M"), size("0")), (Ok(8 << 30), Ok(1_500_000), Ok(0)));
+        assert!(size("20").is_err() && size("G").is_err() && size("20 parsecs").is_err());
+    }
 }

@@ -60,10 +60,9 @@ impl Environment {
         })
     }
 
-    /// The store: `--store`, else `FLOW_STORE`, else `.flow` in the project root.
-    pub(super) fn store_dir(&self, asked: Option<&Path>, root: &Path) -> PathBuf {
-        let named = asked.map(Path::to_path_buf).or_else(|| self.get("FLOW_STORE").map(Into::into));
-        named.unwrap_or_else(|| root.join(".flow"))
+    /// The store that `--store` or else `FLOW_STORE` names.
+    pub(super) fn store_dir(&self, asked: Option<&Path>) -> Option<PathBuf> {
+        asked.map(Path::to_path_buf).or_else(|| self.get("FLOW_STORE").map(Into::into))
     }
 }
 

@@ -8,7 +8,7 @@ use miette::{
     MietteSpanContents, SourceCode, SourceSpan, SpanContents,
 };
 
-use crate::source::{Diagnostic, Severity, Source, advice};
+use crate::source::{Diagnostic, Fault, Severity, Source, advice};
 use crate::store::StoreError;
 
 /// Exit codes, as `flow --help` lists them.
@@ -61,6 +61,15 @@ impl From<std::io::Error> for Failure {
 }
 
 impl Failure {
+    /// A command line that cannot be read, from what clap says of it.
+    pub(super) fn misused(error: &clap::Error) -> Self {
+        let text = error.render().to_string();
+        let mut lines = text.lines().map(str::trim).filter(|l| !l.is_empty());
+        let message = lines.next().unwrap_or_default().trim_start_matches("error: ").to_owned();
+        let help = lines.collect::<Vec<_>>().join("; ");
+        Self::Usage(Fault::new(message).help(help).into())
+    }
+
     /// Shows it on stderr (as JSON on stdout if asked) and gives the exit code.
     pub(super) fn show(self, json: bool, plain: bool) -> Exit {
         match self {

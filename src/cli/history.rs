@@ -8,7 +8,7 @@ use super::arguments::{RunsOptions, ShowOptions, StepOptions};
 use super::error::{Exit, Failure};
 use super::session::store_here;
 use super::steps::{Phase, StepStatus, steps_named, steps_of};
-use super::{Stage, out, table};
+use super::{Stage, out, shell, table};
 use crate::artifact::View;
 use crate::digest::Digest;
 use crate::lineage::{Loaded, Record, Run, Runs, is_measured};
@@ -24,12 +24,6 @@ pub(super) fn record_of(
         Loaded::Found(record) => Some(record),
         Loaded::Absent | Loaded::Corrupt(_) => None,
     })
-}
-
-fn when(unix_ms: u64) -> String {
-    let time =
-        i64::try_from(unix_ms).ok().and_then(|ms| jiff::Timestamp::from_millisecond(ms).ok());
-    time.map_or_else(String::new, |t| t.strftime("%Y-%m-%d %H:%M:%S UTC").to_string())
 }
 
 /// `flow runs`.
@@ -108,8 +102,12 @@ fn show_run(stage: &Stage, run: &Run) -> Result<(), Failure> {
     }
     let info = &run.info;
     outln!("run {}  {}  {:?}", info.id, info.pipeline, run.status)?;
-    outln!("started {}  on {}", when(info.started_unix_ms), info.host)?;
-    outln!("$ {}\n", info.command_line.join(" "))?;
+    outln!("started {}  on {}", table::when(info.started_unix_ms), info.host)?;
+    outln!(
+        "$ {}
+",
+        shell::line(&info.command_line)
+    )?;
     let steps = steps_of(run);
     let rows = steps.iter().map(|s| {
         let why = s.message.clone().or_else(|| s.why.as_ref().map(ToString::to_string));
@@ -137,7 +135,7 @@ fn show_step(store: &Store, step: &StepStatus) -> Result<(), Failure> {
     outln!(
         "  made     run {}, {}, in {}",
         made.run,
-        when(made.started_unix_ms),
+        table::when(made.started_unix_ms),
         table::seconds(made.seconds)
     )?;
     outln!("  on       {}, {} {}, {} threads", made.host, made.device, made.isa, made.threads)?;
@@ -190,7 +188,7 @@ fn show_ledger(store: &Store, record: &Record) -> Result<(), Failure> {
         let ports: BTreeSet<&str> = names.filter(differ).map(String::as_str).collect();
         let ports: Vec<&str> = ports.into_iter().collect();
         let (made, ports) = (&other.made, ports.join(", "));
-        outln!("    {}  {}  other {ports}", made.run, when(made.started_unix_ms))?;
+        outln!("    {}  {}  other {ports}", made.run, table::when(made.started_unix_ms))?;
     }
     let own = record.metrics(store);
     for (name, first) in own.iter().filter(|(name, _)| !is_measured(name)) {

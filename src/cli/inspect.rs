@@ -154,10 +154,15 @@ pub(super) fn schema(
 ) -> Result<Exit, Failure> {
     if let Some(dir) = write {
         fs::create_dir_all(dir).with_context(|| format!("making {}", dir.display()))?;
+        let mut written = Vec::new();
         for (file, text) in schemas(stage.kinds) {
             let path = dir.join(file);
             fs::write(&path, text).with_context(|| format!("writing {}", path.display()))?;
             errln!("{}", path.display());
+            written.push(path);
+        }
+        if stage.json {
+            outln!("{}", json!(written))?;
         }
         return Ok(Exit::Done);
     }

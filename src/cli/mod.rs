@@ -11,15 +11,22 @@ mod diff;
 mod environment;
 mod error;
 mod explain;
+mod gc;
 mod history;
+mod import;
 mod inspect;
+mod named;
+mod pin;
 mod plan;
 mod progress;
+mod project;
 mod reproduce;
 mod run;
 mod session;
+mod shell;
 mod steps;
 mod table;
+mod verify;
 
 use std::io::{ErrorKind, IsTerminal};
 use std::panic::{UnwindSafe, catch_unwind};
@@ -53,6 +60,10 @@ fn start(kinds: &'static [Kind]) -> Exit {
     let arguments = match Arguments::try_parse() {
         Ok(arguments) => arguments,
         Err(e) => {
+            // There are no arguments to ask yet.
+            if e.use_stderr() && std::env::args().any(|argument| argument == "--json") {
+                return Failure::misused(&e).show(true, true);
+            }
             return match e.print() {
                 Err(e) if e.kind() != ErrorKind::BrokenPipe => Exit::Internal,
                 _ if e.use_stderr() => Exit::Usage,
@@ -94,6 +105,10 @@ fn dispatch(stage: &Stage, command: Command) -> Result<Exit, Failure> {
         Command::Compare(options) => compare::compare(stage, &options),
         Command::Reproduce(options) => reproduce::reproduce(stage, options),
         Command::Log(options) => history::log(stage, &options),
+        Command::Gc(options) => gc::gc(stage, &options),
+        Command::Pin(options) => pin::pin(stage, &options),
+        Command::Verify(options) => verify::verify(stage, &options),
+        Command::Import(options) => import::import(stage, &options),
         Command::Kinds { kind } => inspect::kinds(stage, kind.as_deref()),
         Command::Schema { kind, write } => {
             inspect::schema(stage, kind.as_deref(), write.as_deref())
@@ -101,7 +116,13 @@ fn dispatch(stage: &Stage, command: Command) -> Result<Exit, Failure> {
         Command::Completions { shell } => {
             let mut script = Vec::new();
             clap_complete::generate(shell, &mut Arguments::command(), "flow", &mut script);
-            out::text(&String::from_utf8_lossy(&script))?;
+            let script = String::from_utf8_lossy(&script);
+            if stage.json {
+                let shell = shell.to_string();
+                outln!("{}", serde_json::json!({ "shell": shell, "script": script }))?;
+            } else {
+                out::text(&script)?;
+            }
             Ok(Exit::Done)
         }
         Command::Worker { dir } => run::worker(stage, &dir),

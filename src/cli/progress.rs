@@ -26,6 +26,8 @@ pub(super) struct Screen {
     bars: Option<MultiProgress>,
     running: BTreeMap<String, Running>,
     width: usize,
+    /// The command that goes on from here if the run does not come to its end.
+    again: String,
 }
 
 struct Running {
@@ -37,9 +39,10 @@ struct Running {
 }
 
 impl Screen {
-    pub(super) fn new(json: bool, plain: bool) -> Self {
+    pub(super) fn new(json: bool, plain: bool, again: String) -> Self {
         let bars = (!json && !plain).then(MultiProgress::new);
-        Self { json, unread: false, bars, running: BTreeMap::new(), width: 8 }
+        let running = BTreeMap::new();
+        Self { json, unread: false, bars, running, width: 8, again }
     }
 
     /// Shows an event.
@@ -64,8 +67,11 @@ impl Screen {
             RunEvent::Waiting { step, holder } => self.line(step, &format!("waits for {holder}")),
             RunEvent::Started { step, attempt, .. } => self.start(step, *attempt),
             RunEvent::Step { step, event } => self.step(step, event),
-            RunEvent::Retrying { step, attempt, message } => {
-                self.line(step, &format!("attempt {attempt} failed ({message}); trying again"));
+            RunEvent::Retrying { step, attempt, of, message, in_seconds } => {
+                self.end(step);
+                let when = table::seconds(*in_seconds);
+                let text = format!("attempt {attempt} of {of} failed: {message}; again in {when}");
+                self.line(step, &text);
             }
             RunEvent::Finished { step, seconds, facts, taken, differs, .. } => {
                 self.end(step);
@@ -82,7 +88,10 @@ impl Screen {
                 for cause in chain.iter().filter(|c| *c != message) {
                     self.say(format!("    because: {cause}"));
                 }
-                for line in help {
+                // A command's own advice is the end of its log.
+                let tail = log_tail.join("\n");
+                let repeats = |line: &String| !tail.is_empty() && line.ends_with(&tail);
+                for line in help.iter().filter(|line| !repeats(line)) {
                     self.say(format!("    help: {line}"));
                 }
                 for line in log_tail {
@@ -115,7 +124,7 @@ impl Screen {
                 }
                 self.say(format!("{text}; {}", precise(*seconds)));
                 if matches!(status, Status::Failed | Status::Interrupted) {
-                    self.say("the same command goes on from here".to_owned());
+                    self.say(format!("to go on from here: {}", self.again));
                 }
             }
         }

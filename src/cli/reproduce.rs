@@ -10,8 +10,9 @@ use serde_json::json;
 use super::arguments::{PipelineOptions, PlanOptions, ReproduceOptions};
 use super::error::{Exit, Failure, show_diagnostics};
 use super::progress::Screen;
+use super::project::Project;
 use super::run::unresolved;
-use super::session::{Ground, ground, load, store_here};
+use super::session::{Ground, folder_of, ground, load, store_here};
 use super::{Stage, out, table};
 use crate::artifact::{Comparison, Likeness};
 use crate::engine::{self, Reproduced, Verdict};
@@ -54,7 +55,8 @@ pub(super) fn reproduce(stage: &Stage, options: ReproduceOptions) -> Result<Exit
         }
         Against::Run(store, run) => {
             let recorded = run.records(&store)?;
-            (Ground::on(stage, store, options.offline), recorded)
+            let project = Project::of(folder_of(&plan_options.pipeline.file))?;
+            (Ground::on(stage, project, store, options.offline), recorded)
         }
     };
     if recorded.is_empty() {
@@ -63,7 +65,7 @@ pub(super) fn reproduce(stage: &Stage, options: ReproduceOptions) -> Result<Exit
     }
     let session = ground.session(stage, &plan_options, false, Duration::from_secs(30))?;
     ground.listen()?;
-    let mut screen = Screen::new(false, stage.plain);
+    let mut screen = Screen::new(false, stage.plain, String::new());
     let reproduced =
         engine::reproduce(&plan, &session, &recorded, options.tolerance, &mut |event| {
             screen.show(event);

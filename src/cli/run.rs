@@ -6,15 +6,17 @@ use std::time::Duration;
 
 use serde_json::{Value, json};
 
-use super::Stage;
 use super::arguments::{PipelineOptions, PlanOptions, RunOptions};
 use super::error::{Exit, Failure, show_diagnostics};
 use super::progress::Screen;
-use super::session::{check, ground, load, needs_of, read, shortages_ahead, store_dir};
+use super::project::Project;
+use super::session::{check, folder_of, ground, load, read, shortages_ahead};
+use super::{Stage, shell};
 use crate::digest::Digest;
 use crate::engine::{self, Outcome, Unresolved};
 use crate::lineage::{Record, Results, Runs, Status};
 use crate::source::{Diagnostic, Fault, advice};
+use crate::step::Needs;
 use crate::store::Store;
 
 /// `flow run FILE [STEP…]`.
@@ -22,10 +24,10 @@ pub(super) fn run(stage: &Stage, options: &RunOptions) -> Result<Exit, Failure> 
     let (pipeline, grace) = (&options.plan.pipeline, Duration::from_secs(options.grace));
     let text = read(&pipeline.file)?;
     // A pipeline that is wrong leaves no store behind.
-    if store_dir(stage, &options.plan).is_dir() {
+    if Project::of(folder_of(&pipeline.file))?.store(stage).is_dir() {
         let ground = ground(stage, &options.plan)?;
         let session = ground.session(stage, &options.plan, options.keep_going, grace)?;
-        let mut screen = Screen::new(stage.json, stage.plain);
+        let mut screen = Screen::new(stage.json, stage.plain, String::new());
         let mut show = |event: &engine::RunEvent| screen.show(event);
         let fickle = Record::differing(&ground.store);
         if let Some(outcome) = engine::unchanged(&pipeline.file, &text, &session, &mut show)? {
@@ -37,16 +39,19 @@ pub(super) fn run(stage: &Stage, options: &RunOptions) -> Result<Exit, Failure> 
     let ground = ground(stage, &options.plan)?;
     let session = ground.session(stage, &options.plan, options.keep_going, grace)?;
     let needed = plan.needed_for(&session.options.targets)?;
-    if needed.iter().any(|node| needs_of(&plan.graph[*node]).gpu > session.options.gpus.len()) {
+    let fits = |needs: Needs| session.options.shortage(&needs).is_empty();
+    if !needed.iter().all(|node| fits(plan.graph[*node].needs())) {
         // Only now is it worth asking which of them would run at all.
-        let short = shortages_ahead(&engine::forecast(&plan, &session)?);
+        let short = shortages_ahead(&engine::forecast(&plan, &session)?, &session.options);
         if !short.is_empty() {
-            let help = "without `needs: { gpu: … }` the step runs on the CPU, if slowly";
+            let help = "let `needs` ask for less (without a GPU a step runs on the CPU, if \
+                slowly), or declare what there is in `flow.toml` under `[resources]`";
             return Err(Failure::Usage(Fault::new(short.join("; ")).help(help).into()));
         }
     }
     ground.listen()?;
-    let mut screen = Screen::new(stage.json, stage.plain);
+    let mut screen =
+        Screen::new(stage.json, stage.plain, shell::line(&session.options.command_line));
     let fickle = Record::differing(&ground.store);
     let outcome = engine::run(&plan, &session, &mut |event| screen.show(event));
     drop(screen);

@@ -10,13 +10,13 @@ use anyhow::Context as _;
 
 use super::Stage;
 use super::arguments::{PipelineOptions, PlanOptions};
-use super::environment::project_root;
 use super::error::{Exit, Failure};
+use super::project::Project;
 use crate::engine::{Forecast, Options, Prospect, Session, WorkerCommand};
 use crate::hub::Hub;
-use crate::pipeline::{Instance, Plan, Settings};
+use crate::pipeline::{Plan, Settings};
 use crate::source::{Fault, Source};
-use crate::step::{Device, Needs};
+use crate::step::Device;
 use crate::store::Store;
 
 /// Reads a pipeline file.
@@ -39,10 +39,12 @@ pub(super) fn check(
     text: String,
 ) -> Result<Plan, Failure> {
     let file = &options.file;
+    let project = Project::of(folder_of(file))?;
     let settings = Settings {
         sets: pairs(&options.sets)?,
         env: stage.environment.variables.clone(),
         sweep_cap: options.sweep_cap,
+        resources: project.resources.into_keys().collect(),
     };
     let source = Source::new(file.display().to_string(), text);
     Plan::new(file, source.clone(), stage.kinds, &settings)
@@ -50,7 +52,7 @@ pub(super) fn check(
 }
 
 /// The folder that a file is in.
-fn folder_of(file: &Path) -> &Path {
+pub(super) fn folder_of(file: &Path) -> &Path {
     file.parent().filter(|p| !p.as_os_str().is_empty()).unwrap_or(Path::new("."))
 }
 
@@ -78,6 +80,7 @@ fn pairs(sets: &[String]) -> Result<Vec<(String, String)>, Failure> {
 
 /// What a session of the engine borrows.
 pub(super) struct Ground {
+    pub(super) project: Project,
     pub(super) store: Store,
     pub(super) hub: Hub,
     pub(super) cancel: Arc<AtomicBool>,
@@ -87,8 +90,7 @@ pub(super) struct Ground {
 
 /// Opens the store that belongs to the working directory (for commands without a pipeline).
 pub(super) fn store_here(stage: &Stage) -> Result<Store, Failure> {
-    let root = project_root(Path::new("."));
-    let dir = stage.environment.store_dir(stage.store.as_deref(), &root);
+    let dir = Project::of(Path::new("."))?.store(stage);
     if !dir.is_dir() {
         let fault = Fault::new(format!("there is no store at {}", dir.display()));
         let help = "run a pipeline first, or name the store with --store or FLOW_STORE";
@@ -97,22 +99,18 @@ pub(super) fn store_here(stage: &Stage) -> Result<Store, Failure> {
     Ok(Store::open(&dir)?)
 }
 
-/// The folder of the store that belongs to a pipeline.
-pub(super) fn store_dir(stage: &Stage, options: &PlanOptions) -> PathBuf {
-    let root = project_root(folder_of(&options.pipeline.file));
-    stage.environment.store_dir(stage.store.as_deref(), &root)
-}
-
 /// Opens the store that belongs to a pipeline, and the hub.
 pub(super) fn ground(stage: &Stage, options: &PlanOptions) -> Result<Ground, Failure> {
-    let dir = store_dir(stage, options);
-    Ok(Ground::on(stage, Store::open(&dir)?, options.offline))
+    let project = Project::of(folder_of(&options.pipeline.file))?;
+    let store = Store::open(&project.store(stage))?;
+    Ok(Ground::on(stage, project, store, options.offline))
 }
 
 impl Ground {
     /// The ground over a store.
-    pub(super) fn on(stage: &Stage, store: Store, offline: bool) -> Self {
+    pub(super) fn on(stage: &Stage, project: Project, store: Store, offline: bool) -> Self {
         Self {
+            project,
             store,
             hub: stage.environment.hub(offline),
             cancel: Arc::new(AtomicBool::new(false)),
@@ -149,17 +147,15 @@ impl Ground {
         keep_going: bool,
         grace: Duration,
     ) -> Result<Session<'_>, Failure> {
-        let cores = std::thread::available_parallelism().map_or(1, usize::from);
         let exe = std::env::current_exe().context("finding this program's own path")?;
-        let file = std::path::absolute(&options.pipeline.file)?;
+        let lent = self.project.lends();
         let sets: BTreeMap<String, String> = pairs(&options.pipeline.sets)?.into_iter().collect();
         Ok(Session {
             store: self.store.clone(),
             hub: &self.hub,
             cancel: &self.cancel,
             options: Options {
-                jobs: options.jobs.unwrap_or(cores).max(1),
-                gpus: gpus(),
+                jobs: options.jobs.map_or(lent.jobs, |n| n.max(1)),
                 targets: options.steps.clone(),
                 force: options.force.clone(),
                 keep_going,
@@ -169,48 +165,36 @@ impl Ground {
                 compute: "f32".to_owned(),
                 worker: Some(WorkerCommand { exe, args: vec!["worker".to_owned()] }),
                 grace,
-                outputs: project_root(folder_of(&file)).join("outputs"),
+                outputs: self.project.outputs.clone(),
                 lock: None,
                 command_line: std::env::args_os().map(|a| a.to_string_lossy().into()).collect(),
                 sweep_cap: options.pipeline.sweep_cap,
                 sets,
                 environment: stage.environment.variables.clone(),
+                ..lent
             },
         })
     }
 }
 
-/// GPUs that steps can be lent: none, as no build of this program computes on one yet.
-fn gpus() -> Vec<u32> {
-    Vec::new()
-}
-
-/// What a step asks for.
-pub(super) fn needs_of(instance: &Instance) -> Needs {
-    instance.policy.needs.unwrap_or_else(|| instance.parsed.needs())
-}
-
 /// Steps of a plan that ask for more than there is.
-pub(super) fn shortages_of(plan: &Plan) -> Vec<String> {
+pub(super) fn shortages_of(plan: &Plan, options: &Options) -> Vec<String> {
     let steps = plan.order().into_iter().map(|node| &plan.graph[node]);
-    shortages(steps.map(|i| (i.id.to_string(), needs_of(i).gpu)))
+    shortages(steps.map(|i| (i.id.to_string(), options.shortage(&i.needs()))))
 }
 
 /// Steps that would run and ask for more than there is.
-pub(super) fn shortages_ahead(forecasts: &[Forecast]) -> Vec<String> {
+pub(super) fn shortages_ahead(forecasts: &[Forecast], options: &Options) -> Vec<String> {
     let cached = |f: &&Forecast| matches!(f.prospect, Prospect::Cached { .. });
-    shortages(forecasts.iter().filter(|f| !cached(f)).map(|f| (f.step.clone(), f.needs.gpu)))
+    let ahead = forecasts.iter().filter(|f| !cached(f));
+    shortages(ahead.map(|f| (f.step.clone(), options.shortage(&f.needs))))
 }
 
-fn shortages(steps: impl Iterator<Item = (String, usize)>) -> Vec<String> {
-    let have = gpus().len();
-    let mut short: BTreeMap<usize, Vec<String>> = BTreeMap::new();
-    for (step, gpu) in steps.filter(|(_, gpu)| *gpu > have) {
-        short.entry(gpu).or_default().push(step);
+fn shortages(steps: impl Iterator<Item = (String, Vec<String>)>) -> Vec<String> {
+    let mut short: BTreeMap<String, Vec<String>> = BTreeMap::new();
+    for (step, shortage) in steps.filter(|(_, shortage)| !shortage.is_empty()) {
+        short.entry(shortage.join("; ")).or_default().push(step);
     }
-    let lines = short.into_iter().map(|(gpu, steps)| {
-        let (steps, s) = (steps.join(", "), if gpu == 1 { "" } else { "s" });
-        format!("{steps}: asks for {gpu} GPU{s}, and there is none that this build can use")
-    });
-    lines.collect()
+    let lines = short.into_iter();
+    lines.map(|(what, steps)| format!("{}: asks for {what}", steps.join(", "))).collect()
 }

@@ -89,6 +89,7 @@ impl StepStatus {
             RunEvent::Hit { key, .. } => (self.state, self.key) = (Phase::Hit, Some(key)),
             RunEvent::Miss { key, why, .. } => (self.key, self.why) = (Some(key), Some(why)),
             RunEvent::Started { .. } => self.state = Phase::Running,
+            RunEvent::Retrying { .. } => self.state = Phase::Waiting,
             RunEvent::Finished { key, seconds, taken, .. } => {
                 self.state = if taken { Phase::Hit } else { Phase::Ran };
                 (self.key, self.seconds) = (Some(key), seconds);
@@ -110,6 +111,7 @@ fn step_of(event: &RunEvent) -> Option<&str> {
         RunEvent::Hit { step, .. }
         | RunEvent::Miss { step, .. }
         | RunEvent::Started { step, .. }
+        | RunEvent::Retrying { step, .. }
         | RunEvent::Finished { step, .. }
         | RunEvent::Failed { step, .. }
         | RunEvent::Skipped { step, .. } => Some(step),

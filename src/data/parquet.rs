@@ -3,6 +3,7 @@
 use std::collections::BTreeMap;
 use std::fs::File;
 use std::io;
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::Path;
 use std::sync::Arc;
 
@@ -16,6 +17,7 @@ use serde_json::Value;
 
 use super::table::BATCH;
 use super::{Codec, Table, card};
+use crate::source::Fault;
 
 /// Rows of a row group: small enough to stream, large enough to pack well.
 const ROW_GROUP: usize = 16 * BATCH;
@@ -31,6 +33,14 @@ pub(super) fn read(path: &Path, codec: Codec, columns: Option<&[String]>) -> Res
             whole
         }
     };
+    // On some damaged files the library panics, as on a length below zero.
+    catch_unwind(AssertUnwindSafe(|| read_file(file, columns))).unwrap_or_else(|_| {
+        let help = "fetch or write it again";
+        Err(Fault::new("the Parquet file is damaged").help(help).into())
+    })
+}
+
+fn read_file(file: File, columns: Option<&[String]>) -> Result<Table> {
     let reader = ParquetRecordBatchReaderBuilder::try_new(file)?;
     let notes = reader.metadata().file_metadata().key_value_metadata();
     let note = notes.into_iter().flatten().find(|kv| kv.key == "huggingface");
@@ -86,4 +96,28 @@ pub fn write(table: &Table, path: &Path) -> Result<()> {
     }
     writer.close().with_context(|| format!("writing {}", path.display()))?;
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_damaged_file_is_an_error() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("x.parquet");
+        let sample = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/fixtures/data/reviews.parquet");
+        let good = std::fs::read(sample).unwrap();
+        let mut refused = 0;
+        for at in 0..good.len() {
+            for damage in [0x01, 0x80] {
+                let mut bad = good.clone();
+                bad[at] ^= damage;
+                std::fs::write(&path, bad).unwrap();
+                // Some damage cannot be seen; none may panic.
+                refused += usize::from(read(&path, Codec::Plain, None).is_err());
+            }
+        }
+        assert!(refused > good.len() / 4, "{refused}");
+    }
 }

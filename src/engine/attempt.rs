@@ -52,6 +52,14 @@ pub(super) struct Task {
     pub(super) force: bool,
 }
 
+/// The variable that tells CUDA which GPUs there are.
+pub(super) const VISIBLE_GPUS: &str = "CUDA_VISIBLE_DEVICES";
+
+/// Its value for these.
+pub(super) fn visible_gpus(gpus: &[u32]) -> String {
+    gpus.iter().map(ToString::to_string).collect::<Vec<_>>().join(",")
+}
+
 impl Task {
     /// A first attempt of no run.
     pub(super) fn of(instance: &Instance, bound: &Bound, options: &Options, grant: &Grant) -> Self {
@@ -192,6 +200,10 @@ fn try_attempt(task: &Task, step: &dyn Step, dir: &Path, around: &Around<'_>) ->
     let started_unix_ms = unix_ms();
     let mut env = task.env.clone();
     env.extend(around.secrets.clone());
+    if !task.gpus.is_empty() {
+        // A command's child sees what it was lent, too.
+        env.insert(VISIBLE_GPUS.into(), visible_gpus(&task.gpus));
+    }
     let mut cx = Context {
         store: store.clone(),
         hub: around.hub,
@@ -212,6 +224,9 @@ fn try_attempt(task: &Task, step: &dyn Step, dir: &Path, around: &Around<'_>) ->
     outside.unchanged(store)?;
     let seconds = started.elapsed().as_secs_f64();
     let to = durable::store_for(store, started.elapsed(), &task.sources)?;
+    // What it gives may be there already, from a result that is swept away: not before the record
+    // is there too.
+    let _shared = store.lock_shared()?;
     let ports = publish(&to, step, dir, &produced)?;
     let record = Record {
         key: task.key,
@@ -271,12 +286,15 @@ fn lease(task: &Task, around: &Around<'_>) -> Result<Option<crate::store::Lease>
             return Ok(None);
         }
         std::thread::sleep(pause);
-        // A holder that is gone after one pause was only looking.
+        // A holder that is gone after one pause was only looking; one that has just come has not
+        // yet written down who it is.
         if !said && pause > Duration::from_millis(5) {
-            said = true;
-            let holder = around.store.holder(&name);
-            let holder = holder.map_or_else(|| "another run".into(), |h| h.to_string());
-            (around.say)(Said::Waiting(holder));
+            let holder = around.store.holder(&name).map(|holder| holder.to_string());
+            let unknown = pause > Duration::from_millis(100);
+            if let Some(holder) = holder.or_else(|| unknown.then(|| "another run".into())) {
+                said = true;
+                (around.say)(Said::Waiting(holder));
+            }
         }
         pause = (pause * 2).min(Duration::from_millis(250));
     }

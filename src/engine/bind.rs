@@ -187,12 +187,16 @@ pub(super) fn decide(
     bound: &Bound,
     forced: bool,
 ) -> Result<Decision> {
+    let noted = |why: Why| {
+        past.note(&instance.id.0, &why);
+        Ok(Decision::Miss(why))
+    };
     if forced {
-        return Ok(Decision::Miss(Why::Forced));
+        return noted(Why::Forced);
     }
     match look_up(store, &bound.key)? {
         Ok(record) => Ok(Decision::Hit(record)),
-        Err(Some(why)) => Ok(Decision::Miss(why)),
+        Err(Some(why)) => noted(why),
         Err(None) => {
             let current = Current {
                 preimage: &bound.preimage,

@@ -88,8 +88,14 @@ pub enum RunEvent {
         step: String,
         /// The attempt that failed, from 1.
         attempt: u32,
+        /// Attempts that it gets in all.
+        #[serde(default)]
+        of: u32,
         /// Why it failed.
         message: String,
+        /// The pause before the next; the step holds no slot meanwhile.
+        #[serde(default)]
+        in_seconds: f64,
     },
     /// A result was made (or, after [`RunEvent::Waiting`], taken from the other run).
     Finished {

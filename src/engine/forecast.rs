@@ -9,9 +9,10 @@ use serde::Serialize;
 
 use super::Session;
 use super::bind::{Decision, bind, decide};
+use super::estimate::Cost;
 use super::prepare::prepare_what_can;
 use crate::digest::Digest;
-use crate::lineage::{Past, Record, Runs, State, Why};
+use crate::lineage::{Past, Record, Why};
 use crate::pipeline::Plan;
 use crate::step::Needs;
 
@@ -56,8 +57,9 @@ pub struct Forecast {
     pub prospect: Prospect,
     /// What it needs to run.
     pub needs: Needs,
-    /// Seconds that it took when it last ran.
-    pub last_seconds: Option<f64>,
+    /// What it cost if it is cached, and is expected to cost if it is not; absent where there
+    /// never was a step like it.
+    pub cost: Option<Cost>,
 }
 
 /// What a run would do, in plan order. Outside names are resolved where they can be; nothing is
@@ -95,35 +97,18 @@ pub fn forecast(plan: &Plan, session: &Session<'_>) -> Result<Vec<Forecast>> {
         } else {
             Prospect::WaitsOn { steps: waits.into_iter().collect() }
         };
-        let last_seconds = records.get(&node).map(|record| record.made.seconds);
+        let cost = match (records.get(&node), &prospect) {
+            (Some(record), _) => Some(Cost::spent(record)),
+            (None, Prospect::Unresolved { .. }) => None,
+            (None, _) => Cost::expected(&session.store, &past, instance)?,
+        };
         forecasts.push(Forecast {
             step: instance.id.0.clone(),
             kind: instance.kind.name.to_owned(),
             prospect,
-            needs: instance.policy.needs.unwrap_or_else(|| instance.parsed.needs()),
-            last_seconds,
+            needs: instance.needs(),
+            cost,
         });
     }
-    fill_last_seconds(plan, session, &mut forecasts)?;
     Ok(forecasts)
-}
-
-/// Looks in the newest journals for steps whose cost is not known from a record.
-fn fill_last_seconds(plan: &Plan, session: &Session<'_>, forecasts: &mut [Forecast]) -> Result<()> {
-    const NEWEST: usize = 50;
-    let runs = Runs::of(&session.store);
-    for id in runs.ids()?.into_iter().take(NEWEST) {
-        if forecasts.iter().all(|f| f.last_seconds.is_some()) {
-            break;
-        }
-        let Ok(run) = runs.load(&id) else { continue };
-        if run.info.pipeline != plan.name {
-            continue;
-        }
-        for forecast in forecasts.iter_mut().filter(|f| f.last_seconds.is_none()) {
-            let ran = run.step(&forecast.step).filter(|s| s.state == State::Ran);
-            forecast.last_seconds = ran.map(|s| s.seconds);
-        }
-    }
-    Ok(())
 }

@@ -8,13 +8,17 @@
 mod attempt;
 mod bind;
 mod durable;
+mod ended;
+mod estimate;
 mod event;
 mod forecast;
 mod machine;
 mod outputs;
+mod pending;
 mod prepare;
 mod ready;
 mod reproduce;
+mod retry;
 mod run;
 mod scratch;
 mod session;
@@ -22,8 +26,10 @@ mod slots;
 mod unchanged;
 mod worker;
 
+pub use estimate::{Cost, Estimate};
 pub use event::{Outcome, RunEvent};
 pub use forecast::{Forecast, Prospect, forecast};
+pub use machine::memory_bytes;
 pub use prepare::{Unresolved, Updated, update};
 pub use reproduce::{Reproduced, Verdict, reproduce};
 pub use run::run;

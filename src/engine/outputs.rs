@@ -116,6 +116,7 @@ fn place(
     if there && !edited && wanted {
         return Ok(Placed::Unchanged);
     }
+    sweep(store, dir, name);
     let tree = layout(store, &ports, flat)?;
     if edited && dest.is_dir() && store.tree_of_path(&dest).is_ok_and(|t| t == tree) {
         // Written by an earlier store or run whose note is gone; the same anyway.
@@ -124,7 +125,7 @@ fn place(
     }
     let disk = store.disk();
     disk.create_dir_all(dir)?;
-    let temp = dir.join(format!(".{name}.{}", unique()));
+    let temp = dir.join(format!(".{name}{NEW}{}", unique()));
     let built = build(store, &tree, &temp);
     let kept = match built.and_then(|()| swap(store, dir, name, &temp, edited)) {
         Ok(kept) => kept,
@@ -187,6 +188,25 @@ fn build(store: &Store, tree: &Tree, dest: &Path) -> Result<()> {
     Ok(())
 }
 
+/// Between an output's name and what makes the name of a copy on its way in or out unique.
+const NEW: &str = ".new-";
+const OLD: &str = ".old-";
+
+/// Removes what runs that died left of copies on their way. The caller holds the place's lease, so
+/// nobody else's are there.
+fn sweep(store: &Store, dir: &Path, name: &str) {
+    for entry in std::fs::read_dir(dir).into_iter().flatten().flatten() {
+        let file = entry.file_name();
+        let rest = file.to_str().and_then(|f| f.strip_prefix('.')?.strip_prefix(name));
+        let of = |mark: &str| rest.and_then(|rest| rest.strip_prefix(mark));
+        let numbers = |rest: &str| rest.chars().all(|c| c.is_ascii_digit() || c == '-');
+        if of(NEW).or(of(OLD)).is_some_and(numbers) {
+            // Only tidiness.
+            let _ = store.disk().remove_dir_all(&entry.path());
+        }
+    }
+}
+
 /// Puts the new copy in place of the old one, which is removed, or set aside if it was edited.
 fn swap(
     store: &Store,
@@ -206,7 +226,7 @@ fn swap(
         return Ok(Some(kept));
     }
     if dest.symlink_metadata().is_ok() {
-        let old = dir.join(format!(".{name}.old-{}", unique()));
+        let old = dir.join(format!(".{name}{OLD}{}", unique()));
         disk.rename(&dest, &old)?;
         disk.rename(temp, &dest)?;
         disk.remove_dir_all(&old)?;

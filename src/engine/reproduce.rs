@@ -344,9 +344,9 @@ impl Work<'_, '_> {
     fn execute(&mut self, node: NodeIndex, bound: &Bound) -> Result<Reply> {
         let (instance, options) = (&self.plan.graph[node], &self.session.options);
         let step = instance.id.0.clone();
-        let needs = instance.policy.needs.unwrap_or_else(|| bound.step.needs());
-        let mut slots = Slots::new(options.jobs, &options.gpus);
-        let grant = match slots.allows(&needs) {
+        let needs = instance.policy.needs.clone().unwrap_or_else(|| bound.step.needs());
+        let mut slots = Slots::new(options);
+        let grant = match options.allows(&needs) {
             Ok(()) => slots.take(&needs).context("the machine has no slot for one step")?,
             Err(fault) => return Ok(self.failed(&step, Failure::of(&fault.into()), None)),
         };

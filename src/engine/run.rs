@@ -1,8 +1,6 @@
 //! The run: decides, lends slots, starts attempts, and says what happens.
 
-use std::collections::{BTreeMap, BTreeSet};
-use std::fs::File;
-use std::path::PathBuf;
+use std::collections::BTreeMap;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
 use std::sync::{Arc, Mutex, PoisonError};
@@ -14,8 +12,11 @@ use petgraph::graph::NodeIndex;
 
 use super::attempt::{Around, Failure, Reply, Said, Task, attempt, guarded, set};
 use super::bind::{Bound, Decision, bind, decide};
+use super::ended::{downstream, last_lines};
+use super::pending::{Log, Queued, Running};
 use super::prepare::{Prepared, prepare};
 use super::ready::Ready;
+use super::retry::pause;
 use super::slots::{Grant, Slots};
 use super::worker::{Program, attempt_in_worker};
 use super::{Outcome, RunEvent, Session, machine, outputs, scratch, unchanged};
@@ -24,10 +25,7 @@ use crate::lineage::{
     Journal, Past, Record, RunInfo, Runs, State, Status, StepSummary, Summary, Why, unix_ms,
 };
 use crate::pipeline::{Instance, Plan};
-use crate::step::{CHECKPOINT_EVERY, Context, Event, Needs, Produced};
-
-/// Lines of a failed step's log that are shown with its failure.
-const TAIL_LINES: usize = 20;
+use crate::step::{CHECKPOINT_EVERY, Context, Event, Produced};
 
 /// Runs a plan.
 ///
@@ -67,7 +65,7 @@ pub fn run(
         past: Past::of(&session.store, &plan.name),
         journal,
         observe,
-        slots: Slots::new(session.options.jobs, &session.options.gpus),
+        slots: Slots::new(&session.options),
         ready: Ready::new(plan, &prepared.order),
         records: BTreeMap::new(),
         by_key: BTreeMap::new(),
@@ -83,28 +81,6 @@ pub fn run(
         unchanged::remember(plan, session, &prepared, &runner.records, run);
     }
     runner.finish(result, started)
-}
-
-/// A miss that waits for its slots.
-struct Queued {
-    bound: Arc<Bound>,
-    why: Why,
-    needs: Needs,
-    /// The attempt to come, from 1.
-    attempt: u32,
-}
-
-/// An attempt under way.
-struct Running {
-    queued: Queued,
-    grant: Grant,
-    cancel: Arc<AtomicBool>,
-    deadline: Option<Instant>,
-    timed_out: bool,
-    started: Instant,
-    /// Made with its first line.
-    log: Option<File>,
-    log_path: PathBuf,
 }
 
 enum Message {
@@ -233,6 +209,9 @@ impl<'a> Runner<'a, '_> {
 
     /// Decides every step whose producers are through, in plan order.
     fn decide_ready(&mut self) -> Result<()> {
+        // What is looked up here may be swept away until the journal names it.
+        let store = &self.session.store;
+        let _shared = self.ready.any().then(|| store.lock_shared()).transpose()?;
         while let Some(position) = self.ready.next() {
             let node = self.prepared.order[position];
             let step = self.prepared.steps[&node].as_ref();
@@ -256,12 +235,12 @@ impl<'a> Runner<'a, '_> {
             Decision::Miss(why) => why,
         };
         self.emit(RunEvent::Miss { step, key, why: why.clone() })?;
-        let needs = self.instance(node).policy.needs.unwrap_or_else(|| bound.step.needs());
-        let fits = self.slots.allows(&needs).map_err(anyhow::Error::from);
+        let needs = self.instance(node).needs();
+        let fits = self.session.options.allows(&needs).map_err(anyhow::Error::from);
         if let Err(e) = fits.and_then(|()| self.check_inputs(node, &bound)) {
             return self.fail(node, Some(key), Some(why), Failure::of(&e));
         }
-        let queued = Queued { bound: Arc::new(bound), why, needs, attempt: 1 };
+        let queued = Queued { bound: Arc::new(bound), why, needs, attempt: 1, due: None };
         self.queue.insert(position, (node, queued));
         Ok(())
     }
@@ -325,7 +304,10 @@ impl<'a> Runner<'a, '_> {
                 break;
             }
             from = position + 1;
-            let (node, key, needs) = (*node, queued.bound.key, queued.needs);
+            let (node, key, needs) = (*node, queued.bound.key, queued.needs.clone());
+            if queued.due.is_some_and(|due| Instant::now() < due) {
+                continue;
+            }
             // Two steps of one key: the second takes what the first made.
             if self.running.values().any(|r| r.queued.bound.key == key) {
                 continue;
@@ -377,8 +359,7 @@ impl<'a> Runner<'a, '_> {
             deadline: instance.policy.timeout.map(|t| Instant::now() + t),
             timed_out: false,
             started: Instant::now(),
-            log: None,
-            log_path: log_path.clone(),
+            log: Log::at(log_path.clone()),
         };
         self.running.insert(node, running);
         let program = self.program;
@@ -430,12 +411,7 @@ impl<'a> Runner<'a, '_> {
                     Event::Progress { .. } | Event::Metric { .. } => None,
                 };
                 if let (Some(line), Some(running)) = (line, self.running.get_mut(&node)) {
-                    let disk = self.session.store.disk();
-                    let log = match &mut running.log {
-                        Some(log) => log,
-                        none => none.insert(disk.open_append(&running.log_path)?),
-                    };
-                    disk.append(log, line.as_bytes(), &running.log_path)?;
+                    running.log.append(self.session.store.disk(), &line)?;
                 }
                 let step = self.id(node);
                 self.emit(RunEvent::Step { step, event })
@@ -446,7 +422,7 @@ impl<'a> Runner<'a, '_> {
 
     fn ended(&mut self, node: NodeIndex, reply: Reply) -> Result<()> {
         let Some(running) = self.running.remove(&node) else { return Ok(()) };
-        let Running { queued, grant, timed_out, started, .. } = running;
+        let Running { queued, grant, timed_out, started, mut log, .. } = running;
         self.slots.give(grant);
         let (step, key) = (self.id(node), queued.bound.key);
         let mut failure = match reply {
@@ -473,11 +449,17 @@ impl<'a> Runner<'a, '_> {
             return self.skip(node, Some(key), "the run was stopped".into());
         }
         self.store_failed |= failure.store;
-        let again = queued.attempt <= self.instance(node).policy.retry;
+        let retry = self.instance(node).policy.retry;
+        let again = queued.attempt <= retry.times;
         if again && !failure.store && !failure.keep && self.stop.is_none() {
             let (attempt, message) = (queued.attempt, failure.message);
-            self.emit(RunEvent::Retrying { step, attempt, message })?;
-            let queued = Queued { attempt: attempt + 1, ..queued };
+            let pause = pause(retry, &key, attempt);
+            let line = format!("attempt {attempt} failed: {message}\n");
+            log.append(self.session.store.disk(), &line)?;
+            let (of, in_seconds) = (retry.times + 1, pause.as_secs_f64());
+            self.emit(RunEvent::Retrying { step, attempt, of, message, in_seconds })?;
+            let due = Instant::now().checked_add(pause);
+            let queued = Queued { attempt: attempt + 1, due, ..queued };
             self.queue.insert(self.ready.position(node), (node, queued));
             return Ok(());
         }
@@ -508,24 +490,16 @@ impl<'a> Runner<'a, '_> {
         let message = failure.message.clone();
         self.end(node, key, State::Failed, 0.0, why, Some(message));
         let log_path = Some(self.journal.log_path(&step)).filter(|p| p.is_file());
-        let log = log_path.as_ref().and_then(|p| std::fs::read(p).ok()).unwrap_or_default();
-        let log = String::from_utf8_lossy(&log);
-        let lines: Vec<&str> = log.lines().collect();
-        let tail = &lines[lines.len().saturating_sub(TAIL_LINES)..];
         self.emit(RunEvent::Failed {
             step: step.clone(),
             message: failure.message,
             chain: failure.chain,
             help: failure.help,
-            log_tail: tail.iter().map(|&l| l.to_owned()).collect(),
+            log_tail: log_path.as_deref().map(last_lines).unwrap_or_default(),
             log_path,
         })?;
         // What is downstream can never run now.
-        let mut after = BTreeSet::new();
-        let mut dfs = petgraph::visit::Dfs::new(&self.plan.graph, node);
-        while let Some(next) = dfs.next(&self.plan.graph) {
-            after.insert(next);
-        }
+        let after = downstream(self.plan, node);
         for &next in &self.prepared.order {
             if after.contains(&next) && !self.ended.contains_key(&next) {
                 self.skip(next, None, format!("{step} failed"))?;

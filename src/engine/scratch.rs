@@ -82,14 +82,18 @@ pub(super) fn keep(dir: &Path) {
 }
 
 /// Removes the folders of runs whose processes are gone. Only tidiness: what cannot be removed
-/// now is removed by a later run.
+/// now is removed by a later run. A worker may outlive its runner for the grace that it has to
+/// keep a checkpoint in: while it holds the lease of its key, its folder stays.
 pub(super) fn sweep(store: &Store) {
     let runs = Runs::of(store);
+    let mut leased = None;
     for entry in std::fs::read_dir(attempts(store)).into_iter().flatten().flatten() {
         let name = entry.file_name();
         let Some(name) = name.to_str().filter(|n| !n.starts_with(KEPT)) else { continue };
-        if let Some((run, _)) = name.split_once(SEPARATOR)
+        if let Some((run, rest)) = name.split_once(SEPARATOR)
             && !runs.is_alive(run)
+            && let Some((key, _)) = rest.split_once('-')
+            && !leased.get_or_insert_with(|| store.leased()).iter().any(|l| l.starts_with(key))
         {
             let _ = store.disk().remove_dir_all(&entry.path());
         }

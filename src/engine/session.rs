@@ -25,6 +25,10 @@ pub struct Options {
     pub jobs: usize,
     /// GPUs that may be lent to steps, by index.
     pub gpus: Vec<u32>,
+    /// Bytes of memory that may be lent to steps; without limit if absent.
+    pub memory: Option<u64>,
+    /// What else may be lent, by name.
+    pub resources: BTreeMap<String, u64>,
     /// Steps or instances to run, with what they need; all if empty.
     pub targets: Vec<String>,
     /// Steps or instances to run even if their result is there.
@@ -62,6 +66,8 @@ impl Default for Options {
         Self {
             jobs: 1,
             gpus: Vec::new(),
+            memory: None,
+            resources: BTreeMap::new(),
             targets: Vec::new(),
             force: Vec::new(),
             keep_going: false,

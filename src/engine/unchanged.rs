@@ -64,6 +64,7 @@ fn index_path(session: &Session<'_>, file: &Path) -> Result<PathBuf> {
         "sets": options.sets,
         "sweep_cap": options.sweep_cap,
         "targets": options.targets,
+        "resources": options.resources.keys().collect::<Vec<_>>(),
         "device": options.device,
         "compute": options.compute,
         "outputs": options.outputs,
@@ -190,6 +191,8 @@ pub fn unchanged(
 ) -> Result<Option<Outcome>> {
     let started = Instant::now();
     let started_unix_ms = unix_ms();
+    // What is found here may be swept away until it is on record that it was.
+    let _shared = session.store.lock_shared()?;
     let Some(Index { pipeline, since, steps, .. }) = standing(file, text, session) else {
         return Ok(None);
     };

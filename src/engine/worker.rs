@@ -19,7 +19,7 @@ use anyhow::{Context as _, Result, ensure};
 use rustix::process::{Pid, Signal, WaitId, WaitIdOptions, kill_process_group, waitid};
 use serde::{Deserialize, Serialize};
 
-use super::attempt::{Around, Failure, Reply, Said, Task, attempt};
+use super::attempt::{Around, Failure, Reply, Said, Task, VISIBLE_GPUS, attempt, visible_gpus};
 use super::bind::look_up;
 use super::machine::{self, BUILD};
 use super::prepare::bad_field;
@@ -97,9 +97,8 @@ fn environment(task: &Task, options: &Options) -> BTreeMap<String, String> {
         .collect();
     env.extend(task.env.clone());
     env.insert("RAYON_NUM_THREADS".into(), task.threads.to_string());
-    let gpus: Vec<String> = task.gpus.iter().map(ToString::to_string).collect();
-    if task.device == Device::Cuda || !gpus.is_empty() {
-        env.insert("CUDA_VISIBLE_DEVICES".into(), gpus.join(","));
+    if task.device == Device::Cuda || !task.gpus.is_empty() {
+        env.insert(VISIBLE_GPUS.into(), visible_gpus(&task.gpus));
     }
     if options.offline {
         env.insert("HF_HUB_OFFLINE".into(), "1".into());

@@ -28,6 +28,10 @@ use crate::step::{
 /// folder for each port (a dataset's splits), or the port's own files if it is one port; models,
 /// tokenizers and reports are laid out flat, as their programs expect them.
 ///
+/// With `in_place` a command works as in the folder of a project: the files of an input lie where
+/// the command before wrote them, and an output is what this command leaves at the path given.
+/// They are private copies, which it may change.
+///
 /// The environment is empty but for `PATH`, `HOME`, `LANG` and `LC_ALL` (`C.UTF-8`), `TMPDIR`,
 /// the step's own `env:`, and absolute paths: `FLOW_INPUT_<name>` for `inputs`, `FLOW_OUT_<name>`
 /// for `outputs`. A status other than 0 fails the step, and so does an output that is not there.
@@ -44,6 +48,10 @@ pub(super) struct Command {
     /// Local files or folders by the name under which they lie in the working directory.
     #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
     files: BTreeMap<String, FileInput>,
+    /// Inputs lie, and outputs are written, at their own paths in the working directory.
+    // Not in the key where it is false, which is how commands were before there was the field.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    in_place: bool,
     /// The shell; it is given `-c` and the text.
     #[serde(default = "sh")]
     shell: String,
@@ -84,9 +92,12 @@ impl StepKind for Command {
                 problems.push(Problem::error(format!("outputs.{name}"), message));
             }
         }
-        for name in self.files.keys().filter(|n| !is_inside(n) || is_taken(n)) {
+        for name in self.files.keys().filter(|n| !is_inside(n) || self.is_taken(n)) {
             let message = format!("`{name}` cannot be a name in the working directory");
             problems.push(Problem::error(format!("files.{name}"), message));
+        }
+        if self.in_place {
+            problems.extend(self.overlaps());
         }
         if self.outputs.is_empty() {
             let message = "the command declares no output";
@@ -110,16 +121,23 @@ impl StepKind for Command {
         let work = cx.scratch_dir()?;
         let mut environment = BTreeMap::new();
         for (name, input) in &self.inputs {
-            let place = Path::new("inputs").join(name);
-            lay_out(cx, &input.binding, &work.join(&place))
+            let place = match self.in_place {
+                true => work.clone(),
+                false => work.join("inputs").join(name),
+            };
+            let how = if self.in_place { Layout::InPlace } else { Layout::Folder };
+            lay_out(cx, &input.binding, &place, how)
                 .with_context(|| format!("laying out input `{name}`"))?;
-            environment.insert(format!("FLOW_INPUT_{name}"), text(&work.join(&place))?);
+            environment.insert(format!("FLOW_INPUT_{name}"), text(&place)?);
         }
         for (name, file) in &self.files {
-            stage(&file.path, &work.join(name)).with_context(|| format!("staging `{name}`"))?;
+            stage(&file.path, &work.join(name), self.in_place)
+                .with_context(|| format!("staging `{name}`"))?;
         }
         for (name, path) in &self.outputs {
-            let to = cx.out_dir(name)?.join(path);
+            let to = if self.in_place { work.clone() } else { cx.out_dir(name)? }.join(path);
+            let message = format!("an input lies where output `{name}` is to be written: `{path}`");
+            ensure!(to.symlink_metadata().is_err(), Fault::new(message));
             let folder = if path.ends_with('/') { Some(to.as_path()) } else { to.parent() };
             folder.map(fs::create_dir_all).transpose().context("making an output's folder")?;
             environment.insert(format!("FLOW_OUT_{name}"), text(&to)?);
@@ -134,7 +152,8 @@ impl StepKind for Command {
                 TextPiece::Edge(binding) => {
                     edges += 1;
                     let place = format!("inputs/{edges}");
-                    lay_out(cx, binding, &work.join(&place)).context("laying out an input")?;
+                    lay_out(cx, binding, &work.join(&place), Layout::Folder)
+                        .context("laying out an input")?;
                     script += &place;
                 }
             }
@@ -144,6 +163,12 @@ impl StepKind for Command {
         let job = Job { shell: &self.shell, script: &script, dir: &work, environment };
         process::run(&job, cx)?;
         for (name, path) in &self.outputs {
+            let from = work.join(path);
+            if self.in_place && from.symlink_metadata().is_ok() {
+                let to = cx.out_dir(name)?.join(path);
+                to.parent().map(fs::create_dir_all).transpose()?;
+                fs::rename(&from, &to).with_context(|| format!("taking output `{name}`"))?;
+            }
             self.require(cx, name, path)?;
         }
         Ok(())
@@ -169,7 +194,10 @@ impl Command {
                 // The attempt's outputs lie beside its working directory.
                 "out" if known.contains(&name) => {
                     let path = self.outputs[name].trim_end_matches('/');
-                    filled += &format!("../out/{name}/{path}");
+                    match self.in_place {
+                        true => filled += path,
+                        false => filled += &format!("../out/{name}/{path}"),
+                    }
                 }
                 "files" if known.contains(&name) => filled += name,
                 "out" | "files" => {
@@ -189,6 +217,26 @@ impl Command {
             rest = &rest[start + length + 1..];
         }
         Ok(filled + rest)
+    }
+
+    /// Outputs that hold each other or a file that was staged: what would be taken first?
+    fn overlaps(&self) -> Vec<Problem> {
+        let holds = |a: &str, b: &str| Path::new(b).starts_with(a) || Path::new(a).starts_with(b);
+        let mut problems = Vec::new();
+        for (name, path) in &self.outputs {
+            let others = self.outputs.iter().filter(|(other, _)| *other > name).map(|(_, p)| p);
+            for other in others.chain(self.files.keys()).filter(|other| holds(path, other)) {
+                let message = format!("output `{path}` and `{other}` lie in each other");
+                let help = "with `in_place` an output is a path of its own";
+                problems.push(Problem::error(format!("outputs.{name}"), message).help(help));
+            }
+        }
+        problems
+    }
+
+    /// Whether a name in the working directory is another's.
+    fn is_taken(&self, name: &str) -> bool {
+        !self.in_place && Path::new(name).starts_with("inputs") || name.ends_with('/')
     }
 
     fn require(&self, cx: &Context<'_>, name: &str, path: &str) -> Result<()> {
@@ -212,14 +260,10 @@ fn is_name(name: &str) -> bool {
 }
 
 /// Whether a path stays below its folder and has no character that a shell would take apart.
-fn is_inside(path: &str) -> bool {
+pub(crate) fn is_inside(path: &str) -> bool {
     let plain = |c: char| c.is_alphanumeric() || "/_-.+,=@%".contains(c);
     let inside = Path::new(path).components().all(|c| matches!(c, Component::Normal(_)));
     !path.is_empty() && inside && path.chars().all(plain) && !path.starts_with('-')
-}
-
-fn is_taken(name: &str) -> bool {
-    Path::new(name).starts_with("inputs") || name.ends_with('/')
 }
 
 fn text(path: &Path) -> Result<String> {
@@ -227,14 +271,24 @@ fn text(path: &Path) -> Result<String> {
     Ok(text.to_owned())
 }
 
+/// How an input's files are laid out.
+#[derive(Clone, Copy, PartialEq)]
+enum Layout {
+    /// In a folder of their own, below one for each port, to be read only.
+    Folder,
+    /// Those of all ports at their paths, as copies.
+    InPlace,
+}
+
 /// Puts an artifact's files below a folder: links to the store's own, which are read-only, and
 /// read-only copies of what lies outside it (blocks are shared where the file system can), because
 /// a command that writes to its input must not change the user's file or the hub's cache.
-fn lay_out(cx: &Context<'_>, binding: &Binding, to: &Path) -> Result<()> {
+fn lay_out(cx: &Context<'_>, binding: &Binding, to: &Path, how: Layout) -> Result<()> {
     let view = cx.view(binding)?;
     let flat = view.ty.flat_ports();
     for port in view.ports.keys() {
         let folder = match flat {
+            _ if how == Layout::InPlace => to.to_path_buf(),
             Some(ports) if ports.contains(&port.as_str()) => to.to_path_buf(),
             _ if view.ports.len() == 1 => to.to_path_buf(),
             _ => to.join(port),
@@ -243,7 +297,12 @@ fn lay_out(cx: &Context<'_>, binding: &Binding, to: &Path) -> Result<()> {
         for (path, from) in view.files(port)? {
             let to = folder.join(&path);
             to.parent().map(fs::create_dir_all).transpose()?;
-            if from.starts_with(view.store.root()) {
+            if how == Layout::InPlace {
+                let message = || Fault::new(format!("two inputs bring `{path}`"));
+                let help = "with `in_place` all inputs lie in one folder";
+                ensure!(to.symlink_metadata().is_err(), message().help(help));
+                copy(&from, &to, 0o644)?;
+            } else if from.starts_with(view.store.root()) {
                 symlink(&from, &to).with_context(|| format!("linking `{path}`"))?;
             } else {
                 view.store.disk().copy(&from, &to)?;
@@ -254,14 +313,20 @@ fn lay_out(cx: &Context<'_>, binding: &Binding, to: &Path) -> Result<()> {
     Ok(())
 }
 
-/// Copies a file or folder, read-only: a command that writes to it must not change the original.
-fn stage(from: &Path, to: &Path) -> Result<()> {
+/// Copies a file; it can be run if the original can.
+fn copy(from: &Path, to: &Path, mode: u32) -> Result<()> {
+    fs::copy(from, to).with_context(|| format!("copying {}", from.display()))?;
+    let executable = fs::metadata(from)?.permissions().mode() & 0o111 != 0;
+    let mode = if executable { mode | 0o111 } else { mode };
+    Ok(fs::set_permissions(to, fs::Permissions::from_mode(mode))?)
+}
+
+/// Copies a file or folder, read-only unless the copy is to be worked on: a command that writes to
+/// it must not change the original.
+fn stage(from: &Path, to: &Path, writable: bool) -> Result<()> {
     to.parent().map(fs::create_dir_all).transpose()?;
     if !from.is_dir() {
-        fs::copy(from, to).with_context(|| format!("copying {}", from.display()))?;
-        let executable = fs::metadata(from)?.permissions().mode() & 0o111 != 0;
-        let mode = if executable { 0o555 } else { 0o444 };
-        return Ok(fs::set_permissions(to, fs::Permissions::from_mode(mode))?);
+        return copy(from, to, if writable { 0o644 } else { 0o444 });
     }
     fs::create_dir_all(to)?;
     let mut items: Vec<PathBuf> =
@@ -269,7 +334,7 @@ fn stage(from: &Path, to: &Path) -> Result<()> {
     items.sort_unstable();
     for item in items {
         let name = item.file_name().context("an item of a folder has a name")?;
-        stage(&item, &to.join(name))?;
+        stage(&item, &to.join(name), writable)?;
     }
     Ok(())
 }
@@ -315,6 +380,31 @@ mod tests {
         let problems = command("x > ${out.tables}").check();
         assert_eq!(problems.len(), 1);
         assert_eq!(problems[0].help.as_deref(), Some("did you mean `table`?"));
+    }
+
+    #[test]
+    fn outputs_in_place_lie_apart() {
+        let problems = |outputs: serde_json::Value| {
+            let with = serde_json::json!({
+                "run": "true", "in_place": true, "outputs": outputs, "files": { "src": "./src" },
+            });
+            let command: Command = serde_json::from_value(with).unwrap();
+            command.check().into_iter().map(|p| p.path).collect::<Vec<_>>()
+        };
+        assert!(problems(serde_json::json!({ "a": "data/a", "b": "data/ab" })).is_empty());
+        assert_eq!(problems(serde_json::json!({ "a": "data/", "b": "data/b" })), ["outputs.a"]);
+        assert_eq!(problems(serde_json::json!({ "a": "src/x" })), ["outputs.a"]);
+    }
+
+    #[test]
+    fn in_place_paths_are_their_own() {
+        let with = serde_json::json!({
+            "run": "x > ${out.x}", "in_place": true, "outputs": { "x": "data/x" },
+            "files": { "inputs/y": "./y" },
+        });
+        let command: Command = serde_json::from_value(with).unwrap();
+        assert!(command.check().is_empty());
+        assert_eq!(command.filled("x > ${out.x}").unwrap(), "x > data/x");
     }
 
     #[test]

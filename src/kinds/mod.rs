@@ -17,6 +17,8 @@ mod select;
 mod tokenize;
 mod train;
 
+pub(crate) use command::is_inside;
+
 use crate::step::Kind;
 
 /// The table of kinds. Parser, checks, keys, schemas, README, completions and reports read it.

@@ -55,9 +55,15 @@ impl Lock {
                 continue;
             }
             let place = || format!("{}:{}", path.display(), number + 1);
-            let Some((name, identity)) = line.rsplit_once(" = ") else {
+            let whole = |(name, identity): &(&str, &str)| {
+                let identity = identity.trim();
+                let blank = identity.is_empty() || identity.contains(char::is_whitespace);
+                !name.trim().is_empty() && !blank
+            };
+            let Some((name, identity)) = line.rsplit_once(" = ").filter(whole) else {
                 let fault = Fault::new(format!("{}: expected `name = identity`", place()));
-                return Err(fault.help("take the file from version control, or delete it").into());
+                let help = "mend or remove this line; what a lock lacks is looked up again";
+                return Err(fault.help(help).into());
             };
             let (name, identity) = (name.trim().to_owned(), identity.trim().to_owned());
             if let Some(other) = lock.entries.insert(name.clone(), identity.clone())
@@ -149,6 +155,16 @@ mod tests {
         let store = Store::open(&dir.path().join("store")).unwrap();
         let path = dir.path().join("p.lock");
         (dir, store, path)
+    }
+
+    #[test]
+    fn an_identity_is_one_word() {
+        let (_dir, _store, path) = place();
+        for bad in ["hub:a = ", "hub:a = 1 2", "hub:a = \u{c}= \u{c}2", " = 1", "hub:a=1"] {
+            std::fs::write(&path, bad).unwrap();
+            let e = Lock::load(&path, LockMode::Grow).expect_err(bad);
+            assert!(e.to_string().contains(":1: expected `name = identity`"), "{e}");
+        }
     }
 
     #[test]

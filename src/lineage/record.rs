@@ -9,7 +9,7 @@ use serde_json::{Map, Value};
 
 use crate::artifact::Type;
 use crate::digest::Digest;
-use crate::store::Store;
+use crate::store::{Item, Store};
 
 /// How, where and when a result was made. Never part of a key or of a published tree.
 #[derive(Debug, Clone, PartialEq, Default, Serialize, Deserialize)]
@@ -101,6 +101,13 @@ pub enum Wrote {
     Same,
     /// One with other outputs at these ports stood already: first wins, the difference is kept.
     Differs(Vec<String>),
+}
+
+/// What stands on the disk under a key.
+#[derive(Debug, Default)]
+pub(super) struct RecordFile {
+    pub(super) record: Option<(Item, Loaded)>,
+    pub(super) ledger: Option<(Item, Vec<Difference>)>,
 }
 
 #[derive(Serialize, Deserialize)]
@@ -234,21 +241,54 @@ impl Record {
         }
     }
 
+    /// Every record of a store, whole or not, and every ledger of differences, by key.
+    ///
+    /// # Errors
+    /// When the folder, or a file that is there, cannot be read.
+    pub(super) fn files(store: &Store) -> Result<BTreeMap<Digest, RecordFile>> {
+        let mut files: BTreeMap<Digest, RecordFile> = BTreeMap::new();
+        for (name, item) in store.sharded("records")? {
+            let Some((key, ending)) = name.split_once('.') else { continue };
+            let Ok(key) = key.parse() else { continue };
+            let file = files.entry(key).or_default();
+            match ending {
+                "json" => file.record = Some((item, Self::load(store, &key)?)),
+                "differences.jsonl" => file.ledger = Some((item, Self::differences(store, &key)?)),
+                _ => {}
+            }
+        }
+        Ok(files)
+    }
+
+    /// Keys that begin with some digits and have a record, whole or not.
+    ///
+    /// # Errors
+    /// When the folder cannot be read.
+    pub fn keys(store: &Store, beginning: &str) -> Result<Vec<Digest>> {
+        let names = store.sharded("records")?.into_iter().map(|(name, _)| name);
+        let names = names.filter(|name| name.starts_with(beginning));
+        Ok(names.filter_map(|name| name.strip_suffix(".json")?.parse().ok()).collect())
+    }
+
+    /// The trees that a damaged record names, as far as it can be read.
+    pub(super) fn trees_of_damaged(path: &std::path::Path) -> Vec<Digest> {
+        let text = std::fs::read(path).unwrap_or_default();
+        let value: Value = serde_json::from_slice(&text).unwrap_or_default();
+        let ports = value["record"]["ports"].as_object().into_iter().flatten();
+        ports.filter_map(|(_, tree)| tree.as_str()?.parse().ok()).collect()
+    }
+
     /// All whole records of a store, newest first.
     ///
     /// # Errors
     /// When the folder cannot be read.
     pub fn all(store: &Store) -> Result<Vec<Self>> {
         let mut records = Vec::new();
-        let root = store.root().join("records");
-        for shard in read_dir(&root)? {
-            for path in read_dir(&shard)? {
-                if path.extension().is_some_and(|e| e == "json")
-                    && let Ok(text) = std::fs::read(&path)
-                    && let Ok(record) = Self::parse(&text)
-                {
-                    records.push(record);
-                }
+        for path in record_files(store)? {
+            if let Ok(text) = std::fs::read(&path)
+                && let Ok(record) = Self::parse(&text)
+            {
+                records.push(record);
             }
         }
         records.sort_by(|a, b| {
@@ -257,6 +297,16 @@ impl Record {
         });
         Ok(records)
     }
+}
+
+/// The files of all records of a store, whole or not.
+pub(super) fn record_files(store: &Store) -> Result<Vec<PathBuf>> {
+    let mut files = Vec::new();
+    for shard in read_dir(&store.root().join("records"))? {
+        files.extend(read_dir(&shard)?);
+    }
+    files.retain(|path| path.extension().is_some_and(|e| e == "json"));
+    Ok(files)
 }
 
 fn read_dir(dir: &std::path::Path) -> Result<Vec<PathBuf>> {

@@ -339,7 +339,7 @@ impl Runs {
     }
 }
 
-fn lease_name(id: &str) -> String {
+pub(super) fn lease_name(id: &str) -> String {
     format!("run-{id}")
 }
 

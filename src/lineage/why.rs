@@ -1,16 +1,12 @@
 //! Why a key is new: the typed difference between two pre-images.
 
-use std::cell::OnceCell;
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
 
-use anyhow::Result;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
-use super::{Loaded, Record, Runs, unix_ms};
 use crate::digest::Digest;
-use crate::store::Store;
 
 /// One field that differs between two pre-images.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -30,6 +26,18 @@ pub struct Change {
     /// The step that the input comes from, where it is known.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub from: Option<String>,
+    /// Where that step ran in this run: what began it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub since: Option<Since>,
+}
+
+/// The first step of a chain of steps that ran because one before them gave other bytes.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Since {
+    /// The instance.
+    pub step: String,
+    /// Why it ran (`with.template "a" -> "b"`, `first time`).
+    pub because: String,
 }
 
 impl fmt::Display for Change {
@@ -41,10 +49,16 @@ impl fmt::Display for Change {
                 _ => "changed",
             };
             write!(f, "input {} {what}", self.path)?;
-            if let Some(step) = &self.from {
-                write!(f, " (from step {step})")?;
-            }
-            return Ok(());
+            return match (&self.from, &self.since) {
+                (None, _) => Ok(()),
+                (Some(step), None) => write!(f, " (from step {step})"),
+                (Some(step), Some(since)) if *step == since.step => {
+                    write!(f, " (from step {step}, which ran: {})", since.because)
+                }
+                (Some(step), Some(Since { step: first, because })) => {
+                    write!(f, " (from step {step}, after {first} ran: {because})")
+                }
+            };
         }
         let text = |v: &Option<Value>| match v {
             None => "(absent)".to_owned(),
@@ -97,6 +111,23 @@ pub enum Why {
     },
     /// The user asked for it.
     Forced,
+}
+
+impl Why {
+    /// What began the chain of steps that a step of this name ends, if it ran for this reason.
+    pub(super) fn since(&self, step: &str) -> Since {
+        let because = match self {
+            Self::Changed { changes, .. } => {
+                let own = changes.iter().find(|c| !c.input);
+                if let (None, Some(since)) = (own, changes.iter().find_map(|c| c.since.clone())) {
+                    return since;
+                }
+                own.or(changes.first()).map_or_else(|| "its key is new".into(), Change::to_string)
+            }
+            plain => plain.to_string(),
+        };
+        Since { step: step.to_owned(), because }
+    }
 }
 
 impl fmt::Display for Why {
@@ -163,8 +194,8 @@ fn age(seconds: u64) -> String {
 
 /// A leaf of a flattened pre-image.
 #[derive(Debug, Clone, PartialEq)]
-struct Leaf {
-    value: Value,
+pub(super) struct Leaf {
+    pub(super) value: Value,
     input: bool,
     /// Path of the `$input` that it belongs to.
     edge: Option<String>,
@@ -239,7 +270,8 @@ fn flatten_input(path: &str, binding: &Value, out: &mut BTreeMap<String, Leaf>) 
     }
 }
 
-fn leaves(preimage: &Value) -> BTreeMap<String, Leaf> {
+/// The fields of a pre-image, by path.
+pub(super) fn leaves(preimage: &Value) -> BTreeMap<String, Leaf> {
     let mut out = BTreeMap::new();
     flatten("", preimage, &mut out);
     // An empty `env` and an absent `salt` are no fields.
@@ -269,141 +301,17 @@ pub fn difference(old: &Value, new: &Value, sources: &BTreeMap<String, String>) 
             new: b.map(|l| l.value.clone()),
             input,
             from: edge.and_then(|e| sources.get(e)).cloned(),
+            since: None,
         });
     }
     changes
 }
 
 /// Fields that either of two pre-images has.
-fn fields(old: &Value, new: &Value) -> usize {
+pub(super) fn fields(old: &Value, new: &Value) -> usize {
     let (mut all, new) = (leaves(old), leaves(new));
     all.extend(new);
     all.len()
-}
-
-/// A key that is to be explained.
-#[derive(Debug, Clone, Copy)]
-pub struct Current<'a> {
-    /// What the key is the digest of.
-    pub preimage: &'a Value,
-    /// The key.
-    pub key: Digest,
-    /// The step's name in the file.
-    pub step: &'a str,
-    /// The instance.
-    pub id: &'a str,
-    /// Kind of the step.
-    pub kind: &'a str,
-    /// The step behind each input, by path in the pre-image.
-    pub sources: &'a BTreeMap<String, String>,
-}
-
-/// What a store remembers of a pipeline, read once and only when something is to be explained.
-#[derive(Debug)]
-pub struct Past {
-    store: Store,
-    pipeline: String,
-    records: OnceCell<Vec<Record>>,
-    keys: OnceCell<BTreeMap<String, Vec<Digest>>>,
-}
-
-impl Past {
-    /// The past of a pipeline, by its name.
-    pub fn of(store: &Store, pipeline: &str) -> Self {
-        let (store, pipeline) = (store.clone(), pipeline.to_owned());
-        Self { store, pipeline, records: OnceCell::new(), keys: OnceCell::new() }
-    }
-
-    /// Why a key is not in the store: its difference to the newest record of the same instance,
-    /// else of the same step, else of a step of the same kind that is much the same.
-    ///
-    /// # Errors
-    /// When the store cannot be read.
-    pub fn explain(&self, current: &Current<'_>) -> Result<Why> {
-        let Some(near) = self.nearest(current)? else { return Ok(Why::FirstTime) };
-        let changes = difference(&near.preimage, current.preimage, current.sources);
-        Ok(Why::Changed {
-            changes,
-            of_fields: fields(&near.preimage, current.preimage),
-            nearest: near.key,
-            age_seconds: unix_ms().saturating_sub(near.made.started_unix_ms) / 1000,
-            step: (near.made.step != current.id).then_some(near.made.step),
-            run: near.made.run,
-        })
-    }
-
-    /// Keys by instance, newest first, from the journals of the newest runs.
-    fn keys(&self) -> Result<&BTreeMap<String, Vec<Digest>>> {
-        const NEWEST: usize = 50;
-        if let Some(keys) = self.keys.get() {
-            return Ok(keys);
-        }
-        let runs = Runs::of(&self.store);
-        let mut keys: BTreeMap<String, Vec<Digest>> = BTreeMap::new();
-        for id in runs.ids()?.into_iter().take(NEWEST) {
-            let Ok(run) = runs.load(&id) else { continue };
-            if run.info.pipeline != self.pipeline {
-                continue;
-            }
-            for step in run.summary.into_iter().flat_map(|s| s.steps) {
-                keys.entry(step.id).or_default().extend(step.key);
-            }
-        }
-        Ok(self.keys.get_or_init(|| keys))
-    }
-
-    fn records(&self) -> Result<&[Record]> {
-        if let Some(records) = self.records.get() {
-            return Ok(records);
-        }
-        let records = Record::all(&self.store)?;
-        Ok(self.records.get_or_init(|| records))
-    }
-
-    fn nearest(&self, current: &Current<'_>) -> Result<Option<Record>> {
-        // The journal of the newest run that has this instance names its key without a search.
-        for key in self.keys()?.get(current.id).into_iter().flatten() {
-            if *key != current.key
-                && let Ok(Loaded::Found(record)) = Record::load(&self.store, key)
-                && record.kind == current.kind
-            {
-                return Ok(Some(*record));
-            }
-        }
-        // Newest first within each rank; the fewest changes decide among instances of one step.
-        const COMPARED: usize = 200;
-        let mut compared = 0;
-        let mut best: Option<((u8, usize), &Record)> = None;
-        for record in self.records()? {
-            if record.kind != current.kind || record.key == current.key {
-                continue;
-            }
-            let same_pipeline = record.made.pipeline == self.pipeline;
-            let step = record.made.step.split('@').next().unwrap_or_default();
-            let rank = match (same_pipeline, record.made.step == current.id, step == current.step) {
-                (true, true, _) => 0,
-                (true, false, true) => 1,
-                (_, _, true) => 2,
-                _ => 3,
-            };
-            if best.as_ref().is_some_and(|((r, _), _)| rank > *r) || compared >= COMPARED {
-                continue;
-            }
-            compared += usize::from(rank > 0);
-            let distance = match rank {
-                0 => 0,
-                _ => difference(&record.preimage, current.preimage, current.sources).len(),
-            };
-            // Another pipeline's step explains something only if it is much the same step.
-            if rank >= 2 && 2 * distance > fields(&record.preimage, current.preimage) {
-                continue;
-            }
-            if best.as_ref().is_none_or(|(r, _)| (rank, distance) < *r) {
-                best = Some(((rank, distance), record));
-            }
-        }
-        Ok(best.map(|(_, record)| record.clone()))
-    }
 }
 
 #[cfg(test)]
@@ -476,6 +384,41 @@ mod tests {
     }
 
     #[test]
+    fn a_chain_names_what_began_it() {
+        let change = |input: bool, since: Option<Since>| Change {
+            path: if input { "data.train".into() } else { "with.template".into() },
+            old: Some(json!("a")),
+            new: Some(json!("b")),
+            input,
+            from: input.then(|| "tokens".to_owned()),
+            since,
+        };
+        let why = |change: Change| Why::Changed {
+            changes: vec![change],
+            of_fields: 4,
+            nearest: Digest::of(b""),
+            run: "r".into(),
+            step: None,
+            age_seconds: 0,
+        };
+        let first = why(change(false, None)).since("prompts");
+        assert_eq!(first.because, "with.template \"a\" -> \"b\"");
+        // Through any number of steps it stays the same one.
+        let second = why(change(true, Some(first.clone()))).since("tokens");
+        assert_eq!(second, first);
+        assert_eq!(
+            change(true, Some(second)).to_string(),
+            "input data.train changed (from step tokens, after prompts ran: \
+             with.template \"a\" -> \"b\")"
+        );
+        let forced = Why::Forced.since("tokens");
+        assert_eq!(
+            change(true, Some(forced)).to_string(),
+            "input data.train changed (from step tokens, which ran: forced)"
+        );
+    }
+
+    #[test]
     fn one_line() {
         let change = Change {
             path: "with.max_length".into(),
@@ -483,6 +426,7 @@ mod tests {
             new: Some(json!(256)),
             input: false,
             from: None,
+            since: None,
         };
         let why = Why::Changed {
             changes: vec![change],

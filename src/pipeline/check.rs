@@ -12,9 +12,9 @@ use super::plan::{Instance, Plan, StepId};
 use super::reference::{Piece, Reference, check_keys, near, pieces, texts};
 use super::scope::Scope;
 use super::sweep::{self, Sweep};
-use super::written::{Pipeline, WrittenStep};
+use super::written::{NEEDS, Pipeline, WrittenStep};
 use super::{Settings, outputs};
-use crate::source::{Diagnostic, Severity, Source, Span};
+use crate::source::{Diagnostic, Severity, Source, Span, nearest};
 use crate::step::Kind;
 use crate::yaml::Node;
 
@@ -119,7 +119,8 @@ fn check(
         axes: BTreeSet::new(),
     });
     let mut names = Names { source, scope: &scope, sweep: &sweep, steps: steps.collect(), index };
-    let mut lookup = Lookup { names: &mut names, kinds, found, axes_read: BTreeSet::new() };
+    let (resources, axes_read) = (&settings.resources, BTreeSet::new());
+    let mut lookup = Lookup { names: &mut names, kinds, resources, found, axes_read };
     lookup.all();
     let axes_read = lookup.axes_read;
     for (axis, span) in sweep.axes.iter().filter(|(axis, _)| !axes_read.contains(*axis)) {
@@ -170,6 +171,7 @@ fn inherit(names: &mut Names<'_>, step: usize) {
 struct Lookup<'n, 'a> {
     names: &'n mut Names<'a>,
     kinds: &'n [Kind],
+    resources: &'n BTreeSet<String>,
     found: &'n mut Vec<Diagnostic>,
     axes_read: BTreeSet<String>,
 }
@@ -195,11 +197,29 @@ impl Lookup<'_, '_> {
                     self.found.push(Diagnostic::error(*span, message, "a secret").help(help));
                 }
             }
+            self.resources(written);
             check_keys(&written.with, self.found);
             self.node(step, &written.with, true);
             if let Some(salt) = &written.salt {
                 self.node(step, salt, false);
             }
+        }
+    }
+
+    /// A step can only need what there is.
+    fn resources(&mut self, written: &WrittenStep) {
+        for (name, _, span) in &written.needs.named {
+            if self.resources.contains(name) {
+                continue;
+            }
+            let known = NEEDS.into_iter().chain(self.resources.iter().map(String::as_str));
+            let help = nearest(name, known).map_or_else(
+                || format!("say how many there are in `flow.toml`: `[resources]`, `{name} = 1`"),
+                |name| format!("did you mean `{name}`?"),
+            );
+            let message = format!("there is no resource `{name}`");
+            let wrong = Diagnostic::error(*span, message, "not a resource");
+            self.found.push(wrong.help(help));
         }
     }
 

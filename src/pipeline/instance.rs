@@ -141,14 +141,16 @@ impl<'m, 'a> Maker<'m, 'a> {
         step: Box<dyn Step>,
         salt: Option<String>,
     ) -> Instance {
-        let given = written.needs;
-        let needs = (given != super::written::WrittenNeeds::default()).then(|| {
+        let given = &written.needs;
+        let needs = (*given != super::written::WrittenNeeds::default()).then(|| {
             let own = step.needs();
+            let named = given.named.iter().map(|(name, n, _)| (name.clone(), *n));
             Needs {
                 cpu: given.cpu.unwrap_or(own.cpu),
                 memory: given.memory.or(own.memory),
                 gpu: given.gpu.unwrap_or(own.gpu),
-                exclusive: own.exclusive,
+                exclusive: given.exclusive.unwrap_or(own.exclusive),
+                named: own.named.into_iter().chain(named).collect(),
             }
         });
         let env = written.env.iter().map(|(n, _)| (n.clone(), self.settings.env.get(n).cloned()));

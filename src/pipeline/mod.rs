@@ -15,14 +15,16 @@ mod schema;
 mod scope;
 mod sweep;
 mod target;
+mod units;
 mod written;
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
-pub use plan::{Edge, Instance, Output, Plan, Point, Policy, StepId};
+pub use plan::{Edge, Instance, Output, Plan, Point, Policy, Retry, StepId};
 pub use schema::{kind_schema, schema};
 pub use sweep::by_coordinates;
 pub use target::is_named;
+pub use units::{bytes, duration};
 pub use written::{Pipeline, WrittenNeeds, WrittenStep};
 
 /// What a plan depends on beside its file.
@@ -34,10 +36,13 @@ pub struct Settings {
     pub env: BTreeMap<String, String>,
     /// Points that a sweep may have, where it gives no `cap` itself.
     pub sweep_cap: usize,
+    /// Resources that the project declares: what else a step may `need`.
+    pub resources: BTreeSet<String>,
 }
 
 impl Default for Settings {
     fn default() -> Self {
-        Self { sets: Vec::new(), env: BTreeMap::new(), sweep_cap: 256 }
+        let (sets, env, resources) = (Vec::new(), BTreeMap::new(), BTreeSet::new());
+        Self { sets, env, sweep_cap: 256, resources }
     }
 }

@@ -40,13 +40,28 @@ impl fmt::Display for StepId {
     }
 }
 
+/// How often a failed step is tried again, and how soon.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Retry {
+    /// Attempts after the first.
+    pub times: u32,
+    /// The pause before the first of them; each that follows is twice as long.
+    pub backoff: Duration,
+}
+
+impl Default for Retry {
+    fn default() -> Self {
+        Self { times: 0, backoff: Duration::from_secs(1) }
+    }
+}
+
 /// Keys of a step that are never part of its cache key.
 #[derive(Debug, Clone, Default)]
 pub struct Policy {
     /// Overrides of what the kind says it needs.
     pub needs: Option<Needs>,
-    /// How often a failed step is tried again.
-    pub retry: u32,
+    /// How often a failed step is tried again, and how soon.
+    pub retry: Retry,
     /// After which its process group is ended.
     pub timeout: Option<Duration>,
     /// How often a step that can go on later keeps a checkpoint.
@@ -86,6 +101,13 @@ pub struct Instance {
     pub policy: Policy,
     /// Where the step's name stands in the file.
     pub span: Span,
+}
+
+impl Instance {
+    /// What it needs to run: what the file says, else what its kind says.
+    pub fn needs(&self) -> Needs {
+        self.policy.needs.clone().unwrap_or_else(|| self.parsed.needs())
+    }
 }
 
 impl fmt::Debug for Instance {

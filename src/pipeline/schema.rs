@@ -65,6 +65,7 @@ pub fn schema(kinds: &[Kind]) -> Value {
 
 fn step_schema(kinds: &[Kind], cases: &[Value]) -> Value {
     let rows = kinds.iter().map(|k| json!({ "const": k.name, "description": k.summary() }));
+    let times = json!({ "type": "integer", "minimum": 0 });
     let variables = |what: &str| {
         json!({
             "type": ["array", "null"],
@@ -89,7 +90,11 @@ fn step_schema(kinds: &[Kind], cases: &[Value]) -> Value {
             },
             "needs": {
                 "type": ["object", "null"],
-                "additionalProperties": false,
+                "additionalProperties": {
+                    "type": "integer",
+                    "minimum": 0,
+                    "description": "A resource that `flow.toml` declares under `[resources]`.",
+                },
                 "description": "Resources, instead of what the kind asks for. Never in the key.",
                 "properties": {
                     "cpu": { "anyOf": [{ "type": "integer", "minimum": 1 }, { "const": "all" }] },
@@ -98,12 +103,24 @@ fn step_schema(kinds: &[Kind], cases: &[Value]) -> Value {
                         "description": "Bytes, or like `8GiB`.",
                     },
                     "gpu": { "type": "integer", "minimum": 0 },
+                    "exclusive": {
+                        "type": "boolean",
+                        "description": "Whether nothing may run beside it.",
+                    },
                 },
             },
             "retry": {
-                "type": "integer",
-                "minimum": 0,
-                "description": "How often a failed step is tried again.",
+                "description": "How often a failed step is tried again: `3`, or with the first \
+                    pause, which doubles (1s by default), `{ times: 3, backoff: 10s }`.",
+                "anyOf": [times, {
+                    "type": "object",
+                    "additionalProperties": false,
+                    "required": ["times"],
+                    "properties": {
+                        "times": times,
+                        "backoff": { "type": "string", "pattern": TIME },
+                    },
+                }],
             },
             "timeout": {
                 "type": "string",

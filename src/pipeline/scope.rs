@@ -1,6 +1,6 @@
 //! What `${params.…}` and `${env.…}` stand for.
 
-use std::cell::RefCell;
+use std::cell::{Cell, RefCell};
 use std::collections::{BTreeMap, BTreeSet};
 
 use super::Settings;
@@ -18,7 +18,24 @@ pub(super) struct Scope<'a> {
     used: RefCell<BTreeSet<String>>,
     env_read: RefCell<BTreeMap<String, Option<String>>>,
     on_the_way: RefCell<Vec<String>>,
+    /// Bytes that references have brought into parameters.
+    brought: Cell<usize>,
     wrong: RefCell<Vec<Diagnostic>>,
+}
+
+/// A longer chain of parameters that refer to each other is a mistake.
+const LONGEST_CHAIN: usize = 64;
+
+/// Parameters that refer to each other can double with each line; this many bytes are none.
+const MOST_BROUGHT: usize = 4 << 20;
+
+/// About how many bytes a value takes.
+fn size(node: &Node) -> usize {
+    let items = node.as_list().unwrap_or_default().iter();
+    let values = node.as_map().unwrap_or_default().iter();
+    let inner = items.map(size).sum::<usize>()
+        + values.map(|e| e.key.len() + size(&e.value)).sum::<usize>();
+    size_of::<Node>() + node.as_text().map_or(0, str::len) + inner
 }
 
 /// Why a parameter has no value.
@@ -67,6 +84,7 @@ impl<'a> Scope<'a> {
             used: RefCell::default(),
             env_read: RefCell::default(),
             on_the_way: RefCell::default(),
+            brought: Cell::default(),
             wrong: RefCell::new(wrong),
         };
         scope.check_params();
@@ -190,6 +208,14 @@ impl<'a> Scope<'a> {
             self.report(Diagnostic::error(span, message, "a cycle"));
             return Err(Unresolved::Reported);
         }
+        if way.len() == LONGEST_CHAIN {
+            let top = path.split('.').next().unwrap_or_default();
+            let span = self.params.entry(top).map_or(self.params.span, |e| e.key_span);
+            let message =
+                format!("more than {LONGEST_CHAIN} parameters refer to each other in a row");
+            self.report(Diagnostic::error(span, message, "and so on"));
+            return Err(Unresolved::Reported);
+        }
         self.on_the_way.borrow_mut().push(path.to_owned());
         let value = self.walk(path);
         self.on_the_way.borrow_mut().pop();
@@ -234,14 +260,14 @@ impl<'a> Scope<'a> {
     fn text(&self, node: &Node) -> Result<Node, Unresolved> {
         let found = pieces(node, self.source).map_err(|_| Unresolved::Reported)?;
         if let [Piece::Ref(reference, span)] = found.as_slice() {
-            return self.lookup(reference).map(|n| n.moved_to(*span));
+            return self.bring(reference, *span).map(|n| n.moved_to(*span));
         }
         let mut text = String::new();
         for piece in &found {
             match piece {
                 Piece::Plain(plain) => text.push_str(plain),
                 Piece::Ref(reference, span) => {
-                    let value = self.lookup(reference)?;
+                    let value = self.bring(reference, *span)?;
                     if let Err(diagnostic) = interpolate(&value, *span, &mut text) {
                         self.report(diagnostic);
                         return Err(Unresolved::Reported);
@@ -250,6 +276,22 @@ impl<'a> Scope<'a> {
             }
         }
         Ok(Node::new(Shape::Text(text), node.span))
+    }
+
+    /// What a reference in parameters stands for; refused once that is too much in all.
+    fn bring(&self, reference: &Reference, span: Span) -> Result<Node, Unresolved> {
+        let value = self.lookup(reference)?;
+        let before = self.brought.get();
+        self.brought.set(before.saturating_add(size(&value)));
+        if self.brought.get() <= MOST_BROUGHT {
+            return Ok(value);
+        }
+        if before <= MOST_BROUGHT {
+            let message = format!("parameters grow to more than {} MiB", MOST_BROUGHT >> 20);
+            let help = "each reference is replaced by all that it stands for";
+            self.report(Diagnostic::error(span, message, "here").help(help));
+        }
+        Err(Unresolved::Reported)
     }
 
     /// A parameter or an environment variable; anything else has been reported.

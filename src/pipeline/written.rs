@@ -2,7 +2,9 @@
 
 use std::time::Duration;
 
+use super::plan::Retry;
 use super::reference::near;
+use super::units::{bytes, duration};
 use crate::source::{Diagnostic, Source, Span};
 use crate::step::Cpu;
 use crate::yaml::{self, Entry, Node, Shape};
@@ -39,8 +41,8 @@ pub struct WrittenStep {
     pub salt: Option<Node>,
     /// What it needs instead of what its kind says.
     pub needs: WrittenNeeds,
-    /// How often it is tried again.
-    pub retry: u32,
+    /// How often it is tried again, and how soon.
+    pub retry: Retry,
     /// After which it is ended.
     pub timeout: Option<Duration>,
     /// `checkpoint`.
@@ -50,7 +52,7 @@ pub struct WrittenStep {
 }
 
 /// The keys of `needs` that were given.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct WrittenNeeds {
     /// CPU slots.
     pub cpu: Option<Cpu>,
@@ -58,7 +60,14 @@ pub struct WrittenNeeds {
     pub memory: Option<u64>,
     /// GPUs.
     pub gpu: Option<usize>,
+    /// Whether nothing may run beside it.
+    pub exclusive: Option<bool>,
+    /// Everything else: resources by name, with the place of the name.
+    pub named: Vec<(String, u64, Span)>,
 }
+
+/// The keys of `needs` that are the same everywhere; others name resources of the project.
+pub(super) const NEEDS: [&str; 4] = ["cpu", "memory", "gpu", "exclusive"];
 
 const TOP: [&str; 6] = ["name", "description", "params", "sweep", "steps", "outputs"];
 const STEP: [&str; 9] =
@@ -195,7 +204,7 @@ impl Form<'_> {
             env: Vec::new(),
             salt: None,
             needs: WrittenNeeds::default(),
-            retry: 0,
+            retry: Retry::default(),
             timeout: None,
             checkpoint: None,
             secrets: Vec::new(),
@@ -225,13 +234,7 @@ impl Form<'_> {
                     _ => step.salt = Some(key.value),
                 },
                 "needs" => step.needs = self.needs(&key.value),
-                "retry" => match whole(&key.value).and_then(|n| u32::try_from(n).ok()) {
-                    Some(n) => step.retry = n,
-                    None => {
-                        let help = "how often a failed step is tried again";
-                        self.expected(&key.value, "a whole number, 0 or more", help);
-                    }
-                },
+                "retry" => step.retry = self.retry(&key.value),
                 "timeout" => step.timeout = self.time(&key.value),
                 "checkpoint" => step.checkpoint = self.time(&key.value),
                 later if LATER.contains(&later) => {
@@ -249,7 +252,7 @@ impl Form<'_> {
     }
 
     fn time(&mut self, node: &Node) -> Option<Duration> {
-        let time = node.as_text().and_then(duration);
+        let time = node.as_text().and_then(duration).filter(|d| !d.is_zero());
         if time.is_none() {
             self.expected(node, "a time", "write it like `90s`, `15m` or `2h`");
         }
@@ -272,6 +275,36 @@ impl Form<'_> {
             }
         }
         names
+    }
+
+    /// `3`, or `{ times: 3, backoff: 10s }`.
+    fn retry(&mut self, node: &Node) -> Retry {
+        let mut retry = Retry::default();
+        let Some(entries) = node.as_map() else {
+            retry.times = self.times(node);
+            return retry;
+        };
+        let before = self.out.len();
+        for entry in entries {
+            match entry.key.as_str() {
+                "times" => retry.times = self.times(&entry.value),
+                "backoff" => retry.backoff = self.time(&entry.value).unwrap_or(retry.backoff),
+                _ => self.unknown_key(entry, "`retry`", &["times", "backoff"]),
+            }
+        }
+        if self.out.len() == before && !entries.iter().any(|e| e.key == "times") {
+            let help = "like `retry: { times: 3, backoff: 10s }`";
+            self.wrong(node.span, "this `retry` has no `times`", "no `times`", help);
+        }
+        retry
+    }
+
+    fn times(&mut self, node: &Node) -> u32 {
+        whole(node).and_then(|n| u32::try_from(n).ok()).unwrap_or_else(|| {
+            let help = "how often a failed step is tried again";
+            self.expected(node, "a whole number, 0 or more", help);
+            0
+        })
     }
 
     fn needs(&mut self, node: &Node) -> WrittenNeeds {
@@ -298,7 +331,15 @@ impl Form<'_> {
                     Some(n) => needs.gpu = Some(n),
                     None => self.expected(value, "a number of GPUs", "like `gpu: 1`"),
                 },
-                _ => self.unknown_key(entry, "`needs`", &["cpu", "memory", "gpu"]),
+                "exclusive" => match value.shape {
+                    Shape::Bool(alone) => needs.exclusive = Some(alone),
+                    _ => self.expected(value, "`true` or `false`", "like `exclusive: true`"),
+                },
+                // Whether there is such a resource is not the file's to say.
+                name => match whole(value) {
+                    Some(n) => needs.named.push((name.to_owned(), n, entry.key_span)),
+                    None => self.expected(value, "a whole number", "like `licence: 1`"),
+                },
             }
         }
         needs
@@ -309,63 +350,5 @@ fn whole(node: &Node) -> Option<u64> {
     match &node.shape {
         Shape::Number(n) => n.as_u64(),
         _ => None,
-    }
-}
-
-/// A number with a unit; the number may have a fraction.
-fn quantity(text: &str) -> Option<(f64, &str)> {
-    let text = text.trim();
-    let unit = text.find(|c: char| !c.is_ascii_digit() && c != '.')?;
-    let (number, unit) = text.split_at(unit);
-    Some((number.parse().ok()?, unit.trim()))
-}
-
-/// `90s`, `15m`, `2h`, `1d`, `500ms`.
-fn duration(text: &str) -> Option<Duration> {
-    let (number, unit) = quantity(text)?;
-    let seconds = match unit {
-        "ms" => 1e-3,
-        "s" => 1.0,
-        "m" | "min" => 60.0,
-        "h" => 3600.0,
-        "d" => 86400.0,
-        _ => return None,
-    };
-    Duration::try_from_secs_f64(number * seconds).ok().filter(|d| !d.is_zero())
-}
-
-/// `8GiB`, `512MB`, `1024B`.
-fn bytes(text: &str) -> Option<u64> {
-    let (number, unit) = quantity(text)?;
-    let scale = match unit {
-        "B" => 1.0,
-        "kB" | "KB" => 1e3,
-        "MB" => 1e6,
-        "GB" => 1e9,
-        "TB" => 1e12,
-        "KiB" => 1024.0,
-        "MiB" => 1_048_576.0,
-        "GiB" => 1_073_741_824.0,
-        "TiB" => 1_099_511_627_776.0,
-        _ => return None,
-    };
-    let size = number * scale;
-    // Exact far beyond any memory there is.
-    (size < 9e15).then_some(size as u64)
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn units() {
-        assert_eq!(duration("90s"), Some(Duration::from_secs(90)));
-        assert_eq!(duration("1.5h"), Some(Duration::from_secs(5400)));
-        assert_eq!(duration("0s"), None);
-        assert_eq!(duration("90"), None);
-        assert_eq!(bytes("8GiB"), Some(8 << 30));
-        assert_eq!(bytes("1.5MB"), Some(1_500_000));
-        assert_eq!(bytes("8 parsecs"), None);
     }
 }

@@ -1,5 +1,7 @@
 //! What a kind of step is.
 
+use std::collections::BTreeMap;
+
 use anyhow::Result;
 use schemars::JsonSchema;
 use serde::Serialize;
@@ -48,7 +50,7 @@ pub enum Cpu {
 }
 
 /// What a step needs to run. Never part of its key.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
 pub struct Needs {
     /// CPU slots.
     pub cpu: Cpu,
@@ -58,13 +60,20 @@ pub struct Needs {
     pub gpu: usize,
     /// Nothing else may run beside it (timings).
     pub exclusive: bool,
+    /// What else there is only so much of (`licence: 1`); how much is said in `flow.toml`.
+    #[serde(skip_serializing_if = "BTreeMap::is_empty")]
+    pub named: BTreeMap<String, u64>,
 }
 
 impl Needs {
     /// One CPU slot.
-    pub const ONE: Self = Self { cpu: Cpu::N(1), memory: None, gpu: 0, exclusive: false };
+    pub const ONE: Self = Self::of(Cpu::N(1));
     /// All CPU slots.
-    pub const ALL: Self = Self { cpu: Cpu::All, ..Self::ONE };
+    pub const ALL: Self = Self::of(Cpu::All);
+
+    const fn of(cpu: Cpu) -> Self {
+        Self { cpu, memory: None, gpu: 0, exclusive: false, named: BTreeMap::new() }
+    }
 }
 
 /// Something wrong with a step's parameters, found by [`StepKind::check`].
@@ -99,12 +108,47 @@ impl Problem {
     }
 }
 
+/// A field that a kind did not have at first, with the value that means what was done before it
+/// was there: with that value, and only that, the field is left out of the key, and results from
+/// before stay hits. The value is frozen; if the field's default changes later, the legacy value
+/// does not, or old results would be taken for those of the new default.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Added {
+    /// Its path under `with`, like `lora.bias`.
+    pub field: &'static str,
+    /// The value, as JSON.
+    pub legacy: &'static str,
+}
+
+impl Added {
+    /// Takes the field out of parameters in which it has its legacy value.
+    fn leave_out(&self, params: &mut Value) {
+        let mut names: Vec<&str> = self.field.split('.').collect();
+        let last = names.pop().unwrap_or_default();
+        let inside = names.iter().try_fold(params, |at, name| at.get_mut(*name));
+        let legacy = serde_json::from_str::<Value>(self.legacy).ok();
+        if let Some(Value::Object(map)) = inside
+            && legacy.is_some()
+            && map.get(last) == legacy.as_ref()
+        {
+            map.remove(last);
+        }
+    }
+}
+
 /// A kind of step: one file under `kinds/`, one row in `kinds::ALL`.
 ///
 /// The doc comment of the struct is what `flow kinds NAME` prints; doc comments of the fields are
 /// the descriptions in the JSON Schema. Use `#[serde(deny_unknown_fields)]`, and give defaults
 /// with `#[serde(default = …)]` so that they are resolved before the key is taken; never `tag`,
 /// `flatten` or `untagged`, which lose the place of a mistake.
+///
+/// What stands in the key is the resolved value, so writing a default out changes nothing, and
+/// another default in the code is another key. `skip_serializing_if` may leave out only what
+/// parses back to the same value (`None` where `None` is the default): a step is parsed from its
+/// serialised form more than once. A field that is added later changes no key if it is in
+/// [`StepKind::ADDED`]; without that all results of the kind are made again, and a test asks for
+/// another `VERSION` (`tests/flow/engine/golden.rs`).
 pub trait StepKind: Serialize + DeserializeOwned + JsonSchema + Send + Sync + 'static {
     /// As written after `kind:`.
     const NAME: &'static str;
@@ -115,6 +159,8 @@ pub trait StepKind: Serialize + DeserializeOwned + JsonSchema + Send + Sync + 's
     /// Whether it reads what the records of its inputs say (times, memory, parameter counts):
     /// then those facts are bound to its inputs and are part of its key.
     const READS_RECORDS: bool = false;
+    /// Fields that were added after the kind was first released.
+    const ADDED: &'static [Added] = &[];
 
     /// Whether what comes out is a measurement (of time, of memory), so that equal inputs never
     /// give equal bytes: `flow reproduce` makes it again and holds nothing against it.
@@ -181,10 +227,9 @@ pub trait Step: Send + Sync {
     fn name(&self) -> &'static str;
     /// Its parameters, complete with defaults, as JSON that parses again (paths included).
     fn params(&self) -> Value;
-    /// Its parameters as they enter the key (no paths, no plan-time notes).
-    fn key_params(&self) -> Value {
-        key_form(&self.params())
-    }
+    /// Its parameters as they enter the key: no paths, no plan-time notes, none of
+    /// [`StepKind::ADDED`] that has its legacy value.
+    fn key_params(&self) -> Value;
     /// See [`StepKind::ports`].
     fn ports(&self) -> Ports;
     /// See [`StepKind::resolve`].
@@ -218,6 +263,11 @@ impl<K: StepKind> Step for K {
     }
     fn params(&self) -> Value {
         serde_json::to_value(self).unwrap_or(Value::Null)
+    }
+    fn key_params(&self) -> Value {
+        let mut params = key_form(&self.params());
+        K::ADDED.iter().for_each(|added| added.leave_out(&mut params));
+        params
     }
     fn ports(&self) -> Ports {
         StepKind::ports(self)

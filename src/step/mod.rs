@@ -16,5 +16,5 @@ mod outside;
 
 pub use context::{CHECKPOINT_EVERY, Context, Device, Event, Facts, Produced};
 pub use input::{Binding, FileInput, Gather, Input, Member, Text, TextPiece, key_form};
-pub use kind::{BadField, Cpu, Kind, Needs, Ports, Problem, Step, StepKind};
+pub use kind::{Added, BadField, Cpu, Kind, Needs, Ports, Problem, Step, StepKind};
 pub use outside::Outside;

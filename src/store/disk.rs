@@ -2,6 +2,7 @@
 
 use std::fs::{File, OpenOptions, Permissions};
 use std::io::{self, Write};
+use std::ops::Range;
 use std::os::unix::fs::{OpenOptionsExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -63,17 +64,32 @@ impl StoreError {
     }
 }
 
-/// Makes the nth write of a [`Disk`] fail as a full disk would: for tests.
-#[derive(Debug, Default)]
+/// Makes writes of a [`Disk`] fail: for tests.
+#[derive(Debug)]
 pub struct Faults {
     calls: AtomicU64,
-    fail_at: u64,
+    fail: Range<u64>,
+    kind: io::ErrorKind,
 }
 
 impl Faults {
-    /// Fails at the `n`th call, from 1; 0 never fails and only counts.
+    fn new(fail: Range<u64>, kind: io::ErrorKind) -> Arc<Self> {
+        Arc::new(Self { calls: AtomicU64::new(0), fail, kind })
+    }
+
+    /// Fails at the `n`th call, from 1, as a full disk would; 0 never fails and only counts.
     pub fn at(n: u64) -> Arc<Self> {
-        Arc::new(Self { calls: AtomicU64::new(0), fail_at: n })
+        Self::new(n..n + 1, io::ErrorKind::StorageFull)
+    }
+
+    /// Fails from the `n`th call on, as a disk that is full and stays so.
+    pub fn from(n: u64) -> Arc<Self> {
+        Self::new(n..u64::MAX, io::ErrorKind::StorageFull)
+    }
+
+    /// Fails always, as a file system that is mounted read-only.
+    pub fn read_only() -> Arc<Self> {
+        Self::new(0..u64::MAX, io::ErrorKind::ReadOnlyFilesystem)
     }
 
     /// Calls so far.
@@ -110,10 +126,10 @@ impl Disk {
         act: impl FnOnce() -> io::Result<T>,
     ) -> Done<T> {
         if let Some(faults) = &self.faults
-            && faults.calls.fetch_add(1, Ordering::Relaxed) + 1 == faults.fail_at
+            && faults.fail.contains(&(faults.calls.fetch_add(1, Ordering::Relaxed) + 1))
         {
-            let full = io::Error::new(io::ErrorKind::StorageFull, "no space left (injected)");
-            return Err(StoreError::from_io(doing, path, full));
+            let injected = io::Error::new(faults.kind, format!("{} (injected)", faults.kind));
+            return Err(StoreError::from_io(doing, path, injected));
         }
         act().map_err(|e| StoreError::from_io(doing, path, e))
     }
@@ -225,6 +241,17 @@ impl Disk {
     /// When the disk refuses.
     pub fn append(&self, file: &mut File, bytes: &[u8], path: &Path) -> Done<()> {
         self.call("appending to", path, || file.write_all(bytes))
+    }
+
+    /// Removes a file or link; fine if there is none.
+    ///
+    /// # Errors
+    /// When the disk refuses.
+    pub fn remove_file(&self, path: &Path) -> Done<()> {
+        self.call("removing", path, || match std::fs::remove_file(path) {
+            Err(e) if e.kind() != io::ErrorKind::NotFound => Err(e),
+            _ => Ok(()),
+        })
     }
 
     /// Removes a directory and what is in it, folders that may not be written included; fine if

@@ -2,7 +2,8 @@
 
 use std::fs::{File, OpenOptions};
 use std::io::{Read, Seek, Write};
-use std::path::PathBuf;
+use std::os::unix::fs::MetadataExt;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use rustix::fs::{FlockOperation, flock};
@@ -34,6 +35,16 @@ pub struct Holder {
     pub host: String,
     /// Unix milliseconds.
     pub since_unix_ms: u64,
+}
+
+/// The lock that [`Store::lock_shared`] shares. Never removed: its name begins with a dot.
+const SWEEP: &str = ".sweep";
+
+/// Whether an open file is the one at a path.
+fn is_at(file: &File, path: &Path) -> bool {
+    let same =
+        |a: &std::fs::Metadata, b: &std::fs::Metadata| (a.dev(), a.ino()) == (b.dev(), b.ino());
+    matches!((file.metadata(), std::fs::metadata(path)), (Ok(a), Ok(b)) if same(&a, &b))
 }
 
 fn now_ms() -> u64 {
@@ -69,24 +80,70 @@ impl Store {
     /// # Errors
     /// When the lease's file cannot be opened.
     pub fn try_lease(&self, name: &str, run: &str) -> anyhow::Result<Option<Lease>> {
-        let mut file = self.open_lease(name)?;
-        match flock(&file, FlockOperation::NonBlockingLockExclusive) {
-            Ok(()) => {}
-            Err(rustix::io::Errno::WOULDBLOCK | rustix::io::Errno::INTR) => return Ok(None),
-            Err(e) => {
-                let path = self.lease_path(name);
-                return Err(super::StoreError::from_io("locking", &path, e.into()).into());
-            }
-        }
+        let Some(lease) = self.try_lock(name)? else { return Ok(None) };
         let host = rustix::system::uname().nodename().to_string_lossy().into_owned();
         let (pid, since_unix_ms) = (std::process::id(), now_ms());
         let holder = Holder { run: run.to_owned(), pid, host, since_unix_ms };
         // Only for people: a lease whose note cannot be written still holds.
         if let Ok(text) = serde_json::to_vec(&holder) {
+            let mut file = &lease.file;
             let _ =
                 file.set_len(0).and_then(|()| file.rewind()).and_then(|()| file.write_all(&text));
         }
-        Ok(Some(Lease { file }))
+        Ok(Some(lease))
+    }
+
+    /// Locks a lease's file if nobody else has.
+    fn try_lock(&self, name: &str) -> anyhow::Result<Option<Lease>> {
+        let path = self.lease_path(name);
+        loop {
+            let file = self.open_lease(name)?;
+            match flock(&file, FlockOperation::NonBlockingLockExclusive) {
+                // A sweep may have removed the file after it was opened here; a lock on that one
+                // would keep nobody off.
+                Ok(()) if is_at(&file, &path) => return Ok(Some(Lease { file })),
+                Ok(()) => {}
+                Err(rustix::io::Errno::WOULDBLOCK | rustix::io::Errno::INTR) => return Ok(None),
+                Err(e) => {
+                    return Err(super::StoreError::from_io("locking", &path, e.into()).into());
+                }
+            }
+        }
+    }
+
+    /// Removes the file of a lease that nobody holds; `false` if somebody does.
+    pub(super) fn remove_lease(&self, name: &str) -> anyhow::Result<bool> {
+        // Held while its file goes: who opened it meanwhile will see that it is no longer there.
+        let Some(_lease) = self.try_lock(name)? else { return Ok(false) };
+        self.disk().remove_file(&self.lease_path(name))?;
+        Ok(true)
+    }
+
+    /// Shares the store: nothing that is in it is swept away meanwhile. Waits while a sweep goes
+    /// on. See [`gc`](super) for who has to.
+    ///
+    /// # Errors
+    /// When the lock's file cannot be opened or locked.
+    pub fn lock_shared(&self) -> anyhow::Result<Lease> {
+        let file = self.open_lease(SWEEP)?;
+        loop {
+            match flock(&file, FlockOperation::LockShared) {
+                Ok(()) => return Ok(Lease { file }),
+                Err(rustix::io::Errno::INTR) => {}
+                Err(e) => {
+                    let path = self.lease_path(SWEEP);
+                    return Err(super::StoreError::from_io("locking", &path, e.into()).into());
+                }
+            }
+        }
+    }
+
+    /// Has the store alone, if nobody shares it now.
+    ///
+    /// # Errors
+    /// When the lock's file cannot be opened or locked.
+    pub fn try_lock_alone(&self) -> anyhow::Result<Option<Lease>> {
+        self.try_lock(SWEEP)
     }
 
     /// Takes a lease, waiting for it.
@@ -108,10 +165,57 @@ impl Store {
         flock(&file, FlockOperation::NonBlockingLockShared).is_err()
     }
 
+    /// Names of the leases that somebody holds.
+    pub fn leased(&self) -> Vec<String> {
+        let entries = std::fs::read_dir(self.root().join("leases")).into_iter().flatten().flatten();
+        let names = entries.filter_map(|e| e.file_name().into_string().ok());
+        names.filter(|name| self.is_leased(name)).collect()
+    }
+
     /// Who holds a lease, as far as it can be read.
     pub fn holder(&self, name: &str) -> Option<Holder> {
         let mut text = String::new();
         File::open(self.lease_path(name)).ok()?.read_to_string(&mut text).ok()?;
         serde_json::from_str(&text).ok()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_lease_whose_file_was_removed_holds_nobody_off() {
+        let dir = tempfile::tempdir().unwrap();
+        let store = Store::open(&dir.path().join("store")).unwrap();
+        let held = store.lease("key", "run").unwrap();
+        assert!(!store.remove_lease("key").unwrap());
+        drop(held);
+        // Opened before the removal, locked after it.
+        let stale = store.open_lease("key").unwrap();
+        assert!(store.remove_lease("key").unwrap());
+        assert!(!is_at(&stale, &store.lease_path("key")));
+        assert!(store.try_lease("key", "run").unwrap().is_some());
+    }
+
+    #[test]
+    fn many_share_a_store_and_one_has_it_alone() {
+        let dir = tempfile::tempdir().unwrap();
+        let store = Store::open(&dir.path().join("store")).unwrap();
+        let shared = [store.lock_shared().unwrap(), store.lock_shared().unwrap()];
+        assert!(store.try_lock_alone().unwrap().is_none());
+        drop(shared);
+        let alone = store.try_lock_alone().unwrap().unwrap();
+        let (send, receive) = std::sync::mpsc::channel();
+        std::thread::scope(|scope| {
+            let store = &store;
+            scope.spawn(move || {
+                let _shared = store.lock_shared().unwrap();
+                send.send(()).unwrap();
+            });
+            assert!(receive.recv_timeout(Duration::from_millis(30)).is_err(), "it waits");
+            drop(alone);
+            receive.recv().unwrap();
+        });
     }
 }

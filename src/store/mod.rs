@@ -14,10 +14,12 @@
 //! stat/…                digests by (dev, ino, size, mtime, ctime); may be deleted at any time
 //! quarantine/…          damaged objects and manifests, kept for inspection
 //! tmp/…                 files on their way to `objects`
+//! pins/<name>           results that are never collected (written by `lineage`)
 //! ```
 
 mod checkpoint;
 mod disk;
+mod gc;
 mod lease;
 mod objects;
 mod place;
@@ -30,6 +32,7 @@ use std::sync::Arc;
 use serde::{Deserialize, Serialize};
 
 pub use disk::{Disk, Faults, StoreError};
+pub use gc::Item;
 pub use lease::{Holder, Lease};
 use stat::StatTable;
 pub use stat::{FileState, States};

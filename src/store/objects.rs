@@ -189,7 +189,10 @@ impl Store {
     }
 
     /// Moves a damaged file of the store out of the way; never deletes it.
-    pub(super) fn quarantine(&self, path: &Path) -> Result<(), StoreError> {
+    ///
+    /// # Errors
+    /// When the disk refuses.
+    pub fn quarantine(&self, path: &Path) -> Result<(), StoreError> {
         let dir = self.root().join("quarantine");
         self.disk().create_dir_all(&dir)?;
         let shard = path.parent().and_then(Path::file_name).unwrap_or_default();

@@ -4,8 +4,9 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Context as _, Result};
 
-use super::{Entry, Store};
+use super::{Entry, Store, StoreError};
 use crate::digest::Digest;
+use crate::source::Fault;
 
 impl Store {
     /// Writes a tree's files under a directory: shared blocks where the file system can, else
@@ -27,7 +28,7 @@ impl Store {
         if let Some(folder) = to.parent() {
             self.disk().create_dir_all(folder)?;
         }
-        self.disk().copy(&from, to)?;
+        self.disk().copy(&from, to).map_err(|e| taken(e, to))?;
         self.disk().set_mode(to, if entry.executable { 0o755 } else { 0o644 })?;
         Ok(())
     }
@@ -49,7 +50,7 @@ impl Store {
             if let Some(folder) = to.parent() {
                 self.disk().create_dir_all(folder)?;
             }
-            Ok(self.disk().symlink(&from, to)?)
+            self.disk().symlink(&from, to).map_err(|e| taken(e, to))
         })
     }
 
@@ -63,5 +64,19 @@ impl Store {
         let manifest = manifest.with_context(|| format!("tree {} is lost", tree.short()))?;
         self.disk().create_dir_all(dest)?;
         manifest.entries.iter().try_for_each(|entry| put(entry, &dest.join(&entry.path)))
+    }
+}
+
+/// What to say when a name is taken: a tree may hold `A` and `a`, which are one file for some file
+/// systems. Nothing is ever written over the other.
+fn taken(error: StoreError, to: &Path) -> anyhow::Error {
+    match &error {
+        StoreError::Io { source, .. } if source.kind() == std::io::ErrorKind::AlreadyExists => {
+            let fault = Fault::new(format!("{} is there already", to.display())).cause(error);
+            let help = "if it differs from another file only by upper and lower case, use a file \
+                        system that tells them apart, or let the step give other names";
+            fault.help(help).into()
+        }
+        _ => error.into(),
     }
 }

@@ -11,7 +11,8 @@ use super::{Entry, FileState, Origin, Store, StoreError, Tree};
 use crate::digest::Digest;
 
 impl Tree {
-    /// A tree from entries, sorted.
+    /// A tree from entries, sorted. Paths are bytes: two that differ by case only are two files,
+    /// which a file system that takes them for one refuses to lay out.
     ///
     /// # Errors
     /// When a path is not safe (absolute, with `..`), is there twice, or is a file and a folder.

@@ -1,8 +1,14 @@
 //! The program as a user types it: what it prints, and how it exits.
 
+mod crowd; // several runs at once
+mod import;
+mod keeping;
+#[cfg(target_os = "linux")]
+mod kills; // processes that are killed
 mod records;
 mod reproduced;
 mod rim;
+mod steps;
 mod unchanged;
 
 use std::fs;

@@ -5,10 +5,17 @@
     reason = "also outside of `#[test]` functions"
 )]
 
+mod attempts;
 mod durable;
+mod expected;
+mod faults; // disks that refuse, damaged and odd stores
+mod gc;
+mod golden; // what every kind makes of one small input, and its key
+pub(crate) mod real; // a pipeline of all real kinds
 mod reproduced;
 mod schedule;
 mod toys;
+mod truth; // what has to run again after an edit, and what has not
 
 use flow::engine::{self, Prospect, RunEvent};
 use flow::lineage::{Record, Runs, State, Status, trace};
@@ -51,7 +58,22 @@ fn equal_bytes_cut_off_what_follows() {
     let why = run.why("a");
     assert!(why.starts_with("with.texts.train \"one\" -> \" one \"; 1 of 4 fields"), "{why}");
     let why = run.why("b");
-    assert!(why.starts_with("input data.train changed (from step a); 1 of "), "{why}");
+    let because = "which ran: with.texts.train \"one\" -> \" one \"";
+    assert!(why.starts_with(&format!("input data.train changed (from step a, {because}); 1 of ")));
+}
+
+#[test]
+fn a_chain_of_misses_names_what_began_it() {
+    let bench = Bench::new();
+    bench.run(CHAIN);
+    let run = bench.run(&edited("\"one\"", "\"three\""));
+    assert_eq!(run.ran(), ["a", "b", "c"]);
+    let why = run.why("c");
+    let because = "from step b, after a ran: with.texts.train \"one\" -> \"three\"";
+    assert!(why.starts_with(&format!("input data.train changed ({because}); 1 of ")), "{why}");
+    // A producer that was a hit began nothing.
+    let run = bench.run(&edited("\"!\"", "\"?\""));
+    assert!(run.why("c").contains("input data.train changed (from step b); "), "{}", run.why("c"));
 }
 
 #[test]
@@ -107,7 +129,7 @@ steps:
     assert_eq!(run.ran(), ["all", "b@s=3"]);
     let why = run.why("all");
     assert!(why.contains("input parts@s=3.text is new") || why.contains("parts@s=3"), "{why}");
-    assert!(why.contains("(from step b@s=3)"), "{why}");
+    assert!(why.contains("(from step b@s=3, which ran: with.suffix \"2\" -> \"3\")"), "{why}");
 }
 
 #[test]

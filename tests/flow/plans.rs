@@ -1,5 +1,7 @@
 //! Good and bad pipelines.
 
+mod added; // fields that a kind did not have at first
+mod fields; // the laws of keys at the real kinds
 mod good;
 mod laws;
 mod refused;
@@ -14,7 +16,8 @@ use flow::source::{Diagnostic, Severity, Source};
 
 fn settings() -> Settings {
     let env = BTreeMap::from([("TOKEN".to_owned(), "x".to_owned())]);
-    Settings { env, ..Settings::default() }
+    let resources = ["licence".to_owned()].into();
+    Settings { env, resources, ..Settings::default() }
 }
 
 fn plan(text: &str) -> Result<Plan, Vec<Diagnostic>> {

@@ -1,13 +1,15 @@
-//! A child process in a group of its own: its lines are logged, and it ends with the run.
+//! A child process in a session of its own: its lines are logged, and it ends with the run.
 //!
-//! What keeps that promise when the runner itself is killed is [`Watch`].
+//! What keeps that promise when the runner itself is killed is [`Watch`](super::watch::Watch). A
+//! process that makes a session for itself (`setsid`, a daemon) has left on purpose and is not
+//! followed.
 
 use std::collections::{BTreeMap, VecDeque};
 use std::fs::File;
 use std::io::Read as _;
 use std::os::fd::{AsFd as _, OwnedFd};
 use std::os::unix::fs::PermissionsExt as _;
-use std::os::unix::process::{CommandExt as _, ExitStatusExt as _};
+use std::os::unix::process::ExitStatusExt as _;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::sync::OnceLock;
@@ -15,9 +17,11 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, bail};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
-use rustix::process::{Pid, Signal, WaitId, WaitIdOptions, kill_process_group, waitid};
+use rustix::process::{
+    Pid, Signal, WaitId, WaitIdOptions, getpgid, getsid, kill_process, kill_process_group, waitid,
+};
 
-use super::watch::Watch;
+use super::watch;
 use crate::source::Fault;
 use crate::step::Context;
 
@@ -50,21 +54,19 @@ pub(super) fn run(job: &Job<'_>, cx: &Context<'_>) -> Result<()> {
         command.env(name, value);
     }
     command.env("LANG", "C.UTF-8").env("LC_ALL", "C.UTF-8").envs(&job.environment);
-    command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped()).process_group(0);
-    let mut child = command.spawn().map_err(|e| {
+    command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
+    let (mut child, watch) = watch::ready()?.spawn(command).map_err(|e| {
         let fault = Fault::new(format!("the shell `{}` cannot be started", job.shell));
         fault.help("set `shell` to a program that is on the PATH").cause(e)
     })?;
-    let group = i32::try_from(child.id()).ok().and_then(Pid::from_raw);
-    let group = group.context("a process without a number")?;
-    let watch = Watch::over(group).inspect_err(|_| signal(group, Signal::KILL))?;
+    let leader = watch.leader();
     let out = child.stdout.take().map(|out| Lines::of(out.into()));
     let err = child.stderr.take().map(|err| Lines::of(err.into()));
     let mut said = Said { pipes: [out, err], tail: VecDeque::with_capacity(TAIL) };
-    let waited = wait(group, cx, &mut said);
+    let waited = wait(leader, cx, &mut said);
     // Whatever it left running would hold the pipes open, and its slots are free now. Before it is
-    // reaped, so that its group's number cannot be another's yet.
-    signal(group, Signal::KILL);
+    // reaped, so that its number cannot be another's yet.
+    signal(leader, Signal::KILL);
     drop(watch);
     let status = child.wait().context("waiting for the command")?;
     waited?;
@@ -110,8 +112,7 @@ fn inherited() -> Result<&'static [(&'static str, String)]> {
     Ok(INHERITED.get_or_init(|| pairs.map(|(name, value)| (name, value.to_owned())).collect()))
 }
 
-/// Where a program is. Given by its path it can be started without a copy of this process, which
-/// a search on another `PATH` than its own would take.
+/// Where a program is: looked for once here, not by each copy of this process.
 fn on_path(program: &str, environment: &[(&str, String)]) -> PathBuf {
     let path = environment.iter().find(|(name, _)| *name == "PATH").map(|(_, path)| path);
     let places = path.into_iter().flat_map(|path| path.split(':')).filter(|dir| !dir.is_empty());
@@ -123,23 +124,23 @@ fn on_path(program: &str, environment: &[(&str, String)]) -> PathBuf {
     if program.contains('/') { given() } else { found.next().unwrap_or_else(given) }
 }
 
-/// Waits for its end, without reaping it; asks it to stop, and ends its group, when it must.
-fn wait(group: Pid, cx: &Context<'_>, said: &mut Said) -> Result<()> {
+/// Waits for its end, without reaping it; asks it to stop, and ends its session, when it must.
+fn wait(leader: Pid, cx: &Context<'_>, said: &mut Said) -> Result<()> {
     // Where the system can say when a process ends, nothing need look for it.
     #[cfg(target_os = "linux")]
-    let end = rustix::process::pidfd_open(group, rustix::process::PidfdFlags::empty()).ok();
+    let end = rustix::process::pidfd_open(leader, rustix::process::PidfdFlags::empty()).ok();
     #[cfg(not(target_os = "linux"))]
     let end: Option<OwnedFd> = None;
     let mut pause = Duration::from_millis(if end.is_some() { 50 } else { 1 });
     let mut asked: Option<Instant> = None;
     let options = WaitIdOptions::EXITED | WaitIdOptions::NOHANG | WaitIdOptions::NOWAIT;
-    while matches!(waitid(WaitId::Pid(group), options), Ok(None) | Err(rustix::io::Errno::INTR)) {
+    while matches!(waitid(WaitId::Pid(leader), options), Ok(None) | Err(rustix::io::Errno::INTR)) {
         match asked {
             None if cx.cancelled() => {
-                signal(group, Signal::TERM);
+                signal(leader, Signal::TERM);
                 asked = Some(Instant::now());
             }
-            Some(since) if since.elapsed() > GRACE => signal(group, Signal::KILL),
+            Some(since) if since.elapsed() > GRACE => signal(leader, Signal::KILL),
             _ => {}
         }
         said.hear(cx, end.as_ref(), pause)?;
@@ -148,9 +149,22 @@ fn wait(group: Pid, cx: &Context<'_>, said: &mut Said) -> Result<()> {
     Ok(())
 }
 
-fn signal(group: Pid, signal: Signal) {
-    // It fails when the whole group has ended, which is what is wanted.
-    let _ = kill_process_group(group, signal);
+/// Signals all of a session: the group of its leader, and what has left the group.
+fn signal(leader: Pid, signal: Signal) {
+    // Each fails when what it is for has ended, which is what is wanted.
+    let _ = kill_process_group(leader, signal);
+    for stray in strays(leader) {
+        let _ = kill_process(stray, signal);
+    }
+}
+
+/// Processes of a session outside the group of its leader: `timeout` and shells with job control
+/// make groups of their own. Where there is no `/proc` they are not found.
+fn strays(leader: Pid) -> Vec<Pid> {
+    let entries = std::fs::read_dir("/proc").into_iter().flatten().flatten();
+    let pids = entries.filter_map(|e| e.file_name().to_str()?.parse().ok().and_then(Pid::from_raw));
+    let of_session = pids.filter(|pid| getsid(Some(*pid)) == Ok(leader));
+    of_session.filter(|pid| getpgid(Some(*pid)) != Ok(leader)).collect()
 }
 
 /// What the command writes.
@@ -239,6 +253,28 @@ impl Lines {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[cfg(target_os = "linux")]
+    #[test]
+    fn what_a_command_started_ends_whatever_its_group() {
+        let script = "sleep 61 & timeout 60 sh -c 'sleep 62 & sleep 63' & echo; wait";
+        let mut command = Command::new("sh");
+        command.args(["-c", script]).stdout(Stdio::piped());
+        let (mut child, watch) = watch::ready().unwrap().spawn(command).unwrap();
+        let begun = Instant::now();
+        while strays(watch.leader()).len() < 3 {
+            assert!(begun.elapsed() < Duration::from_secs(20), "`timeout` makes a group");
+            std::thread::sleep(Duration::from_millis(5));
+        }
+        signal(watch.leader(), Signal::KILL);
+        // Each of them holds the pipe that is read to its end here.
+        let mut said = Vec::new();
+        child.stdout.take().unwrap().read_to_end(&mut said).unwrap();
+        assert_eq!(said, b"\n");
+        drop(watch);
+        child.wait().unwrap();
+        assert!(begun.elapsed() < Duration::from_secs(20));
+    }
 
     #[test]
     fn lines_come_whole() {

@@ -33,7 +33,7 @@ fn points_are_named_by_some_of_their_coordinates() {
     assert_eq!(first["ran"], 1, "{first}");
     let planned = json(&project, &["plan", "p.yaml", "train@lora.r=8"]);
     assert_eq!(
-        (planned[0]["step"].as_str(), planned[0]["state"].as_str()),
+        (planned["steps"][0]["step"].as_str(), planned["steps"][0]["state"].as_str()),
         (Some(whole), Some("cached"))
     );
     let forced = ["--json", "run", "p.yaml", "train", "--force", "train@lora.alpha=16"];

@@ -521,6 +521,37 @@ fn a_command_cannot_change_what_it_reads() {
     assert_eq!(weights, safetensors(&["a"]));
 }
 
+#[test]
+fn a_command_works_in_place() {
+    let room = Room::new();
+    room.file("src/make.sh", "#!/bin/sh\necho made\n");
+    let make = |run: &str, outputs: Value, inputs: Value| {
+        let files = json!({ "src/make.sh": "src/make.sh" });
+        let with = json!({
+            "run": run, "in_place": true, "outputs": outputs, "inputs": inputs, "files": files,
+        });
+        room.run("command", with)
+    };
+    let run = "sh src/make.sh > data/one.txt && mkdir data/two && echo 2 > data/two/x";
+    let made = make(run, json!({ "one": "data/one.txt", "two": "data/two" }), json!({})).unwrap();
+    // What the first wrote lies where it was; it is a copy, which may be changed.
+    let inputs = json!({ "made": edge("files", &made) });
+    let run = "echo more >> data/one.txt && cat data/one.txt data/two/x > all/list";
+    let next = make(run, json!({ "all": "all/" }), inputs.clone()).unwrap();
+    let text = |ran: &Ran, port: &str, path: &str| {
+        std::fs::read_to_string(&room.files(ran, port)[path]).unwrap()
+    };
+    assert_eq!(text(&next, "all", "all/list"), "made\nmore\n2\n");
+    assert_eq!(text(&made, "one", "data/one.txt"), "made\n");
+    let e = make("true", json!({ "x": "data/one.txt" }), inputs.clone()).unwrap_err();
+    assert!(format!("{e:#}").contains("an input lies where output `x`"), "{e:#}");
+    let twice = json!({ "a": edge("files", &made), "b": edge("files", &made) });
+    let e = make("true", json!({ "x": "x" }), twice).unwrap_err();
+    assert!(format!("{e:#}").contains("two inputs bring `data/one.txt`"), "{e:#}");
+    let e = make("true", json!({ "x": "x" }), inputs).unwrap_err();
+    assert!(e.to_string().contains("output `x`"), "{e}");
+}
+
 /// A process that left the command's group keeps its pipes open.
 #[test]
 #[cfg(target_os = "linux")]

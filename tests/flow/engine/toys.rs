@@ -151,7 +151,7 @@ impl StepKind for Nap {
     }
     fn needs(&self) -> Needs {
         let cpu = if self.cpu == 0 { Cpu::All } else { Cpu::N(self.cpu) };
-        Needs { cpu, memory: None, gpu: self.gpu, exclusive: self.exclusive }
+        Needs { cpu, gpu: self.gpu, exclusive: self.exclusive, ..Needs::ONE }
     }
     fn isolate(&self) -> bool {
         self.isolated
@@ -179,6 +179,7 @@ impl StepKind for Nap {
         if let Some(value) = cx.env.get("NAP_ENV").cloned() {
             cx.fact("env", value);
         }
+        cx.fact("gpus", std::env::var("CUDA_VISIBLE_DEVICES").unwrap_or_default());
         cx.fact("undeclared", std::env::var("UNDECLARED").unwrap_or_default());
         std::fs::write(cx.out_dir("done")?.join("text"), &self.name)?;
         Ok(())
@@ -353,6 +354,7 @@ pub(super) const KINDS: &[Kind] = &[
     Kind::of::<Pin>(),
     Kind::of::<Infer>(),
     Kind::of::<Clock>(),
+    Kind::of::<super::faults::Climb>(),
 ];
 
 pub(super) fn hub(dir: &Path) -> Hub {
@@ -365,6 +367,7 @@ pub(super) struct Bench {
     hub: Hub,
     pub(super) cancel: AtomicBool,
     pub(super) options: Options,
+    pub(super) kinds: &'static [Kind],
 }
 
 /// What a run said and how it ended.
@@ -413,7 +416,7 @@ impl Bench {
         let dir = tempfile::tempdir().unwrap();
         let options =
             Options { jobs: 4, outputs: dir.path().join("outputs"), ..Options::default() };
-        Self { hub: hub(dir.path()), dir, cancel: AtomicBool::new(false), options }
+        Self { hub: hub(dir.path()), dir, cancel: AtomicBool::new(false), options, kinds: KINDS }
     }
 
     pub(super) fn path(&self, name: &str) -> PathBuf {
@@ -424,13 +427,16 @@ impl Bench {
         Store::open(&self.path("store")).unwrap()
     }
 
+    /// The pipeline is called `toy` unless it says otherwise.
     pub(super) fn plan(&self, steps: &str) -> Plan {
-        let text = format!("name: toy\n{steps}");
+        let name = if steps.starts_with("name:") { "" } else { "name: toy\n" };
+        let text = format!("{name}{steps}");
         let env = std::collections::BTreeMap::from([("NAP_ENV".to_owned(), "one".to_owned())]);
         let mut settings = Settings { env, ..Settings::default() };
         settings.env.extend(self.options.environment.clone());
+        settings.resources.extend(self.options.resources.keys().cloned());
         let file = self.path("toy.yaml");
-        let plan = Plan::new(&file, Source::new("toy.yaml", text), KINDS, &settings);
+        let plan = Plan::new(&file, Source::new("toy.yaml", text), self.kinds, &settings);
         plan.unwrap_or_else(|d| {
             panic!("{:#?}", d.iter().map(|d| (&d.message, &d.help)).collect::<Vec<_>>())
         })

@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use flow::pipeline::{Plan, Settings};
+use flow::pipeline::{Plan, Retry, Settings};
 use flow::step::Cpu;
 use petgraph::Direction::Incoming;
 use serde_json::{Value, json};
@@ -266,8 +266,8 @@ steps:
   rows:
     kind: fetch
     with: { dataset: imdb }
-    needs: { cpu: 3, memory: 2GiB }
-    retry: 2
+    needs: { cpu: 3, memory: 2GiB, exclusive: true, licence: 2 }
+    retry: { times: 2, backoff: 5s }
     timeout: 90s
     checkpoint: 5m
     env: [TOKEN, NOT_SET]
@@ -276,9 +276,14 @@ steps:
 "#;
     let plan = good(text);
     let rows = plan.graph.node_weights().next().unwrap();
-    let needs = rows.policy.needs.unwrap();
+    let needs = rows.needs();
     assert_eq!((needs.cpu, needs.memory, needs.gpu), (Cpu::N(3), Some(2 << 30), 0));
-    assert_eq!((rows.policy.retry, rows.policy.timeout), (2, Some(Duration::from_secs(90))));
+    assert_eq!((needs.exclusive, needs.named["licence"]), (true, 2));
+    let retry = Retry { times: 2, backoff: Duration::from_secs(5) };
+    assert_eq!((rows.policy.retry, rows.policy.timeout), (retry, Some(Duration::from_secs(90))));
+    let short = good(&text.replace("{ times: 2, backoff: 5s }", "2"));
+    let retry = short.graph.node_weights().next().unwrap().policy.retry;
+    assert_eq!((retry.times, retry.backoff), (2, Duration::from_secs(1)));
     assert_eq!(rows.policy.checkpoint, Some(Duration::from_secs(300)));
     assert_eq!(rows.policy.secrets, ["HF_TOKEN"]);
     assert_eq!(rows.env["TOKEN"].as_deref(), Some("x"));

@@ -54,23 +54,26 @@ fn model() -> impl Strategy<Value = Model> {
 
 /// How a pipeline is written down; none of it is meant to matter.
 #[derive(Debug, Clone)]
-struct Style {
+pub(super) struct Style {
     reversed: bool,
     flow: bool,
     quotes: bool,
+    /// Texts as blocks of their own.
+    literal: bool,
     comments: bool,
-    spelled_out: bool,
+    pub(super) spelled_out: bool,
     through_params: bool,
 }
 
-fn style() -> impl Strategy<Value = Style> {
-    any::<[bool; 6]>().prop_map(|[reversed, flow, quotes, comments, spelled_out, params]| Style {
-        reversed,
-        flow,
-        quotes,
-        comments,
-        spelled_out,
-        through_params: params,
+pub(super) fn style() -> impl Strategy<Value = Style> {
+    any::<[bool; 7]>().prop_map(|b| Style {
+        reversed: b[0],
+        flow: b[1],
+        quotes: b[2],
+        literal: b[3],
+        comments: b[4],
+        spelled_out: b[5],
+        through_params: b[6],
     })
 }
 
@@ -112,7 +115,7 @@ fn document(model: &Model, style: &Style) -> Value {
     document
 }
 
-fn write(value: &Value, style: &Style, depth: usize, out: &mut String) {
+pub(super) fn write(value: &Value, style: &Style, depth: usize, out: &mut String) {
     match value {
         Value::Object(map) if !style.flow && !map.is_empty() => {
             let mut pairs: Vec<_> = map.iter().collect();
@@ -129,6 +132,12 @@ fn write(value: &Value, style: &Style, depth: usize, out: &mut String) {
                 out.push(':');
                 if !value.is_object() {
                     out.push(' ');
+                }
+                if let Some(text) = value.as_str().filter(|t| style.literal && is_literal(t)) {
+                    // No comment may follow: it would be text.
+                    let block = if text.ends_with('x') { ">-" } else { "|-" };
+                    out.push_str(&format!("{block}\n{}{text}", "  ".repeat(depth + 1)));
+                    continue;
                 }
                 write(value, style, depth + 1, out);
                 if style.comments && !value.is_object() {
@@ -165,6 +174,11 @@ fn write(value: &Value, style: &Style, depth: usize, out: &mut String) {
         }),
         other => out.push_str(&other.to_string()),
     }
+}
+
+/// Whether a text stays itself as a block of one line.
+fn is_literal(text: &str) -> bool {
+    !text.is_empty() && !text.starts_with(' ') && !text.ends_with(' ') && !text.contains('\n')
 }
 
 fn text(s: &str, double: bool, out: &mut String) {

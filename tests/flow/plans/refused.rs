@@ -133,3 +133,59 @@ fn a_variable_that_is_nearly_set() {
     let text = "steps: { one: { kind: fetch, with: { dataset: \"${env.TOKNE}\" } } }";
     assert!(errors(text).contains("did you mean `TOKEN`?"), "{}", errors(text));
 }
+
+/// Texts that are small and mean something huge: each is refused, at once and on a small stack.
+#[test]
+fn what_would_grow_without_end() {
+    use std::fmt::Write as _;
+
+    let step = "steps:\n  one: { kind: command, with: { run: \"x ${params.z}\" } }\n";
+    let mut laughs = "params:\n  a0: &a0 [x, x, x, x, x, x, x, x, x, x]\n".to_owned();
+    let mut doubled = "params:\n  a0: xxxxxxxx\n".to_owned();
+    let mut lists = "params:\n  a0: [1]\n".to_owned();
+    for i in 1..40 {
+        let before = i - 1;
+        let aliases = vec![format!("*a{before}"); 10].join(", ");
+        let _ = writeln!(laughs, "  a{i}: &a{i} [{aliases}]");
+        let _ = writeln!(doubled, "  a{i}: \"${{params.a{before}}}${{params.a{before}}}\"");
+        let _ = writeln!(lists, "  a{i}: [\"${{params.a{before}}}\", \"${{params.a{before}}}\"]");
+    }
+    let chain: String =
+        (0..9000).map(|i| format!("  a{i}: \"${{params.a{}}}\"\n", i + 1)).collect();
+    let chain = format!("params:\n{chain}  a9000: 1\n  z: \"${{params.a0}}\"\n{step}");
+    let axis: Vec<String> = (0..2000).map(|n| n.to_string()).collect();
+    let axis = axis.join(", ");
+    let sweep = format!(
+        "sweep:\n  cap: 18446744073709551615\n  grid: {{ a: [{axis}], b: [{axis}], c: [{axis}] }}\n\
+         steps:\n  one:\n    kind: command\n    \
+         with: {{ run: \"${{sweep.a}} ${{sweep.b}} ${{sweep.c}}\" }}\n"
+    );
+    let indented: String = (0..3000).map(|n| format!("{:n$}a:\n", "")).collect();
+    let texts = [
+        (format!("{laughs}  z: *a39\n{step}"), "not valid YAML"),
+        (
+            format!("{doubled}  z: \"${{params.a39}}\"\n{step}"),
+            "parameters grow to more than 4 MiB",
+        ),
+        (format!("{lists}  z: \"${{params.a39}}\"\n{step}"), "parameters grow to more than 4 MiB"),
+        (chain, "more than 64 parameters refer to each other in a row"),
+        (sweep, "more than a million points"),
+        ("[".repeat(100_000), "not valid YAML"),
+        ("{a: ".repeat(100_000), "not valid YAML"),
+        ("- ".repeat(100_000), "not valid YAML"),
+        ("? ".repeat(100_000), "not valid YAML"),
+        (indented, "not valid YAML"),
+    ];
+    let small = std::thread::Builder::new().stack_size(1 << 20);
+    let check = move || {
+        for (text, message) in texts {
+            let told = errors(&text);
+            assert!(
+                told.contains(message),
+                "{message}: {}",
+                told.chars().take(300).collect::<String>()
+            );
+        }
+    };
+    small.spawn(check).unwrap().join().unwrap();
+}
