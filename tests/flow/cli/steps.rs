@@ -22,7 +22,7 @@ const COMMANDS: [&[&str]; 26] = [
     &["show", "latest", "texts"],
     &["log"],
     &["diff", "latest", "latest"],
-    &["compare"],
+    &["compare", "--metric", "rows.test"],
     &["reproduce", "latest"],
     &["pin", "latest", "--name", "kept"],
     &["pin", "--list"],
