@@ -101,6 +101,9 @@ fn without_a_budget_only_what_nothing_refers_to_goes() {
     for name in ["20200101-000000-0000.abcd-1/out", "kept-20200101-000000-0000.abcd-2/out"] {
         std::fs::create_dir_all(bench.path("store/attempts").join(name)).unwrap();
     }
+    // Work that is under way and keeps no journal.
+    let _reproduction = Runs::of(&store).hold("reproduce-1").unwrap();
+    std::fs::create_dir(bench.path("store/attempts/reproduce-1.store")).unwrap();
     std::fs::create_dir(bench.path("store/runs/20200101-000000-0000")).unwrap();
     // All of it is young.
     assert_eq!(collect(&store, &Budget::none()).removals, []);
@@ -111,6 +114,7 @@ fn without_a_budget_only_what_nothing_refers_to_goes() {
     assert_eq!((n(Class::Attempt), n(Class::Run), n(Class::Record)), (1, 1, 0));
     assert!(n(Class::Lease) > 0 && done.runs.is_empty());
     assert!(bench.path("store/attempts/kept-20200101-000000-0000.abcd-2").is_dir());
+    assert!(bench.path("store/attempts/reproduce-1.store").is_dir());
     assert_eq!(collect(&store, &later).removals, [], "once is enough");
     assert_eq!(bench.run(&steps("p", "one")).outcome.ran, 0);
     assert_eq!(bench.run(&steps("p", "two")).outcome.ran, 0);
