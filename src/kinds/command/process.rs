@@ -1,15 +1,15 @@
-//! A child process in a session of its own: its lines are logged, and it ends with the run.
+//! A child process in a group of its own: its lines are logged, and it ends with the run.
 //!
-//! What keeps that promise when the runner itself is killed is [`Watch`](super::watch::Watch). A
-//! process that makes a session for itself (`setsid`, a daemon) has left on purpose and is not
-//! followed.
+//! What it starts is in its group, unless that makes a group for itself, as `timeout` and daemons
+//! do: those are known by their `TMPDIR`, which is the attempt's own folder. What keeps the promise
+//! when the runner itself is killed is [`Watch`](super::watch::Watch).
 
 use std::collections::{BTreeMap, VecDeque};
 use std::fs::File;
 use std::io::Read as _;
 use std::os::fd::{AsFd as _, OwnedFd};
 use std::os::unix::fs::PermissionsExt as _;
-use std::os::unix::process::ExitStatusExt as _;
+use std::os::unix::process::{CommandExt as _, ExitStatusExt as _};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::sync::OnceLock;
@@ -18,7 +18,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context as _, Result, bail};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::process::{
-    Pid, Signal, WaitId, WaitIdOptions, getpgid, getsid, kill_process, kill_process_group, waitid,
+    Pid, Signal, WaitId, WaitIdOptions, kill_process, kill_process_group, waitid,
 };
 
 use super::watch;
@@ -48,14 +48,19 @@ pub(super) struct Job<'a> {
 
 /// Runs it to its end.
 pub(super) fn run(job: &Job<'_>, cx: &Context<'_>) -> Result<()> {
-    let mut command = Command::new(on_path(job.shell, inherited()?));
-    command.arg("-c").arg(job.script).current_dir(job.dir).env_clear();
+    let Some(shell) = on_path(job.shell, inherited()?) else {
+        let fault = Fault::new(format!("the shell `{}` cannot be started", job.shell));
+        return Err(fault.help("set `shell` to a program that is on the PATH").into());
+    };
+    let mut command = watch::announcing(&shell, job.script);
+    command.current_dir(job.dir).env_clear();
     for (name, value) in inherited()? {
         command.env(name, value);
     }
     command.env("LANG", "C.UTF-8").env("LC_ALL", "C.UTF-8").envs(&job.environment);
-    command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
-    let (mut child, watch) = watch::ready()?.spawn(command).map_err(|e| {
+    command.stdout(Stdio::piped()).stderr(Stdio::piped()).process_group(0);
+    let mark = mark(&cx.attempt_dir);
+    let (mut child, watch) = watch::ready(&mark)?.spawn(command).map_err(|e| {
         let fault = Fault::new(format!("the shell `{}` cannot be started", job.shell));
         fault.help("set `shell` to a program that is on the PATH").cause(e)
     })?;
@@ -66,7 +71,10 @@ pub(super) fn run(job: &Job<'_>, cx: &Context<'_>) -> Result<()> {
     let waited = wait(leader, cx, &mut said);
     // Whatever it left running would hold the pipes open, and its slots are free now. Before it is
     // reaped, so that its number cannot be another's yet.
-    signal(leader, Signal::KILL);
+    end(leader, Signal::KILL);
+    if cx.cancelled() {
+        end_strays(&cx.attempt_dir, Signal::KILL);
+    }
     drop(watch);
     let status = child.wait().context("waiting for the command")?;
     waited?;
@@ -112,19 +120,27 @@ fn inherited() -> Result<&'static [(&'static str, String)]> {
     Ok(INHERITED.get_or_init(|| pairs.map(|(name, value)| (name, value.to_owned())).collect()))
 }
 
-/// Where a program is: looked for once here, not by each copy of this process.
-fn on_path(program: &str, environment: &[(&str, String)]) -> PathBuf {
+/// Where a program is. Given by its path it can be started without a copy of this process, which
+/// a search on another `PATH` than its own would take.
+fn on_path(program: &str, environment: &[(&str, String)]) -> Option<PathBuf> {
     let path = environment.iter().find(|(name, _)| *name == "PATH").map(|(_, path)| path);
     let places = path.into_iter().flat_map(|path| path.split(':')).filter(|dir| !dir.is_empty());
     let is_program = |path: &PathBuf| {
         std::fs::metadata(path).is_ok_and(|m| m.is_file() && m.permissions().mode() & 0o111 != 0)
     };
     let mut found = places.map(|dir| Path::new(dir).join(program)).filter(is_program);
-    let given = || PathBuf::from(program);
-    if program.contains('/') { given() } else { found.next().unwrap_or_else(given) }
+    if program.contains('/') { Some(PathBuf::from(program)) } else { found.next() }
 }
 
-/// Waits for its end, without reaping it; asks it to stop, and ends its session, when it must.
+/// What the variables of all commands of a run begin with, and of nothing else: their `TMPDIR`, as
+/// far as it is the same for all attempts of the run.
+fn mark(attempt_dir: &Path) -> String {
+    let name = attempt_dir.file_name().unwrap_or_default().to_string_lossy();
+    let run = name.split_inclusive('.').next().unwrap_or_default();
+    format!("TMPDIR={}", attempt_dir.with_file_name(run).display())
+}
+
+/// Waits for its end, without reaping it; asks it to stop, and ends what it started, when it must.
 fn wait(leader: Pid, cx: &Context<'_>, said: &mut Said) -> Result<()> {
     // Where the system can say when a process ends, nothing need look for it.
     #[cfg(target_os = "linux")]
@@ -137,10 +153,11 @@ fn wait(leader: Pid, cx: &Context<'_>, said: &mut Said) -> Result<()> {
     while matches!(waitid(WaitId::Pid(leader), options), Ok(None) | Err(rustix::io::Errno::INTR)) {
         match asked {
             None if cx.cancelled() => {
-                signal(leader, Signal::TERM);
+                end(leader, Signal::TERM);
+                end_strays(&cx.attempt_dir, Signal::TERM);
                 asked = Some(Instant::now());
             }
-            Some(since) if since.elapsed() > GRACE => signal(leader, Signal::KILL),
+            Some(since) if since.elapsed() > GRACE => end(leader, Signal::KILL),
             _ => {}
         }
         said.hear(cx, end.as_ref(), pause)?;
@@ -149,22 +166,28 @@ fn wait(leader: Pid, cx: &Context<'_>, said: &mut Said) -> Result<()> {
     Ok(())
 }
 
-/// Signals all of a session: the group of its leader, and what has left the group.
-fn signal(leader: Pid, signal: Signal) {
-    // Each fails when what it is for has ended, which is what is wanted.
-    let _ = kill_process_group(leader, signal);
-    for stray in strays(leader) {
-        let _ = kill_process(stray, signal);
+fn end(group: Pid, signal: Signal) {
+    // It fails when the whole group has ended, which is what is wanted.
+    let _ = kill_process_group(group, signal);
+}
+
+/// Signals what a command started and is not in its group. Where there is no `/proc` it is not
+/// found.
+fn end_strays(attempt_dir: &Path, signal: Signal) {
+    for pid in strays(attempt_dir) {
+        let _ = kill_process(pid, signal);
     }
 }
 
-/// Processes of a session outside the group of its leader: `timeout` and shells with job control
-/// make groups of their own. Where there is no `/proc` they are not found.
-fn strays(leader: Pid) -> Vec<Pid> {
+fn strays(attempt_dir: &Path) -> Vec<Pid> {
+    let variable = format!("TMPDIR={}", attempt_dir.display());
     let entries = std::fs::read_dir("/proc").into_iter().flatten().flatten();
     let pids = entries.filter_map(|e| e.file_name().to_str()?.parse().ok().and_then(Pid::from_raw));
-    let of_session = pids.filter(|pid| getsid(Some(*pid)) == Ok(leader));
-    of_session.filter(|pid| getpgid(Some(*pid)) != Ok(leader)).collect()
+    let of_it = pids.filter(|pid| {
+        let environment = std::fs::read(format!("/proc/{}/environ", pid.as_raw_nonzero()));
+        environment.is_ok_and(|e| e.split(|b| *b == 0).any(|v| v == variable.as_bytes()))
+    });
+    of_it.collect()
 }
 
 /// What the command writes.
@@ -256,17 +279,20 @@ mod tests {
 
     #[cfg(target_os = "linux")]
     #[test]
-    fn what_a_command_started_ends_whatever_its_group() {
+    fn what_a_command_started_is_known_whatever_its_group() {
+        let dir = tempfile::tempdir().unwrap();
         let script = "sleep 61 & timeout 60 sh -c 'sleep 62 & sleep 63' & echo; wait";
-        let mut command = Command::new("sh");
-        command.args(["-c", script]).stdout(Stdio::piped());
-        let (mut child, watch) = watch::ready().unwrap().spawn(command).unwrap();
+        let mut command = watch::announcing(Path::new("/bin/sh"), script);
+        command.env("TMPDIR", dir.path()).stdout(Stdio::piped()).process_group(0);
+        let ready = watch::ready(&mark(dir.path())).unwrap();
+        let (mut child, watch) = ready.spawn(command).unwrap();
         let begun = Instant::now();
-        while strays(watch.leader()).len() < 3 {
-            assert!(begun.elapsed() < Duration::from_secs(20), "`timeout` makes a group");
+        while strays(dir.path()).len() < 5 {
+            assert!(begun.elapsed() < Duration::from_secs(20), "{:?}", strays(dir.path()));
             std::thread::sleep(Duration::from_millis(5));
         }
-        signal(watch.leader(), Signal::KILL);
+        end(watch.leader(), Signal::KILL);
+        end_strays(dir.path(), Signal::KILL);
         // Each of them holds the pipe that is read to its end here.
         let mut said = Vec::new();
         child.stdout.take().unwrap().read_to_end(&mut said).unwrap();
@@ -274,6 +300,12 @@ mod tests {
         drop(watch);
         child.wait().unwrap();
         assert!(begun.elapsed() < Duration::from_secs(20));
+    }
+
+    #[test]
+    fn a_mark_is_that_of_the_run() {
+        let dir = Path::new("/store/attempts/20261125-014722-2bed.ab12-7-0-1");
+        assert_eq!(mark(dir), "TMPDIR=/store/attempts/20261125-014722-2bed.");
     }
 
     #[test]

@@ -4,56 +4,84 @@ use std::collections::BTreeSet;
 use std::io::{self, Write as _};
 use std::os::fd::AsFd as _;
 use std::os::unix::process::CommandExt as _;
+use std::path::Path;
 use std::process::{Child, ChildStdin, Command, Stdio};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use anyhow::{Context as _, Result};
-use rustix::process::{Pid, getpid, setsid};
+use rustix::process::Pid;
 
-/// Told which sessions there are, by their leaders; at the end of its input, which only this
-/// process can write, it ends those that still are. A process may start another one while it looks
-/// for what has left its leader's group (`timeout` makes one of its own), so it looks three times.
-/// It heeds no signal: a key pressed at the terminal must not end it first.
+/// Told which groups run, and how variables of their processes begin; at the end of its input,
+/// which only this process can write, it ends the groups that still run and all that has such a
+/// variable (`timeout` and daemons leave their group). What is found may start another process
+/// meanwhile, so it looks three times. It heeds no signal: a key pressed at the terminal must not
+/// end it first.
 const SCRIPT: &str = r#"
 trap '' HUP INT TERM
-leaders=' '
-while read -r sign leader; do
+groups=' '
+marks=
+newline='
+'
+while read -r sign what; do
   case $sign in
-    +) leaders="$leaders$leader " ;;
-    -) leaders="${leaders%% $leader *} ${leaders#* $leader }" ;;
+    +) groups="$groups$what " ;;
+    -) groups="${groups%% $what *} ${groups#* $what }" ;;
+    =) case $newline$marks$newline in
+         *"$newline$what$newline"*) ;;
+         *) marks="$marks${marks:+$newline}$what" ;;
+       esac ;;
   esac
 done
-set -- $leaders
-[ $# -gt 0 ] || exit 0
-for leader; do kill -s KILL -- "-$leader"; done
+for group in $groups; do kill -s KILL -- "-$group"; done
+[ -n "$marks" ] || exit 0
 for look in 1 2 3; do
-  for stat in /proc/[0-9]*/stat; do
-    read -r line < "$stat" || continue
-    set -- ${line##*) }
-    case $leaders in
-      *" $4 "*) pid=${stat#/proc/}; kill -s KILL "${pid%/stat}" ;;
-    esac
+  for file in $(grep -lsF -e "$marks" /proc/[0-9]*/environ); do
+    pid=${file#/proc/}
+    kill -s KILL "${pid%/environ}"
   done
 done
 "#;
 
-/// Ends a session if this process ends before this value is dropped.
+/// Begins a command's script: its shell tells the watcher of itself before it does anything, so
+/// that there is no moment at which the command runs and nobody watches. Its input is the
+/// watcher's until then.
+const ANNOUNCE: &str = r#"echo "+ $$" >&0; exec </dev/null; "#;
+
+/// For shells of another language.
+const ANNOUNCE_OTHER: &str = r#"echo "+ $$" >&0; exec "$0" -c "$1" </dev/null"#;
+
+/// Shells that understand [`ANNOUNCE`].
+const POSIX: [&str; 6] = ["sh", "dash", "bash", "ash", "ksh", "zsh"];
+
+/// A shell with a script, to be started by [`Ready::spawn`].
+pub(super) fn announcing(shell: &Path, script: &str) -> Command {
+    if shell.file_name().is_some_and(|name| POSIX.iter().any(|posix| name == *posix)) {
+        let mut command = Command::new(shell);
+        command.arg("-c").arg(format!("{ANNOUNCE}{script}"));
+        return command;
+    }
+    let mut command = Command::new("/bin/sh");
+    command.arg("-c").arg(ANNOUNCE_OTHER).arg(shell).arg(script);
+    command
+}
+
+/// Ends a process group if this process ends before this value is dropped.
 ///
 /// One small shell watches for all of them, from the first on, through a pipe that only this
 /// process holds. (The kernel's own parent-death signal reaches a command's shell but not what the
-/// shell has started.)
+/// shell has started, and asking for it takes a copy of this process for every command.)
 #[derive(Debug)]
 pub(super) struct Watch(Pid);
 
 impl Watch {
-    /// The first process of the session, and of the group that is named after it.
+    /// The first process of the group.
     pub(super) fn leader(&self) -> Pid {
         self.0
     }
 }
 
 impl Drop for Watch {
-    /// To be dropped before the session's first process is reaped, and its number is free for
+    /// To be dropped before the group's first process is reaped, and its number is free for
     /// others.
     fn drop(&mut self) {
         lock().remove(self.0.as_raw_nonzero().get());
@@ -63,15 +91,16 @@ impl Drop for Watch {
 /// The shell that watches, there and listening.
 pub(super) struct Ready(MutexGuard<'static, Watcher>);
 
-/// Sees that there is a shell to watch over what is about to start.
-pub(super) fn ready() -> Result<Ready> {
+/// Sees that there is a shell to watch over what is about to start, in whose processes a variable
+/// begins with this mark.
+pub(super) fn ready(mark: &str) -> Result<Ready> {
     let mut watcher = lock();
-    watcher.ready()?;
+    watcher.ready(mark)?;
     Ok(Ready(watcher))
 }
 
 impl Ready {
-    /// Starts a command as the leader of a session, and watches over it.
+    /// Starts an [announcing] command, in a group of its own, and watches over it.
     pub(super) fn spawn(mut self, command: Command) -> io::Result<(Child, Watch)> {
         let (child, leader) = self.0.spawn(command)?;
         Ok((child, Watch(leader)))
@@ -79,85 +108,68 @@ impl Ready {
 }
 
 fn lock() -> MutexGuard<'static, Watcher> {
-    static WATCHER: Mutex<Watcher> = Mutex::new(Watcher { shell: None, leaders: BTreeSet::new() });
+    static WATCHER: Mutex<Watcher> = Mutex::new(Watcher::new());
     WATCHER.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 #[derive(Debug)]
 struct Watcher {
     shell: Option<(Child, ChildStdin)>,
-    leaders: BTreeSet<i32>,
+    groups: BTreeSet<i32>,
+    marks: BTreeSet<String>,
 }
 
 impl Watcher {
-    /// Starts the shell if there is none that listens.
-    fn ready(&mut self) -> Result<()> {
-        if self.tell('=', 0) { Ok(()) } else { self.start() }
+    const fn new() -> Self {
+        Self { shell: None, groups: BTreeSet::new(), marks: BTreeSet::new() }
     }
 
-    /// The new process tells the shell of itself before it becomes the command, so that there is
-    /// no moment at which the command runs and nobody watches.
-    #[expect(unsafe_code, reason = "what runs between fork and exec is unsafe by its nature")]
+    /// Tells the shell of a mark; starts another if none listens.
+    fn ready(&mut self, mark: &str) -> Result<()> {
+        // A name with a line break cannot be told: then groups have to do.
+        let new = !mark.contains('\n') && self.marks.insert(mark.to_owned());
+        let heard = if new { self.tell("=", mark) } else { self.tell("?", "") };
+        if heard { Ok(()) } else { self.start() }
+    }
+
     fn spawn(&mut self, mut command: Command) -> io::Result<(Child, Pid)> {
         let pipe = self.shell.as_ref().map(|(_, pipe)| pipe.as_fd().try_clone_to_owned());
         let pipe = pipe.unwrap_or_else(|| Err(io::ErrorKind::BrokenPipe.into()))?;
-        let announce = move || {
-            setsid()?;
-            // On the stack: nothing may be allocated here.
-            let mut line = [0; 16];
-            let mut rest = &mut line[..];
-            writeln!(rest, "+ {}", getpid().as_raw_nonzero())?;
-            let length = 16 - rest.len();
-            rustix::io::write(&pipe, &line[..length])?;
-            Ok(())
-        };
-        // SAFETY: `announce` makes system calls and writes to its own stack; it allocates nothing
-        // and takes no lock.
-        unsafe { command.pre_exec(announce) };
-        let child = match command.spawn() {
-            Ok(child) => child,
-            Err(e) => {
-                // It may have told of a process that never became the command, and whose number
-                // will be another's: a shell that knows of it must not act on it.
-                if let Some((shell, _)) = &mut self.shell {
-                    let _ = shell.kill();
-                }
-                let _ = self.start();
-                return Err(e);
-            }
-        };
+        let child = command.stdin(Stdio::from(pipe)).spawn()?;
         let number = i32::try_from(child.id()).ok();
         let leader = number.and_then(Pid::from_raw).ok_or(io::ErrorKind::Unsupported)?;
-        self.leaders.insert(leader.as_raw_nonzero().get());
+        self.groups.insert(leader.as_raw_nonzero().get());
         Ok((child, leader))
     }
 
-    fn remove(&mut self, leader: i32) {
-        self.leaders.remove(&leader);
+    fn remove(&mut self, group: i32) {
+        self.groups.remove(&group);
         // If it is gone, the next one is told of those that are left.
-        self.tell('-', leader);
+        self.tell("-", &group.to_string());
     }
 
     /// Whether the shell is there to be told.
-    fn tell(&mut self, sign: char, leader: i32) -> bool {
+    fn tell(&mut self, sign: &str, what: &str) -> bool {
         let pipe = self.shell.as_mut().map(|(_, pipe)| pipe);
-        pipe.is_some_and(|pipe| pipe.write_all(format!("{sign} {leader}\n").as_bytes()).is_ok())
+        pipe.is_some_and(|pipe| pipe.write_all(format!("{sign} {what}\n").as_bytes()).is_ok())
     }
 
-    /// Starts the shell and tells it of all leaders.
+    /// Starts the shell and tells it all that there is.
     fn start(&mut self) -> Result<()> {
         if let Some((mut dead, pipe)) = self.shell.take() {
             drop(pipe);
             let _ = dead.wait();
         }
         let mut command = Command::new("sh");
-        command.args(["-c", SCRIPT]).process_group(0);
+        // A run that a command of another run started ends with that one; its watcher must not.
+        command.args(["-c", SCRIPT]).process_group(0).env_remove("TMPDIR");
         command.stdin(Stdio::piped()).stdout(Stdio::null()).stderr(Stdio::null());
         let mut child = command.spawn().context("starting `sh`")?;
         let mut pipe = child.stdin.take().context("a process without its pipe")?;
-        for leader in &self.leaders {
-            pipe.write_all(format!("+ {leader}\n").as_bytes()).context("telling `sh`")?;
-        }
+        let groups = self.groups.iter().map(|group| format!("+ {group}\n"));
+        let marks = self.marks.iter().map(|mark| format!("= {mark}\n"));
+        let all: String = groups.chain(marks).collect();
+        pipe.write_all(all.as_bytes()).context("telling `sh`")?;
         self.shell = Some((child, pipe));
         Ok(())
     }
@@ -168,17 +180,27 @@ mod tests {
     use super::*;
     use std::os::unix::process::ExitStatusExt as _;
 
-    fn sleeper(watcher: &mut Watcher) -> Child {
-        watcher.ready().unwrap();
-        let mut command = Command::new("sleep");
-        command.arg("60");
+    fn start(watcher: &mut Watcher, script: &str) -> Child {
+        watcher.ready("TMPDIR=/is/not/there/").unwrap();
+        let mut command = announcing(Path::new("/bin/sh"), script);
+        command.process_group(0).stdout(Stdio::piped());
         watcher.spawn(command).unwrap().0
     }
 
+    /// Its first byte: then it has announced itself.
+    fn begun(child: &mut Child) {
+        io::Read::read_exact(child.stdout.as_mut().unwrap(), &mut [0]).unwrap();
+    }
+
     #[test]
-    fn sessions_end_with_their_runner_unless_they_ended_before() {
+    fn groups_end_with_their_runner_unless_they_ended_before() {
         let id = |child: &Child| i32::try_from(child.id()).unwrap();
-        let mut watcher = Watcher { shell: None, leaders: BTreeSet::new() };
+        let mut watcher = Watcher::new();
+        let mut sleeper = |watcher: &mut Watcher| {
+            let mut child = start(watcher, "echo; exec sleep 60");
+            begun(&mut child);
+            child
+        };
         let mut children: Vec<Child> = (0..4).map(|_| sleeper(&mut watcher)).collect();
         watcher.remove(id(&children[0]));
         watcher.remove(id(&children[2]));
@@ -187,10 +209,6 @@ mod tests {
         watcher.shell.as_mut().unwrap().0.wait().unwrap();
         children.push(sleeper(&mut watcher));
         watcher.remove(id(&children[3]));
-        // One that cannot be started is nobody's, and the others are still watched over.
-        let shell = watcher.shell.as_ref().unwrap().0.id();
-        assert!(watcher.spawn(Command::new("/is/not/there")).is_err());
-        assert_ne!(watcher.shell.as_ref().unwrap().0.id(), shell);
         // The end of a process closes its pipes, as this does.
         let (mut shell, pipe) = watcher.shell.take().unwrap();
         drop(pipe);
@@ -207,18 +225,42 @@ mod tests {
 
     #[cfg(target_os = "linux")]
     #[test]
-    fn what_left_the_group_ends_too() {
-        let mut watcher = Watcher { shell: None, leaders: BTreeSet::new() };
-        watcher.ready().unwrap();
-        let mut command = Command::new("sh");
-        command.args(["-c", "timeout 60 sh -c 'echo; sleep 64 & sleep 65' & wait"]);
+    fn what_left_the_group_is_known_by_its_mark() {
+        let dir = tempfile::tempdir().unwrap();
+        let mut watcher = Watcher::new();
+        watcher.ready(&format!("TMPDIR={}/20261125.", dir.path().display())).unwrap();
+        let script = "timeout 60 sh -c 'sleep 64 & setsid sleep 65 & echo; sleep 66' & wait";
+        let mut command = announcing(Path::new("/bin/sh"), script);
+        command.env("TMPDIR", dir.path().join("20261125.abc")).process_group(0);
         command.stdout(Stdio::piped());
-        let (mut child, _) = watcher.spawn(command).unwrap();
-        let mut said = child.stdout.take().unwrap();
-        io::Read::read_exact(&mut said, &mut [0]).unwrap();
+        let mut child = watcher.spawn(command).unwrap().0;
+        begun(&mut child);
         drop(watcher.shell.take().unwrap().1);
         // All of them hold this pipe: its end is theirs.
-        assert_eq!(io::Read::read(&mut said, &mut [0]).unwrap(), 0);
+        assert_eq!(io::Read::read(child.stdout.as_mut().unwrap(), &mut [0]).unwrap(), 0);
         child.wait().unwrap();
+    }
+
+    #[test]
+    fn a_script_is_what_it_was() {
+        let mut watcher = Watcher::new();
+        watcher.ready("TMPDIR=/is/not/there/").unwrap();
+        let mut said = |shell: &str, script: &str| {
+            let mut command = announcing(Path::new(shell), script);
+            command.process_group(0).stdout(Stdio::piped()).stderr(Stdio::piped());
+            let child = watcher.spawn(command).unwrap().0;
+            watcher.remove(child.id() as i32);
+            let output = child.wait_with_output().unwrap();
+            String::from_utf8(output.stdout).unwrap() + &String::from_utf8_lossy(&output.stderr)
+        };
+        // Its input is empty, its lines have their numbers, a comment may stand first.
+        assert_eq!(said("/bin/sh", "cat; echo end"), "end\n");
+        assert_eq!(said("/bin/sh", "# what\ncat <<X\na b\nX"), "a b\n");
+        assert!(said("/bin/sh", "true\nnone-such").contains(": 2: "));
+        // A shell of another language.
+        let dir = tempfile::tempdir().unwrap();
+        let other = dir.path().join("other");
+        std::fs::copy("/bin/sh", &other).unwrap();
+        assert_eq!(said(other.to_str().unwrap(), "cat; echo '$0'"), "$0\n");
     }
 }
