@@ -64,7 +64,7 @@ fn show(sweep: &Sweep, dry_run: bool) -> Result<(), Failure> {
     outln!("{done} {freed}, leaving {left}")?;
     if !sweep.alive.is_empty() {
         let runs = sweep.alive.join(", ");
-        errln!("running now, so all runs of the same pipelines stay: {runs}");
+        errln!("at work now, so nothing goes that they may need: {runs}");
     }
     if sweep.over_budget > 0 {
         let over = table::bytes(sweep.over_budget);

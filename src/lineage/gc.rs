@@ -3,9 +3,10 @@
 //! Runs that are kept, runs that are alive, pins: these are the roots. A run holds every key that
 //! it came to, results that it took from the cache included; so all steps of a run that is kept
 //! stay, and what is upstream of them with them. A pin holds its results and, by
-//! [`Made::sources`](super::Made::sources), all that they were made from. A record holds the trees of its ports, a tree
-//! its blobs; a ledger holds what a run that is kept made differently. A pipeline of which a run
-//! is alive loses no run at all, since nobody knows what that run will look up next.
+//! [`Made::sources`](super::Made::sources), all that they were made from. A record holds the trees
+//! of its ports, a tree its blobs; a ledger holds what a run that is kept made differently. A
+//! pipeline of which a run is alive loses no run at all, since nobody knows what that run will look
+//! up next; no pipeline does while something is alive that keeps no journal (a reproduction).
 //!
 //! Without a budget everything on record is kept, and only what nothing refers to goes.
 
@@ -17,7 +18,7 @@ use anyhow::Result;
 use serde::Serialize;
 
 use super::record::RecordFile;
-use super::uses::{Use, newest, uses};
+use super::uses::{Use, Uses, newest, uses};
 use super::{Loaded, Pin, Pins, Record, unix_ms};
 use crate::digest::Digest;
 use crate::store::{Item, KEPT_ATTEMPT, Store, StoreError};
@@ -131,7 +132,7 @@ pub struct Sweep {
     pub bytes_after: u64,
     /// Bytes above the budget that nothing may go for.
     pub over_budget: u64,
-    /// Ids of the runs that are alive; their pipelines lose no run.
+    /// Ids of the runs, and of reproductions, that are alive; their pipelines lose no run.
     pub alive: Vec<String>,
     /// Records that are damaged; they stay, and what they name with them.
     pub damaged_records: usize,
@@ -154,7 +155,7 @@ struct Survey<'a> {
     /// Trees of a record's ports; damaged records included.
     ports: BTreeMap<Digest, Vec<Digest>>,
     pins: Vec<Pin>,
-    uses: Vec<Use>,
+    uses: Uses,
     trees: BTreeMap<Digest, Item>,
     /// Blobs of the manifests that anything on record names.
     blobs: BTreeMap<Digest, Vec<Digest>>,
@@ -194,7 +195,7 @@ impl<'a> Survey<'a> {
                 Some((_, Loaded::Absent)) | None => {}
             }
         }
-        let differing = uses.iter().flat_map(|used| &used.differing);
+        let differing = uses.runs.iter().flat_map(|used| &used.differing);
         let named: BTreeSet<Digest> = ports.values().flatten().chain(differing).copied().collect();
         let trees = store.by_digest("trees")?;
         let mut blobs = BTreeMap::new();
@@ -243,7 +244,8 @@ impl<'a> Survey<'a> {
     }
 
     fn is_alive(&self, run: &str) -> bool {
-        self.uses.iter().any(|used| used.alive && used.run == run)
+        let elsewhere = |used: &Use| used.alive && used.run == run;
+        self.uses.alive.contains(run) || self.uses.runs.iter().any(elsewhere)
     }
 
     fn removal(&self, class: Class, item: &Item, step: Option<String>) -> Removal {
@@ -260,8 +262,6 @@ impl<'a> Survey<'a> {
             match Attempt::of(item.name()) {
                 Attempt::Kept => inspection.push((Class::Attempt, item)),
                 Attempt::OfRun(run) if self.is_alive(run) => {}
-                // Work that keeps no journal: `flow reproduce`.
-                Attempt::OfRun(name) if store.is_leased(&super::runs::lease_name(name)) => {}
                 Attempt::OfRun(_) if stale(&item, budget.grace.max(HALF_MADE)) => {
                     self.litter.push(self.removal(Class::Attempt, &item, None));
                 }
@@ -295,14 +295,15 @@ impl<'a> Survey<'a> {
         }
         let known: BTreeSet<&Path> = self
             .uses
+            .runs
             .iter()
             .filter_map(|used| Some(used.journal.as_ref()?.path.as_path()))
             .collect();
         let mut headless = store.items("runs")?;
         headless.retain(|item| {
-            let leased = store.is_leased(&super::runs::lease_name(item.name()));
+            let alive = self.uses.alive.contains(item.name());
             let old = stale(item, budget.grace.max(HALF_MADE));
-            !known.contains(item.path.as_path()) && old && !leased && item.path.is_dir()
+            !known.contains(item.path.as_path()) && old && !alive && item.path.is_dir()
         });
         for item in &headless {
             self.litter.push(self.removal(Class::Run, item, None));
@@ -313,20 +314,20 @@ impl<'a> Survey<'a> {
     /// Runs that the budget may drop, oldest first.
     fn look_at_runs(&mut self) {
         let budget = self.budget;
-        if !budget.is_set() {
+        if !budget.is_set() || !self.uses.unknown.is_empty() {
             return;
         }
         let stands = |key: &Digest| self.ports.contains_key(key);
-        let newest = newest(&self.uses, budget.keep_runs.unwrap_or(1), stands);
+        let newest = newest(&self.uses.runs, budget.keep_runs.unwrap_or(1), stands);
         let alive: BTreeSet<&str> =
-            self.uses.iter().filter(|u| u.alive).map(|u| u.pipeline.as_str()).collect();
+            self.uses.runs.iter().filter(|u| u.alive).map(|u| u.pipeline.as_str()).collect();
         let may_go = |(i, used): &(usize, &Use)| {
             let old = budget.older_than.is_none_or(|age| budget.is_past(used.last_unix_ms, age));
             let held = used.pinned || newest.contains(i) || alive.contains(used.pipeline.as_str());
             old && !held
         };
         let runs: Vec<usize> =
-            self.uses.iter().enumerate().filter(may_go).map(|(i, _)| i).rev().collect();
+            self.uses.runs.iter().enumerate().filter(may_go).map(|(i, _)| i).rev().collect();
         self.candidates.extend(runs.into_iter().map(Candidate::Run));
     }
 
@@ -352,7 +353,7 @@ impl<'a> Survey<'a> {
                 queue.extend(record.made.sources.values());
             }
         }
-        for (i, used) in self.uses.iter().enumerate() {
+        for (i, used) in self.uses.runs.iter().enumerate() {
             if !dropped.contains(&i) {
                 marked.keys.extend(used.keys.keys());
                 marked.trees.extend(&used.differing);
@@ -426,7 +427,7 @@ impl<'a> Survey<'a> {
         }
         // Logs and curves of a result are in the journal of the run that made it, and the steps of
         // a run without changes in that of an earlier one.
-        let kept = self.uses.iter().enumerate().filter(|(i, _)| !dropped.contains(i));
+        let kept = self.uses.runs.iter().enumerate().filter(|(i, _)| !dropped.contains(i));
         let mut sources: BTreeSet<&str> = kept.filter_map(|(_, u)| u.since.as_deref()).collect();
         for key in &marked.keys {
             if let Some(RecordFile { record: Some((_, Loaded::Found(record))), .. }) =
@@ -437,7 +438,7 @@ impl<'a> Survey<'a> {
         }
         let mut runs = Vec::new();
         for &i in dropped.iter().rev() {
-            let used = &self.uses[i];
+            let used = &self.uses.runs[i];
             let lost = used.keys.keys().filter(|k| self.ports.contains_key(k));
             let results = lost.filter(|key| !marked.keys.contains(key)).count();
             let journal = used.journal.as_ref().filter(|_| !sources.contains(used.run.as_str()));
@@ -459,13 +460,14 @@ impl<'a> Survey<'a> {
         let freed: u64 = removals.iter().map(|r| r.bytes).sum();
         let bytes_after = self.bytes.saturating_sub(freed);
         let damaged = |f: &&RecordFile| matches!(f.record, Some((_, Loaded::Corrupt(_))));
+        let alive = self.uses.runs.iter().filter(|u| u.alive).map(|u| &u.run);
         Sweep {
             runs,
             removals,
             bytes_before: self.bytes,
             bytes_after,
             over_budget: budget.max_bytes.map_or(0, |max| bytes_after.saturating_sub(max)),
-            alive: self.uses.iter().filter(|u| u.alive).map(|u| u.run.clone()).collect(),
+            alive: alive.chain(&self.uses.unknown).cloned().collect(),
             damaged_records: self.records.values().filter(damaged).count(),
         }
     }

@@ -285,6 +285,8 @@ impl Runs {
     /// # Errors
     /// When the disk refuses.
     pub fn hold(&self, id: &str) -> Result<Lease> {
+        // Whatever it looks up from now on stays: see `store::gc`.
+        let _shared = self.store.lock_shared()?;
         self.store.lease(&lease_name(id), id)
     }
 
@@ -339,8 +341,11 @@ impl Runs {
     }
 }
 
-pub(super) fn lease_name(id: &str) -> String {
-    format!("run-{id}")
+/// Begins the names of the leases of runs.
+pub(super) const RUN_LEASE: &str = "run-";
+
+fn lease_name(id: &str) -> String {
+    format!("{RUN_LEASE}{id}")
 }
 
 /// Nanoseconds since 1970.

@@ -7,6 +7,7 @@ use anyhow::Result;
 use serde_json::Value;
 
 use super::record::RecordFile;
+use super::runs::RUN_LEASE;
 use super::{Loaded, Made, Pin, Run, Runs};
 use crate::digest::Digest;
 use crate::store::{Item, Store};
@@ -57,11 +58,15 @@ fn keys(run: &Run) -> Result<BTreeMap<Digest, String>> {
     Ok(run.events()?.into_iter().filter_map(named).collect())
 }
 
-/// Ids of the runs that hold a lease, their own or one of a key: a worker may outlive its runner.
-fn alive(store: &Store) -> Result<BTreeSet<String>> {
-    let leases = store.items("leases")?.into_iter();
-    let held = leases.filter(|lease| store.is_leased(lease.name()));
-    Ok(held.filter_map(|lease| Some(store.holder(lease.name())?.run)).collect())
+/// Who uses a store.
+#[derive(Debug)]
+pub(super) struct Uses {
+    /// Newest first.
+    pub(super) runs: Vec<Use>,
+    /// Ids of what holds a lease, its own or one of a key: a worker may outlive its runner.
+    pub(super) alive: BTreeSet<String>,
+    /// Those of them that keep no journal: nobody can tell what they need.
+    pub(super) unknown: BTreeSet<String>,
 }
 
 /// All runs of a store with what they use, newest first. A record that no run names counts as used
@@ -71,16 +76,21 @@ pub(super) fn uses(
     records: &BTreeMap<Digest, RecordFile>,
     pins: &[Pin],
     now_unix_ms: u64,
-) -> Result<Vec<Use>> {
+) -> Result<Uses> {
     let runs = Runs::of(store);
     let host = this_host();
     let pinned = |run: &str| pins.iter().any(|pin| pin.run.as_deref() == Some(run));
     // A journal stands under a lease from its beginning: so the leases are looked at after it.
     let journals = store.items("runs")?;
-    let alive = alive(store)?;
+    let leased = store.leased();
+    let holders = leased.iter().filter_map(|lease| Some(store.holder(lease)?.run));
+    let own = leased.iter().filter_map(|lease| lease.strip_prefix(RUN_LEASE));
+    let mut unknown: BTreeSet<String> = own.map(str::to_owned).collect();
+    let alive: BTreeSet<String> = holders.chain(unknown.iter().cloned()).collect();
     let mut uses: BTreeMap<String, Use> = BTreeMap::new();
     for journal in journals {
         let Ok(run) = runs.load(journal.name()) else { continue };
+        unknown.remove(&run.info.id);
         let quiet = now_unix_ms.saturating_sub(journal.modified_unix_ms);
         let elsewhere = run.summary.is_none()
             && run.info.host != host
@@ -131,9 +141,9 @@ pub(super) fn uses(
             of_maker(&difference.made, None, &difference.ports);
         }
     }
-    let mut uses: Vec<Use> = uses.into_values().collect();
-    uses.sort_by(|a, b| (b.last_unix_ms, &b.run).cmp(&(a.last_unix_ms, &a.run)));
-    Ok(uses)
+    let mut runs: Vec<Use> = uses.into_values().collect();
+    runs.sort_by(|a, b| (b.last_unix_ms, &b.run).cmp(&(a.last_unix_ms, &a.run)));
+    Ok(Uses { runs, alive, unknown })
 }
 
 /// The runs (by position, of a list from the newest on) that are among the newest `n` of their

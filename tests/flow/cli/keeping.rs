@@ -153,8 +153,9 @@ steps:
     with: { run: "echo quick > ${out.a}", outputs: { a: a.txt } }
   slow:
     kind: command
-    with: { run: "touch begun; until test -e GO; do sleep 0.02; done; cat ${steps.quick}/a.txt > ${out.a}",
-            outputs: { a: a.txt } }
+    with:
+      run: "until test -e GO; do sleep 0.02; done; cat ${steps.quick}/a.txt > ${out.a}"
+      outputs: { a: a.txt }
   last:
     kind: command
     with: { run: "cat ${steps.quick}/a.txt ${steps.slow}/a.txt > ${out.a}", outputs: { a: a.txt } }
@@ -172,7 +173,7 @@ steps:
     }
     let done = project.flow(&["gc", "--keep-runs", "0", "--max-size", "0", "--grace", "0"]);
     assert_eq!(done.status.code(), Some(0), "{}", err(&done));
-    assert!(err(&done).contains("running now"), "{}", err(&done));
+    assert!(err(&done).contains("at work now"), "{}", err(&done));
     assert!(out(&done).contains("chain"), "{}", out(&done));
     fs::write(go, "").unwrap();
     assert_eq!(child.wait().unwrap().code(), Some(0));

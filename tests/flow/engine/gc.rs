@@ -301,6 +301,24 @@ fn nothing_that_a_running_pipeline_uses_goes() {
 }
 
 #[test]
+fn what_keeps_no_journal_may_need_anything() {
+    let bench = Bench::new();
+    let store = bench.store();
+    bench.run(&steps("p", "one"));
+    let folder = bench.path("store/attempts/reproduce-1.store/out");
+    std::fs::create_dir_all(&folder).unwrap();
+    let later = || Budget { now_unix_ms: Budget::none().now_unix_ms + DAY_MS, ..greedy() };
+    let alive = Runs::of(&store).hold("reproduce-1").unwrap();
+    let done = collect(&store, &later());
+    assert_eq!((done.alive, done.runs), (vec!["reproduce-1".to_owned()], vec![]));
+    assert!(folder.is_dir());
+    assert_eq!(bench.run(&steps("p", "one")).outcome.ran, 0);
+    drop(alive);
+    assert_eq!(collect(&store, &later()).runs.len(), 2);
+    assert!(!folder.exists() && Record::all(&store).unwrap().is_empty());
+}
+
+#[test]
 fn collections_without_a_pause_do_no_harm_to_runs() {
     let bench = Bench::new();
     let done = AtomicBool::new(false);
