@@ -260,6 +260,8 @@ impl<'a> Survey<'a> {
             match Attempt::of(item.name()) {
                 Attempt::Kept => inspection.push((Class::Attempt, item)),
                 Attempt::OfRun(run) if self.is_alive(run) => {}
+                // Work that keeps no journal: `flow reproduce`.
+                Attempt::OfRun(name) if store.is_leased(&super::runs::lease_name(name)) => {}
                 Attempt::OfRun(_) if stale(&item, budget.grace.max(HALF_MADE)) => {
                     self.litter.push(self.removal(Class::Attempt, &item, None));
                 }
