@@ -71,9 +71,9 @@ pub(super) fn run(job: &Job<'_>, cx: &Context<'_>) -> Result<()> {
     let waited = wait(leader, cx, &mut said);
     // Whatever it left running would hold the pipes open, and its slots are free now. Before it is
     // reaped, so that its number cannot be another's yet.
-    end(leader, Signal::KILL);
+    send(leader, Signal::KILL);
     if cx.cancelled() {
-        end_strays(&cx.attempt_dir, Signal::KILL);
+        send_to_strays(&cx.attempt_dir, Signal::KILL);
     }
     drop(watch);
     let status = child.wait().context("waiting for the command")?;
@@ -153,11 +153,11 @@ fn wait(leader: Pid, cx: &Context<'_>, said: &mut Said) -> Result<()> {
     while matches!(waitid(WaitId::Pid(leader), options), Ok(None) | Err(rustix::io::Errno::INTR)) {
         match asked {
             None if cx.cancelled() => {
-                end(leader, Signal::TERM);
-                end_strays(&cx.attempt_dir, Signal::TERM);
+                send(leader, Signal::TERM);
+                send_to_strays(&cx.attempt_dir, Signal::TERM);
                 asked = Some(Instant::now());
             }
-            Some(since) if since.elapsed() > GRACE => end(leader, Signal::KILL),
+            Some(since) if since.elapsed() > GRACE => send(leader, Signal::KILL),
             _ => {}
         }
         said.hear(cx, end.as_ref(), pause)?;
@@ -166,14 +166,14 @@ fn wait(leader: Pid, cx: &Context<'_>, said: &mut Said) -> Result<()> {
     Ok(())
 }
 
-fn end(group: Pid, signal: Signal) {
+fn send(group: Pid, signal: Signal) {
     // It fails when the whole group has ended, which is what is wanted.
     let _ = kill_process_group(group, signal);
 }
 
 /// Signals what a command started and is not in its group. Where there is no `/proc` it is not
 /// found.
-fn end_strays(attempt_dir: &Path, signal: Signal) {
+fn send_to_strays(attempt_dir: &Path, signal: Signal) {
     for pid in strays(attempt_dir) {
         let _ = kill_process(pid, signal);
     }
@@ -291,8 +291,8 @@ mod tests {
             assert!(begun.elapsed() < Duration::from_secs(20), "{:?}", strays(dir.path()));
             std::thread::sleep(Duration::from_millis(5));
         }
-        end(watch.leader(), Signal::KILL);
-        end_strays(dir.path(), Signal::KILL);
+        send(watch.leader(), Signal::KILL);
+        send_to_strays(dir.path(), Signal::KILL);
         // Each of them holds the pipe that is read to its end here.
         let mut said = Vec::new();
         child.stdout.take().unwrap().read_to_end(&mut said).unwrap();

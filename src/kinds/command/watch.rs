@@ -196,7 +196,7 @@ mod tests {
     fn groups_end_with_their_runner_unless_they_ended_before() {
         let id = |child: &Child| i32::try_from(child.id()).unwrap();
         let mut watcher = Watcher::new();
-        let mut sleeper = |watcher: &mut Watcher| {
+        let sleeper = |watcher: &mut Watcher| {
             let mut child = start(watcher, "echo; exec sleep 60");
             begun(&mut child);
             child
