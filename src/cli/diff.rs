@@ -18,7 +18,7 @@ use crate::store::Store;
 
 /// What is compared: a run with all of its records, or one record.
 enum Side {
-    Run(Run),
+    Run(Box<Run>),
     One(String, Box<Record>),
 }
 
@@ -85,7 +85,7 @@ fn side(store: &Store, name: &str) -> Result<Side, Failure> {
         return one(store, &runs.find(run)?, step);
     }
     let not_a_run = match runs.find(name) {
-        Ok(run) => return Ok(Side::Run(run)),
+        Ok(run) => return Ok(Side::Run(Box::new(run))),
         Err(error) => error,
     };
     let digest = name.len() >= 6 && name.bytes().all(|b| b.is_ascii_hexdigit());

@@ -85,7 +85,7 @@ enum Against {
     /// The results file beside this pipeline.
     Results(PathBuf),
     /// The records of a run.
-    Run(Store, Run),
+    Run(Store, Box<Run>),
 }
 
 /// The run of a name that is no file.
@@ -103,7 +103,7 @@ fn found_run(stage: &Stage, what: &Path) -> Result<Against, Failure> {
         let help = "put it back, or name a pipeline that has a results file";
         return Err(Failure::Usage(fault.help(help).into()));
     }
-    Ok(Against::Run(store, run))
+    Ok(Against::Run(store, Box::new(run)))
 }
 
 /// How a verdict reads, and what more there is to say.

@@ -6,10 +6,7 @@ use anyhow::Result;
 
 use crate::digest::Digest;
 use crate::lineage::Runs;
-use crate::store::{Lease, Origin, Store, unique};
-
-/// Begins the names of folders that are kept for inspection.
-const KEPT: &str = "kept-";
+use crate::store::{KEPT_ATTEMPT, Lease, Origin, Store, unique};
 
 /// Separates the run's id from the rest of a name.
 const SEPARATOR: char = '.';
@@ -77,7 +74,7 @@ impl Drop for Scratch {
 pub(super) fn keep(dir: &Path) {
     if let (Some(parent), Some(name)) = (dir.parent(), dir.file_name()) {
         // If it cannot be renamed, it stays until the run has ended.
-        let _ = std::fs::rename(dir, parent.join(format!("{KEPT}{}", name.display())));
+        let _ = std::fs::rename(dir, parent.join(format!("{KEPT_ATTEMPT}{}", name.display())));
     }
 }
 
@@ -89,7 +86,7 @@ pub(super) fn sweep(store: &Store) {
     let mut leased = None;
     for entry in std::fs::read_dir(attempts(store)).into_iter().flatten().flatten() {
         let name = entry.file_name();
-        let Some(name) = name.to_str().filter(|n| !n.starts_with(KEPT)) else { continue };
+        let Some(name) = name.to_str().filter(|n| !n.starts_with(KEPT_ATTEMPT)) else { continue };
         if let Some((run, rest)) = name.split_once(SEPARATOR)
             && !runs.is_alive(run)
             && let Some((key, _)) = rest.split_once('-')

@@ -20,7 +20,7 @@ use super::record::RecordFile;
 use super::uses::{Use, newest, uses};
 use super::{Loaded, Pin, Pins, Record, unix_ms};
 use crate::digest::Digest;
-use crate::store::{Item, Store, StoreError};
+use crate::store::{Item, KEPT_ATTEMPT, Store, StoreError};
 
 /// A folder of a run or of an attempt appears before what says whose it is.
 const HALF_MADE: Duration = Duration::from_secs(60);
@@ -260,6 +260,8 @@ impl<'a> Survey<'a> {
             match Attempt::of(item.name()) {
                 Attempt::Kept => inspection.push((Class::Attempt, item)),
                 Attempt::OfRun(run) if self.is_alive(run) => {}
+                // Work that keeps no journal: `flow reproduce`.
+                Attempt::OfRun(name) if store.is_leased(&super::runs::lease_name(name)) => {}
                 Attempt::OfRun(_) if stale(&item, budget.grace.max(HALF_MADE)) => {
                     self.litter.push(self.removal(Class::Attempt, &item, None));
                 }
@@ -479,7 +481,7 @@ enum Attempt<'a> {
 impl<'a> Attempt<'a> {
     fn of(name: &'a str) -> Self {
         match name.split_once('.') {
-            _ if name.starts_with("kept-") => Self::Kept,
+            _ if name.starts_with(KEPT_ATTEMPT) => Self::Kept,
             Some((run, _)) => Self::OfRun(run),
             None => Self::OfRun(name),
         }

@@ -46,14 +46,16 @@ impl Item {
         self.path.file_name().and_then(|name| name.to_str()).unwrap_or_default()
     }
 
-    /// Measures a path; links are not followed. `None` if nothing is there.
-    fn at(path: PathBuf) -> io::Result<Option<Self>> {
-        let Some(meta) = there(std::fs::symlink_metadata(&path))? else { return Ok(None) };
+    /// Measures a path, of which this is the metadata; links in a folder are not followed. `None`
+    /// if nothing is there.
+    fn at(path: PathBuf, meta: io::Result<Metadata>) -> io::Result<Option<Self>> {
+        let Some(meta) = there(meta)? else { return Ok(None) };
         let (mut bytes, mut modified_unix_ms) = (0, modified(&meta));
         if meta.is_dir() {
             for inner in children(&path)? {
                 // Others may be at work in it.
-                let Some(inner) = Self::at(inner)? else { continue };
+                let meta = inner.symlink_metadata();
+                let Some(inner) = Self::at(inner, meta)? else { continue };
                 bytes += inner.bytes;
                 modified_unix_ms = modified_unix_ms.max(inner.modified_unix_ms);
             }
@@ -93,9 +95,12 @@ impl Store {
     /// When it is there and cannot be read.
     pub fn items(&self, folder: &str) -> Result<Vec<Item>, StoreError> {
         let dir = self.root().join(folder);
-        let items =
-            || children(&dir)?.into_iter().filter_map(|p| Item::at(p).transpose()).collect();
-        let items: io::Result<_> = items();
+        // A folder of the store may be a link to where there is more room.
+        let measure = |path: PathBuf| {
+            let meta = path.metadata();
+            Item::at(path, meta).transpose()
+        };
+        let items = children(&dir).and_then(|all| all.into_iter().filter_map(measure).collect());
         items.map_err(|e| StoreError::from_io("reading", &dir, e))
     }
 
@@ -112,7 +117,8 @@ impl Store {
                 let head =
                     shard.file_name().and_then(|n| n.to_str()).unwrap_or_default().to_owned();
                 for path in children(&shard)? {
-                    if let Some(item) = Item::at(path)? {
+                    let meta = path.symlink_metadata();
+                    if let Some(item) = Item::at(path, meta)? {
                         found.push((format!("{head}{}", item.name()), item));
                     }
                 }

@@ -83,6 +83,10 @@ pub struct HubFile {
     pub path: String,
 }
 
+/// Begins the names of folders of attempts that are kept for inspection; other names begin with the
+/// run's id and a dot.
+pub const KEPT_ATTEMPT: &str = "kept-";
+
 /// A handle on a store; cheap to clone.
 #[derive(Debug, Clone)]
 pub struct Store {

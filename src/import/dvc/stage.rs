@@ -281,7 +281,7 @@ impl Reader<'_> {
             values.set("item", Node::new(Shape::Map(item.collect()), span));
             values.set("key", Node::new(Shape::Text(key.clone()), span));
             values.set_axes(axes.iter().map(|(axis, _)| axis.clone()).collect());
-            let place = whole.then(|| (matrix, point));
+            let place = whole.then_some((matrix, point));
             self.stage(&format!("{name}@{key}"), span, &entry.value, values, place)?;
         }
         Ok(())

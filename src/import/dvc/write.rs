@@ -10,8 +10,8 @@ use crate::yaml::{Entry, Node, Shape};
 
 const HEAD: [&str; 3] = [
     "Made by `flow import` from dvc.yaml. A command runs in `sh`, in a folder that holds what its",
-    "step declares, and sees few variables (`flow kinds command`): declare what else it reads under",
-    "`files` and `env`.",
+    "step declares, and sees few variables (`flow kinds command`): declare what else it reads",
+    "under `files` and `env`.",
 ];
 
 /// The text of a pipeline.

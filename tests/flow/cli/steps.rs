@@ -8,7 +8,7 @@ use serde_json::Value;
 use super::{Entries, FAILING, Project, REVIEWS, SAMPLE, err, finished, out};
 
 /// Every command, with arguments under which it is content.
-const COMMANDS: [&[&str]; 17] = [
+const COMMANDS: [&[&str]; 26] = [
     &["validate", "p.yaml"],
     &["plan", "p.yaml"],
     &["graph", "p.yaml"],
@@ -21,6 +21,15 @@ const COMMANDS: [&[&str]; 17] = [
     &["show"],
     &["show", "latest", "texts"],
     &["log"],
+    &["diff", "latest", "latest"],
+    &["compare"],
+    &["reproduce", "latest"],
+    &["pin", "latest", "--name", "kept"],
+    &["pin", "--list"],
+    &["pin", "--remove", "kept"],
+    &["gc", "--dry-run"],
+    &["verify"],
+    &["import", "dvc.yaml"],
     &["kinds"],
     &["kinds", "train"],
     &["schema"],
@@ -29,7 +38,7 @@ const COMMANDS: [&[&str]; 17] = [
 ];
 
 /// Commands that are refused, and by which part of the program.
-const REFUSED: [(&[&str], i32); 12] = [
+const REFUSED: [(&[&str], i32); 17] = [
     (&["validate", "absent.yaml"], 2),
     (&["plan", "wrong.yaml"], 2),
     (&["run", "wrong.yaml"], 2),
@@ -38,6 +47,11 @@ const REFUSED: [(&[&str], i32); 12] = [
     (&["why", "tetxs"], 2),
     (&["trace", "tetxs"], 2),
     (&["show", "nothing"], 2),
+    (&["diff", "latest", "tetxs"], 2),
+    (&["reproduce", "nothing"], 2),
+    (&["pin", "nothing"], 2),
+    (&["gc", "--max-size", "much"], 2),
+    (&["import", "absent.yaml"], 2),
     (&["kinds", "trian"], 2),
     (&["frobnicate"], 2),
     (&["run"], 2),
@@ -48,6 +62,8 @@ const REFUSED: [(&[&str], i32); 12] = [
 fn every_command_speaks_json() {
     let project = Project::new(SAMPLE);
     project.write("reviews.csv", REVIEWS);
+    let dvc = "stages:\n  a: { cmd: cp reviews.csv b.csv, deps: [reviews.csv], outs: [b.csv] }\n";
+    project.write("dvc.yaml", dvc);
     project.write("wrong.yaml", "steps: { a: { kind: sampel } }\n");
     let said = |arguments: &[&str], code: i32| -> Vec<Value> {
         let output = project.flow(&[arguments, &["--json"]].concat());

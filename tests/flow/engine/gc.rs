@@ -101,6 +101,9 @@ fn without_a_budget_only_what_nothing_refers_to_goes() {
     for name in ["20200101-000000-0000.abcd-1/out", "kept-20200101-000000-0000.abcd-2/out"] {
         std::fs::create_dir_all(bench.path("store/attempts").join(name)).unwrap();
     }
+    // Work that is under way and keeps no journal.
+    let _reproduction = Runs::of(&store).hold("reproduce-1").unwrap();
+    std::fs::create_dir(bench.path("store/attempts/reproduce-1.store")).unwrap();
     std::fs::create_dir(bench.path("store/runs/20200101-000000-0000")).unwrap();
     // All of it is young.
     assert_eq!(collect(&store, &Budget::none()).removals, []);
@@ -111,6 +114,7 @@ fn without_a_budget_only_what_nothing_refers_to_goes() {
     assert_eq!((n(Class::Attempt), n(Class::Run), n(Class::Record)), (1, 1, 0));
     assert!(n(Class::Lease) > 0 && done.runs.is_empty());
     assert!(bench.path("store/attempts/kept-20200101-000000-0000.abcd-2").is_dir());
+    assert!(bench.path("store/attempts/reproduce-1.store").is_dir());
     assert_eq!(collect(&store, &later).removals, [], "once is enough");
     assert_eq!(bench.run(&steps("p", "one")).outcome.ran, 0);
     assert_eq!(bench.run(&steps("p", "two")).outcome.ran, 0);
@@ -168,7 +172,7 @@ fn age_counts_from_the_last_use() {
     // The newest run of each pipeline stays, however old.
     let runs: Vec<String> =
         plan_sweep(&store, &aged(31)).unwrap().runs.into_iter().map(|r| r.run).collect();
-    assert_eq!(runs, [old.outcome.run.clone()]);
+    assert_eq!(runs, std::slice::from_ref(&old.outcome.run));
     // A hit is a use.
     let path = bench.path("store/runs").join(&old.outcome.run).join("summary.json");
     let text = std::fs::read_to_string(&path).unwrap();
@@ -445,8 +449,7 @@ fn a_full_disk_at_every_call_leaves_a_store_that_can_be_used() {
     let budget = || {
         let now_unix_ms = Budget::none().now_unix_ms + DAY_MS;
         let older_than = Some(Duration::ZERO);
-        let pinned = Budget { keep_runs: Some(0), older_than, now_unix_ms, ..Budget::none() };
-        pinned
+        Budget { keep_runs: Some(0), older_than, now_unix_ms, ..Budget::none() }
     };
     let counted = Faults::at(0);
     let sound = cluttered();

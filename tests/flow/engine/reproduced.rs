@@ -179,3 +179,42 @@ fn results_that_gave_the_same_have_the_same_file() {
     };
     assert_eq!(text(&one), text(&two));
 }
+
+#[test]
+fn a_measurement_is_made_again_and_nothing_is_held_against_it() {
+    let bench = Bench::new();
+    let steps = "steps:\n  now: { kind: clock, with: {} }\n";
+    let run = bench.run(steps);
+    let reproduced = again(&bench, steps, &recorded(&bench, &run)).unwrap();
+    assert_eq!(reproduced[0].verdict, Verdict::Measured);
+    assert!(Record::differing(&bench.store()).is_empty());
+}
+
+#[test]
+fn where_only_metrics_are_known_those_of_a_model_decide() {
+    let bench = Bench::new();
+    let steps = "steps:\n  infer: { kind: infer, with: {} }\n";
+    let run = bench.run(steps);
+    let mut recorded = recorded(&bench, &run);
+    let other = Bench::new();
+    let mut against = |score: f64| {
+        let record = recorded.get_mut("infer").unwrap();
+        let lost = flow::digest::Digest::of(b"made on another machine");
+        record.ports.insert("out".into(), lost);
+        record.facts.insert("score".into(), score.into());
+        again(&other, steps, &recorded).unwrap().remove(0)
+    };
+    let near = against(0.5001);
+    assert_eq!(
+        likenesses(std::slice::from_ref(&near)),
+        [("infer", Some(Likeness::WithinTolerance))]
+    );
+    let far = against(0.6);
+    let Verdict::Compared(comparison) = &far.verdict else { panic!("{far:?}") };
+    let first = comparison.first.as_ref().unwrap();
+    assert_eq!(
+        (first.at.as_str(), first.old.as_str(), first.new.as_str()),
+        ("score", "0.6", "0.5")
+    );
+    assert!(!far.verdict.holds());
+}

@@ -317,6 +317,29 @@ impl StepKind for Infer {
     }
     fn run(&self, cx: &mut Context<'_>) -> Result<()> {
         std::fs::write(cx.out_dir("out")?.join("text"), "inferred")?;
+        cx.fact("score", 0.5);
+        Ok(())
+    }
+}
+
+/// Measures the time.
+#[derive(Debug, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub(super) struct Clock {}
+
+impl StepKind for Clock {
+    const NAME: &'static str = "clock";
+    const VERSION: u32 = 1;
+    const MEASURES: bool = true;
+    fn ports(&self) -> Ports {
+        Ports::named(Type::Files, ["out"])
+    }
+    fn isolate(&self) -> bool {
+        false
+    }
+    fn run(&self, cx: &mut Context<'_>) -> Result<()> {
+        let now = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH)?;
+        std::fs::write(cx.out_dir("out")?.join("text"), now.as_nanos().to_string())?;
         Ok(())
     }
 }
@@ -330,6 +353,7 @@ pub(super) const KINDS: &[Kind] = &[
     Kind::of::<Take>(),
     Kind::of::<Pin>(),
     Kind::of::<Infer>(),
+    Kind::of::<Clock>(),
     Kind::of::<super::faults::Climb>(),
 ];
 

@@ -68,11 +68,10 @@ impl Maker<'_, '_> {
                 }
             }
             "always_changed" => {
-                if self.flag(value) {
-                    let message = "`always_changed` has no counterpart: a result that is there is \
-                                   taken; `flow run --force STEP` runs it again";
-                    self.unmapped(entry.key_span, message);
-                }
+                let message = "`always_changed` has no counterpart: a result that is there is \
+                               taken; `flow run --force STEP` runs it again";
+                let set = self.flag(value);
+                set.then(|| self.unmapped(entry.key_span, message));
             }
             "desc" => match value.as_text() {
                 Some(text) => {
