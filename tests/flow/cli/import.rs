@@ -127,6 +127,10 @@ fn mistakes_have_places_and_nothing_is_written() {
     let json = project.flow(&["--json", "import", "."]);
     let json: serde_json::Value = serde_json::from_str(&out(&json)).unwrap();
     assert!(json["pipeline"].as_str().unwrap().contains("run: touch o"), "{json}");
+    // A variable may be called as YAML calls a boolean.
+    project.write("dvc.yaml", &stage("    cmd: echo $false > o"));
+    let shown = project.flow(&["import", "."]);
+    assert!(out(&shown).contains(r#"env: ["false"]"#), "{}", err(&shown));
     let there = project.flow(&["import", ".", "-o", "p.yaml"]);
     assert_eq!(there.status.code(), Some(2));
     assert!(err(&there).contains("is there already"), "{}", err(&there));
