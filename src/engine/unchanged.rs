@@ -2,10 +2,11 @@
 //!
 //! A run that ended well, and whose steps and inputs have settled, leaves an index in
 //! `unchanged/<question>` of the store: what was asked (file, parameters, targets), the text of
-//! the pipeline by digest, the environment and lock entries that it read, the state of every outside file, of
-//! the published outputs, of the folders that hold records and manifests, and every object by
-//! digest and size. If all of that is as it was, the run would find every result in the cache, and
-//! so it is over. What differs, or cannot be read, only means that the run is done in full.
+//! the pipeline by digest, the environment and lock entries that it read, the state of every
+//! outside file, of the published outputs, of the folders that hold records and manifests, and
+//! every object by digest and size. If all of that is as it was, the run would find every result in
+//! the cache, and so it is over. What differs, or cannot be read, only means that the run is done
+//! in full.
 //!
 //! The index is trusted no further than file states are: a file that was written within two
 //! seconds of being looked at may change again and look the same, so no index is left then.

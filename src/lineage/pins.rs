@@ -60,7 +60,9 @@ impl Pins {
                 .with_context(|| format!("reading the pin {}", item.path.display()))?;
             let pin: Pin = serde_json::from_slice(&text).map_err(|e| {
                 let fault = Fault::new(format!("{} is not a pin", item.path.display()));
-                fault.help("delete the file, and pin again what is to stay").cause(e)
+                let name = item.name();
+                let help = format!("`flow pin --remove {name}`, and pin again what is to stay");
+                fault.help(help).cause(e)
             })?;
             Ok(Pin { name: item.name().to_owned(), ..pin })
         });

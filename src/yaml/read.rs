@@ -42,7 +42,9 @@ fn options() -> Options {
     options.with_snippet = false;
     let mut budget = Budget::default();
     budget.max_depth = MAX_DEPTH;
-    budget.max_nodes = 100_000;
+    // Room for pipelines of 50,000 steps.
+    budget.max_nodes = 1_000_000;
+    budget.max_events = 4_000_000;
     options.budget = Some(budget);
     options
 }

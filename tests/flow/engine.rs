@@ -129,7 +129,10 @@ steps:
     assert_eq!(run.ran(), ["all", "b@s=3"]);
     let why = run.why("all");
     assert!(why.contains("input parts@s=3.text is new") || why.contains("parts@s=3"), "{why}");
-    assert!(why.contains("(from step b@s=3, which ran: with.suffix \"2\" -> \"3\")"), "{why}");
+    // Both of the earlier ones are as near.
+    let near =
+        |old: &str| why.contains(&format!("b@s=3, which ran: with.suffix \"{old}\" -> \"3\")"));
+    assert!(near("1") || near("2"), "{why}");
 }
 
 #[test]
