@@ -17,6 +17,7 @@ use super::pending::{Log, Queued, Running};
 use super::prepare::{Prepared, prepare};
 use super::ready::Ready;
 use super::retry::pause;
+use super::scratch::Spent;
 use super::slots::{Grant, Slots};
 use super::worker::{Program, attempt_in_worker};
 use super::{Outcome, RunEvent, Session, machine, outputs, scratch, unchanged};
@@ -57,8 +58,10 @@ pub fn run(
     scratch::sweep(&session.store);
     let program = session.options.worker.as_ref();
     let program = program.map(|command| Program::of(command, &session.store)).transpose()?;
+    let spent = Spent::default();
     let mut runner = Runner {
         plan,
+        spent: &spent,
         program: program.as_ref(),
         session,
         prepared: &prepared,
@@ -76,6 +79,7 @@ pub fn run(
         store_failed: false,
     };
     let result = runner.work();
+    spent.clear(&session.store);
     if result.is_ok() && runner.status() == Status::Done {
         let run = (runner.journal.info.id.as_str(), clock);
         unchanged::remember(plan, session, &prepared, &runner.records, run);
@@ -90,6 +94,7 @@ enum Message {
 
 struct Runner<'a, 's> {
     plan: &'a Plan,
+    spent: &'a Spent,
     program: Option<&'a Program<'a>>,
     session: &'a Session<'s>,
     prepared: &'a Prepared,
@@ -362,7 +367,7 @@ impl<'a> Runner<'a, '_> {
             log: Log::at(log_path.clone()),
         };
         self.running.insert(node, running);
-        let program = self.program;
+        let (program, spent) = (self.program, self.spent);
         let step = instance.id.0.clone();
         self.emit(RunEvent::Started { step, attempt: attempt_no, threads, gpus })?;
         let send = send.clone();
@@ -389,9 +394,7 @@ impl<'a> Runner<'a, '_> {
             };
             match &reply {
                 Reply::Failed(failure) if failure.keep => scratch::keep(&dir),
-                _ => {
-                    let _ = store.disk().remove_dir_all(&dir);
-                }
+                _ => spent.remove(store, dir),
             }
             let _ = send.send(Message::Ended(node, reply));
         });

@@ -1,6 +1,7 @@
 //! Private folders of attempts, and what runs that died left in them.
 
 use std::path::{Path, PathBuf};
+use std::sync::{Mutex, PoisonError};
 
 use anyhow::Result;
 
@@ -68,6 +69,49 @@ impl Drop for Scratch {
         // What cannot be removed now is swept by a later run.
         let _ = self.real.disk().remove_dir_all(&self.dir);
     }
+}
+
+/// Folders of attempts that are over, removed at the end of the run.
+///
+/// A file system that has just removed many small files may look for free inodes among all of them
+/// whenever it makes the next one (ext4 passes over those of the last minutes), so that a run of
+/// thousands of trivial steps would spend most of its time there. What takes room goes at once.
+#[derive(Debug, Default)]
+pub(super) struct Spent(Mutex<Vec<PathBuf>>);
+
+impl Spent {
+    /// Bytes that may lie about until the end.
+    const SMALL: u64 = 64 << 10;
+
+    /// Has a folder removed, sooner or later.
+    pub(super) fn remove(&self, store: &Store, dir: PathBuf) {
+        if is_within(&dir, &mut { Self::SMALL }) {
+            self.0.lock().unwrap_or_else(PoisonError::into_inner).push(dir);
+        } else {
+            let _ = store.disk().remove_dir_all(&dir);
+        }
+    }
+
+    /// Removes those that are left; what cannot be removed now is swept by a later run.
+    pub(super) fn clear(&self, store: &Store) {
+        for dir in self.0.lock().unwrap_or_else(PoisonError::into_inner).drain(..) {
+            let _ = store.disk().remove_dir_all(&dir);
+        }
+    }
+}
+
+/// Whether a folder has no more bytes than are left; every item counts for some.
+fn is_within(dir: &Path, left: &mut u64) -> bool {
+    const ITEM: u64 = 256;
+    let Ok(entries) = std::fs::read_dir(dir) else { return false };
+    entries.flatten().all(|entry| {
+        let ty = entry.file_type().ok();
+        let (is_dir, is_file) = (ty.is_some_and(|t| t.is_dir()), ty.is_some_and(|t| t.is_file()));
+        let size = if is_file { entry.metadata().map_or(u64::MAX, |meta| meta.len()) } else { 0 };
+        let fits = left.checked_sub(size.saturating_add(ITEM));
+        *left = fits.unwrap_or(0);
+        fits.is_some() && (!is_dir || is_within(&entry.path(), left))
+    })
 }
 
 /// Sets a folder aside, so that it is never swept.

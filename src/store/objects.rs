@@ -46,6 +46,9 @@ impl Store {
     pub fn has_objects(&self, objects: &[(Digest, u64)]) -> bool {
         const A_THREAD: usize = 2_000;
         let folder = self.root().join("objects");
+        if objects.len() <= A_THREAD {
+            return stand_in(&folder, objects);
+        }
         let threads = std::thread::available_parallelism().map_or(1, usize::from);
         let share = objects.len().div_ceil(threads).max(A_THREAD);
         std::thread::scope(|scope| {
