@@ -259,7 +259,9 @@ impl<'a> Runner<'a, '_> {
     }
 
     /// Remembers a step's result.
-    fn keep(&mut self, node: NodeIndex, record: Record) {
+    fn keep(&mut self, node: NodeIndex, mut record: Record) {
+        // Most of a record, and nobody asks for it again: the store has it.
+        record.preimage = serde_json::Value::Null;
         self.by_key.insert(record.key, node);
         self.records.insert(node, record);
         self.ready.produced(self.plan, node);
