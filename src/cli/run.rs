@@ -10,7 +10,7 @@ use super::arguments::{PipelineOptions, PlanOptions, RunOptions};
 use super::error::{Exit, Failure, show_diagnostics};
 use super::progress::Screen;
 use super::project::Project;
-use super::session::{check, folder_of, ground, load, read, shortages_ahead};
+use super::session::{Ground, check, folder_of, ground, load, read, shortages_ahead};
 use super::{Stage, shell};
 use crate::digest::Digest;
 use crate::engine::{self, Outcome, Unresolved};
@@ -23,21 +23,25 @@ use crate::store::Store;
 pub(super) fn run(stage: &Stage, options: &RunOptions) -> Result<Exit, Failure> {
     let (pipeline, grace) = (&options.plan.pipeline, Duration::from_secs(options.grace));
     let text = read(&pipeline.file)?;
+    let project = Project::of(folder_of(&pipeline.file))?;
+    let dir = project.store(stage);
     // A pipeline that is wrong leaves no store behind.
-    if Project::of(folder_of(&pipeline.file))?.store(stage).is_dir() {
-        let ground = ground(stage, &options.plan)?;
-        let session = ground.session(stage, &options.plan, options.keep_going, grace)?;
-        let mut screen = Screen::new(stage.json, stage.plain, String::new());
-        let mut show = |event: &engine::RunEvent| screen.show(event);
-        let fickle = Record::differing(&ground.store);
-        if let Some(outcome) = engine::unchanged(&pipeline.file, &text, &session, &mut show)? {
-            return finish(options, &ground.store, &outcome, &fickle);
-        }
-    }
-    let plan = check(stage, pipeline, text)?;
-    show_diagnostics(&plan.source, &plan.warnings, stage.plain);
-    let ground = ground(stage, &options.plan)?;
+    let checked = if dir.is_dir() { None } else { Some(check(stage, pipeline, text.clone())?) };
+    let ground = Ground::on(stage, project, Store::open(&dir)?, options.plan.offline);
     let session = ground.session(stage, &options.plan, options.keep_going, grace)?;
+    let plan = match checked {
+        Some(plan) => plan,
+        None => {
+            let mut screen = Screen::new(stage.json, stage.plain, String::new());
+            let mut show = |event: &engine::RunEvent| screen.show(event);
+            if let Some(outcome) = engine::unchanged(&pipeline.file, &text, &session, &mut show)? {
+                let fickle = Record::differing(&ground.store);
+                return finish(options, &ground.store, &outcome, &fickle);
+            }
+            check(stage, pipeline, text)?
+        }
+    };
+    show_diagnostics(&plan.source, &plan.warnings, stage.plain);
     let needed = plan.needed_for(&session.options.targets)?;
     let fits = |needs: Needs| session.options.shortage(&needs).is_empty();
     if !needed.iter().all(|node| fits(plan.graph[*node].needs())) {

@@ -25,7 +25,7 @@ pub enum RunEvent {
         jobs: usize,
     },
     /// Nothing has changed since a run that was done in full: every result is in the store, and
-    /// the pipeline was not read. Stands in place of [`RunEvent::RunStarted`] and the hits.
+    /// the pipeline was not resolved. Stands in place of [`RunEvent::RunStarted`] and the hits.
     Unchanged {
         /// Run id.
         run: String,

@@ -65,7 +65,12 @@ pub(super) fn placed(plan: &Plan, session: &Session<'_>) -> Result<Vec<(PathBuf,
 
 /// Whether what lies at a place is what was put there, by its states.
 pub(super) fn is_as_placed(store: &Store, dest: &Path, states: &States) -> bool {
-    dest.is_dir() && !dest.is_symlink() && store.states(dest).is_ok_and(|now| now == *states)
+    is_folder(dest) && store.states(dest).is_ok_and(|now| now == *states)
+}
+
+/// Whether it is a folder and no link to one.
+fn is_folder(dest: &Path) -> bool {
+    dest.is_dir() && !dest.is_symlink()
 }
 
 fn file_name(output: &Output) -> String {
@@ -157,7 +162,7 @@ fn remember(store: &Store, note: &Path, dest: &Path, put: Put) -> Result<()> {
 
 fn is_as_put(store: &Store, dest: &Path, put: &Put) -> bool {
     let same_bytes = || store.tree_of_path(dest).is_ok_and(|tree| tree == put.tree);
-    is_as_placed(store, dest, &put.states) || dest.is_dir() && !dest.is_symlink() && same_bytes()
+    is_as_placed(store, dest, &put.states) || is_folder(dest) && same_bytes()
 }
 
 /// The files of an output: of several ports side by side, or in a folder each. Where two ports

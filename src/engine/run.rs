@@ -23,7 +23,7 @@ use super::worker::{Program, attempt_in_worker};
 use super::{Outcome, RunEvent, Session, machine, outputs, scratch, unchanged};
 use crate::digest::Digest;
 use crate::lineage::{
-    Journal, Past, Record, RunInfo, Runs, State, Status, StepSummary, Summary, Why, unix_ms,
+    Journal, Past, Record, Runs, State, Status, StepSummary, Summary, Why, unix_ms,
 };
 use crate::pipeline::{Instance, Plan};
 use crate::step::{CHECKPOINT_EVERY, Context, Event, Produced};
@@ -42,19 +42,8 @@ pub fn run(
     let (started, clock) = (Instant::now(), SystemTime::now());
     let mut prepared = prepare(plan, session, false)?;
     prepared.lock.save(&session.store)?;
-    let journal = Runs::of(&session.store).begin(RunInfo {
-        id: String::new(),
-        pipeline: plan.name.clone(),
-        // As it can be found from anywhere.
-        file: std::path::absolute(&plan.file)?,
-        command_line: session.options.command_line.clone(),
-        sets: session.options.sets.clone(),
-        started_unix_ms: unix_ms(),
-        host: machine::host(),
-        pid: std::process::id(),
-        build: machine::BUILD.into(),
-        unchanged: None,
-    })?;
+    let info = session.run_info(&plan.name, &plan.file, unix_ms())?;
+    let journal = Runs::of(&session.store).begin(info)?;
     scratch::sweep(&session.store);
     let program = session.options.worker.as_ref();
     let program = program.map(|command| Program::of(command, &session.store)).transpose()?;
@@ -82,7 +71,8 @@ pub fn run(
     spent.clear(&session.store);
     if result.is_ok() && runner.status() == Status::Done {
         let run = (runner.journal.info.id.as_str(), clock);
-        unchanged::remember(plan, session, &prepared, &runner.records, run);
+        // Only an accelerator: what cannot be written is no failure.
+        let _ = unchanged::remember(plan, session, &prepared, &runner.records, run);
     }
     runner.finish(result, started)
 }

@@ -1,11 +1,13 @@
 //! What a run is given by the roof.
 
 use std::collections::BTreeMap;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::atomic::AtomicBool;
 use std::time::Duration;
 
+use super::machine;
 use crate::hub::Hub;
+use crate::lineage::RunInfo;
 use crate::step::Device;
 use crate::store::Store;
 
@@ -98,4 +100,28 @@ pub struct Session<'a> {
     pub cancel: &'a AtomicBool,
     /// Settings.
     pub options: Options,
+}
+
+impl Session<'_> {
+    /// What the journal says at the start of a run of a pipeline; the id comes with the journal.
+    pub(super) fn run_info(
+        &self,
+        pipeline: &str,
+        file: &Path,
+        started_unix_ms: u64,
+    ) -> std::io::Result<RunInfo> {
+        Ok(RunInfo {
+            id: String::new(),
+            pipeline: pipeline.to_owned(),
+            // As it can be found from anywhere.
+            file: std::path::absolute(file)?,
+            command_line: self.options.command_line.clone(),
+            sets: self.options.sets.clone(),
+            started_unix_ms,
+            host: machine::host(),
+            pid: std::process::id(),
+            build: machine::BUILD.into(),
+            unchanged: None,
+        })
+    }
 }

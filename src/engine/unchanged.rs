@@ -1,4 +1,5 @@
-//! The run in which nothing has changed: recognised without reading the pipeline.
+//! The run in which nothing has changed: recognised by the pipeline's text, before any of it is
+//! resolved.
 //!
 //! A run that ended well, and whose steps and inputs have settled, leaves an index in
 //! `unchanged/<question>` of the store: what was asked (file, parameters, targets), the text of
@@ -31,7 +32,7 @@ use crate::store::{Entry, FileState, States, Store};
 const FORMAT: u32 = 1;
 
 /// Bytes of an object in the index: digest and size.
-const OBJECT: usize = 40;
+const OBJECT: usize = Digest::LENGTH + size_of::<u64>();
 
 /// What everything is compared with.
 #[derive(Debug, Serialize, Deserialize)]
@@ -101,19 +102,11 @@ fn folders_digest(folders: &[(PathBuf, FileState)]) -> Result<Digest> {
     Ok(Digest::of(&serde_json::to_vec(folders)?))
 }
 
-/// Leaves an index for the runs to come, if all that this run looked at has settled. It is only an
-/// accelerator: what cannot be written is no failure.
+/// Leaves an index for the runs to come, if all that this run looked at has settled.
+///
+/// # Errors
+/// When something cannot be read or the index cannot be written.
 pub(super) fn remember(
-    plan: &Plan,
-    session: &Session<'_>,
-    prepared: &Prepared,
-    records: &BTreeMap<NodeIndex, Record>,
-    (run, started): (&str, SystemTime),
-) {
-    let _ = try_remember(plan, session, prepared, records, (run, started));
-}
-
-fn try_remember(
     plan: &Plan,
     session: &Session<'_>,
     prepared: &Prepared,
@@ -198,18 +191,8 @@ pub fn unchanged(
         return Ok(None);
     };
     let note = Unchanged { since: since.clone(), steps, seconds: started.elapsed().as_secs_f64() };
-    let info = RunInfo {
-        id: String::new(),
-        pipeline: pipeline.clone(),
-        file: std::path::absolute(file)?,
-        command_line: session.options.command_line.clone(),
-        sets: session.options.sets.clone(),
-        started_unix_ms,
-        host: machine::host(),
-        pid: std::process::id(),
-        build: machine::BUILD.into(),
-        unchanged: Some(note),
-    };
+    let info = session.run_info(&pipeline, file, started_unix_ms)?;
+    let info = RunInfo { unchanged: Some(note), ..info };
     let run = Runs::of(&session.store).note(info)?;
     observe(&RunEvent::Unchanged { run: run.clone(), pipeline, steps, since });
     let seconds = started.elapsed().as_secs_f64();

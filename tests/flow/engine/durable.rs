@@ -9,7 +9,7 @@ use flow::engine::{self, RunEvent};
 use flow::lineage::{Record, Runs, State, Status};
 use flow::store::{Disk, Faults, Store, StoreError};
 
-use super::toys::{Bench, Ran};
+use super::toys::{Bench, Ran, at_every_call};
 
 const STEPS: &str = r#"
 steps:
@@ -37,19 +37,9 @@ fn a_full_disk_at_every_call_leaves_nothing_wrong_behind() {
     let session = sound.session_on(Disk::faulty(count.clone())).unwrap();
     sound.run_in(&session, STEPS).unwrap();
     let (calls, expected) = (count.calls(), all_ports(&sound));
-    let (next, failed) = (AtomicU64::new(1), AtomicU64::new(0));
-    std::thread::scope(|scope| {
-        for _ in 0..8 {
-            scope.spawn(|| {
-                loop {
-                    let n = next.fetch_add(1, Ordering::Relaxed);
-                    if n > calls {
-                        break;
-                    }
-                    failed.fetch_add(u64::from(fail_at(n, &expected)), Ordering::Relaxed);
-                }
-            });
-        }
+    let failed = AtomicU64::new(0);
+    at_every_call(calls, |n| {
+        failed.fetch_add(u64::from(fail_at(n, &expected)), Ordering::Relaxed);
     });
     // The last calls of a run lay out its outputs and tidy up: some of those may fail unseen.
     let failed = failed.into_inner();

@@ -4,7 +4,6 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::io::Write as _;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, SystemTime};
 
 use anyhow::Result;
@@ -18,7 +17,7 @@ use flow::store::{Disk, Entry, Faults, Store, StoreError, Tree};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
-use super::toys::Bench;
+use super::toys::{Bench, at_every_call};
 
 /// Climbs level by level, keeps a checkpoint on each, and notes each in a file.
 #[derive(Debug, Serialize, Deserialize, JsonSchema)]
@@ -87,21 +86,10 @@ fn a_checkpoint_outlives_a_disk_that_refuses_at_any_call() {
     sound.run_in(&session, &climb(&sound)).unwrap();
     assert_eq!(diary(&sound), [1, 2, 3]);
     let (calls, expected) = (count.calls(), all_ports(&sound));
-    let next = AtomicU64::new(1);
-    std::thread::scope(|scope| {
-        for _ in 0..8 {
-            scope.spawn(|| {
-                loop {
-                    let n = next.fetch_add(1, Ordering::Relaxed);
-                    if n > calls {
-                        break;
-                    }
-                    // Full for a moment, and full until somebody makes room.
-                    refuse(Faults::at(n), n, &expected);
-                    refuse(Faults::from(n), n, &expected);
-                }
-            });
-        }
+    at_every_call(calls, |n| {
+        // Full for a moment, and full until somebody makes room.
+        refuse(Faults::at(n), n, &expected);
+        refuse(Faults::from(n), n, &expected);
     });
 }
 

@@ -14,7 +14,7 @@ use flow::lineage::{
 };
 use flow::store::{Disk, Faults, Store};
 
-use super::toys::{Bench, Ran};
+use super::toys::{Bench, Ran, at_every_call};
 
 const DAY_MS: u64 = 86_400_000;
 
@@ -476,29 +476,19 @@ fn a_full_disk_at_every_call_leaves_a_store_that_can_be_used() {
     let done = sweep(&store, &budget(), &mut || {}).unwrap();
     let classes: BTreeSet<Class> = done.removals.iter().map(|r| r.class).collect();
     assert_eq!(classes.len(), 9, "{classes:?}");
-    let (calls, next) = (counted.calls(), AtomicU64::new(1));
+    let calls = counted.calls();
     assert!(calls > 20, "{calls}");
-    std::thread::scope(|scope| {
-        for _ in 0..4 {
-            scope.spawn(|| {
-                loop {
-                    let n = next.fetch_add(1, Ordering::Relaxed);
-                    if n > calls {
-                        break;
-                    }
-                    let bench = copy_of(&sound);
-                    let disk = Disk::faulty(Faults::at(n));
-                    let store = Store::open_on(&bench.path("store"), disk).unwrap();
-                    assert!(sweep(&store, &budget(), &mut || {}).is_err(), "call {n} of {calls}");
-                    all_whole(&store);
-                    let run = bench.run(&steps("p", "two"));
-                    assert_eq!(run.outcome.status, Status::Done, "call {n}");
-                    assert_eq!(text_of(&bench, &run, "b"), "TWO!", "call {n}");
-                    collect(&bench.store(), &budget());
-                    assert!(Record::all(&store).unwrap().is_empty(), "call {n}");
-                }
-            });
-        }
+    at_every_call(calls, |n| {
+        let bench = copy_of(&sound);
+        let disk = Disk::faulty(Faults::at(n));
+        let store = Store::open_on(&bench.path("store"), disk).unwrap();
+        assert!(sweep(&store, &budget(), &mut || {}).is_err(), "call {n} of {calls}");
+        all_whole(&store);
+        let run = bench.run(&steps("p", "two"));
+        assert_eq!(run.outcome.status, Status::Done, "call {n}");
+        assert_eq!(text_of(&bench, &run, "b"), "TWO!", "call {n}");
+        collect(&bench.store(), &budget());
+        assert!(Record::all(&store).unwrap().is_empty(), "call {n}");
     });
 }
 

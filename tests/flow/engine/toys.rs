@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
-use std::sync::atomic::AtomicBool;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::Duration;
 
 use anyhow::{Result, bail};
@@ -501,4 +501,22 @@ fn worker_entry() {
     let environment = std::env::vars().collect();
     let done = engine::worker(&dir, KINDS, &hub(&dir), &environment);
     assert!(done.unwrap(), "the attempt failed");
+}
+
+/// Tries something for every call of a disk, from the first to the last, on several threads.
+pub(super) fn at_every_call(calls: u64, attempt: impl Fn(u64) + Sync) {
+    let next = AtomicU64::new(1);
+    std::thread::scope(|scope| {
+        for _ in 0..8 {
+            scope.spawn(|| {
+                loop {
+                    let n = next.fetch_add(1, Ordering::Relaxed);
+                    if n > calls {
+                        break;
+                    }
+                    attempt(n);
+                }
+            });
+        }
+    });
 }
