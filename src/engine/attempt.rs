@@ -22,7 +22,7 @@ use crate::lineage::{Made, Record, Wrote, unix_ms};
 use crate::pipeline::Instance;
 use crate::source::{Fault, advice};
 use crate::step::{CHECKPOINT_EVERY, Context, Device, Event, Produced, Step};
-use crate::store::{FileState, Store, StoreError};
+use crate::store::{FileState, Store, StoreError, host};
 
 /// What is to be done: all that an attempt needs beside the parsed step.
 #[derive(Debug, Clone, Serialize, Deserialize)]
@@ -246,7 +246,7 @@ fn try_attempt(task: &Task, step: &dyn Step, dir: &Path, around: &Around<'_>) ->
             seconds,
             cpu_seconds: around.alone.then(machine::cpu_seconds).flatten(),
             peak_rss_bytes: around.alone.then(machine::peak_rss_bytes).flatten(),
-            host: machine::host(),
+            host: host(),
             build: machine::BUILD.into(),
             isa: machine::isa(),
             device: format!("{} {}", machine::device_name(task.device), task.compute),

@@ -14,11 +14,6 @@ pub(super) fn program() -> std::io::Result<PathBuf> {
     if own.exists() { Ok(own.to_path_buf()) } else { std::env::current_exe() }
 }
 
-/// Host name.
-pub(super) fn host() -> String {
-    rustix::system::uname().nodename().to_string_lossy().into_owned()
-}
-
 /// As in records.
 pub(super) fn device_name(device: Device) -> &'static str {
     match device {

@@ -9,7 +9,7 @@ use super::machine;
 use crate::hub::Hub;
 use crate::lineage::RunInfo;
 use crate::step::Device;
-use crate::store::Store;
+use crate::store::{Store, host};
 
 /// How to start this program as a worker: `exe args… DIR`.
 #[derive(Debug, Clone)]
@@ -118,7 +118,7 @@ impl Session<'_> {
             command_line: self.options.command_line.clone(),
             sets: self.options.sets.clone(),
             started_unix_ms,
-            host: machine::host(),
+            host: host(),
             pid: std::process::id(),
             build: machine::BUILD.into(),
             unchanged: None,

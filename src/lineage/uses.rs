@@ -10,7 +10,7 @@ use super::record::RecordFile;
 use super::runs::RUN_LEASE;
 use super::{Loaded, Made, Pin, Run, Runs};
 use crate::digest::Digest;
-use crate::store::{Item, Store};
+use crate::store::{Item, Store, host};
 
 /// A run of another host that wrote something this recently may be alive, although no lock of it
 /// is seen here: not every shared file system carries locks from host to host.
@@ -78,7 +78,7 @@ pub(super) fn uses(
     now_unix_ms: u64,
 ) -> Result<Uses> {
     let runs = Runs::of(store);
-    let host = this_host();
+    let host = host();
     let pinned = |run: &str| pins.iter().any(|pin| pin.run.as_deref() == Some(run));
     // A journal stands under a lease from its beginning: so the leases are looked at after it.
     let journals = store.items("runs")?;
@@ -170,10 +170,6 @@ pub(super) fn newest(uses: &[Use], n: usize, stands: impl Fn(&Digest) -> bool) -
         }
     }
     kept
-}
-
-fn this_host() -> String {
-    rustix::system::uname().nodename().to_string_lossy().into_owned()
 }
 
 #[cfg(test)]

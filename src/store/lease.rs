@@ -52,6 +52,11 @@ fn now_ms() -> u64 {
     since.map_or(0, |d| u64::try_from(d.as_millis()).unwrap_or(u64::MAX))
 }
 
+/// The name of this host, as it stands in leases, journals and records.
+pub fn host() -> String {
+    rustix::system::uname().nodename().to_string_lossy().into_owned()
+}
+
 impl std::fmt::Display for Holder {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         let seconds = now_ms().saturating_sub(self.since_unix_ms) / 1000;
@@ -81,9 +86,8 @@ impl Store {
     /// When the lease's file cannot be opened.
     pub fn try_lease(&self, name: &str, run: &str) -> anyhow::Result<Option<Lease>> {
         let Some(lease) = self.try_lock(name)? else { return Ok(None) };
-        let host = rustix::system::uname().nodename().to_string_lossy().into_owned();
         let (pid, since_unix_ms) = (std::process::id(), now_ms());
-        let holder = Holder { run: run.to_owned(), pid, host, since_unix_ms };
+        let holder = Holder { run: run.to_owned(), pid, host: host(), since_unix_ms };
         // Only for people: a lease whose note cannot be written still holds.
         if let Ok(text) = serde_json::to_vec(&holder) {
             let mut file = &lease.file;

@@ -33,7 +33,7 @@ use serde::{Deserialize, Serialize};
 
 pub use disk::{Disk, Faults, StoreError};
 pub use gc::Item;
-pub use lease::{Holder, Lease};
+pub use lease::{Holder, Lease, host};
 use stat::StatTable;
 pub use stat::{FileState, States};
 
