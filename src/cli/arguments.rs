@@ -7,6 +7,8 @@ use clap::{Args, Parser, Subcommand};
 
 use crate::artifact::Tolerance;
 use crate::pipeline::{bytes, duration};
+use crate::source::Fault;
+use crate::step::Device;
 
 const AFTER: &str = "Exit codes: 0 done, 1 a step failed, 2 pipeline or command wrong, \
     3 store, disk or internal, 130 interrupted.\n\
@@ -128,6 +130,12 @@ pub(super) struct PlanOptions {
     /// CPU slots [default: `jobs` of flow.toml, else all cores].
     #[arg(long, short, value_name = "N")]
     pub(super) jobs: Option<usize>,
+    /// Where models run [default: a GPU for each step where there are any, else the CPU].
+    #[arg(long, value_name = "cpu|cuda", value_parser = device)]
+    pub(super) device: Option<Device>,
+    /// The arithmetic of models on a GPU [default: bf16]. On the CPU it is f32.
+    #[arg(long, value_name = "f32|bf16", value_parser = ["f32", "bf16"])]
+    pub(super) compute: Option<String>,
     /// Run a step again although it is in the cache; other bytes are recorded as a difference.
     #[arg(long, value_name = "STEP")]
     pub(super) force: Vec<String>,
@@ -137,6 +145,31 @@ pub(super) struct PlanOptions {
     /// Ask nothing of the network.
     #[arg(long)]
     pub(super) offline: bool,
+}
+
+impl PlanOptions {
+    /// The arithmetic of models that run there.
+    ///
+    /// # Errors
+    /// When the device has none of that name.
+    pub(super) fn compute(&self, device: Device) -> Result<&str, Fault> {
+        match (device, self.compute.as_deref()) {
+            (Device::Cpu, None | Some("f32")) => Ok("f32"),
+            (Device::Cpu, Some(other)) => {
+                let fault = Fault::new(format!("models on the CPU compute in f32, not in {other}"));
+                Err(fault.help("leave `--compute` out, or run on a GPU (`--device cuda`)"))
+            }
+            (Device::Cuda, mode) => Ok(mode.unwrap_or("bf16")),
+        }
+    }
+}
+
+fn device(text: &str) -> Result<Device, String> {
+    match text {
+        "cpu" => Ok(Device::Cpu),
+        "cuda" => Ok(Device::Cuda),
+        _ => Err("`cpu`, or `cuda` for an NVIDIA GPU".to_owned()),
+    }
 }
 
 #[derive(Debug, Args)]
@@ -171,6 +204,12 @@ pub(super) struct ReproduceOptions {
     /// CPU slots [default: all cores].
     #[arg(long, short, value_name = "N")]
     pub(super) jobs: Option<usize>,
+    /// Where models run [default: a GPU for each step where there are any, else the CPU].
+    #[arg(long, value_name = "cpu|cuda", value_parser = device)]
+    pub(super) device: Option<Device>,
+    /// The arithmetic of models on a GPU [default: bf16]. On the CPU it is f32.
+    #[arg(long, value_name = "f32|bf16", value_parser = ["f32", "bf16"])]
+    pub(super) compute: Option<String>,
     /// Ask nothing of the network.
     #[arg(long)]
     pub(super) offline: bool,

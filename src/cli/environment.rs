@@ -35,6 +35,23 @@ impl Environment {
         self.get("NO_COLOR").is_some() || self.get("TERM") == Some("dumb")
     }
 
+    /// The NVIDIA GPUs of the machine that this process may use (`CUDA_VISIBLE_DEVICES`), by
+    /// index. Looks for the driver's devices only: asking the driver itself takes a moment.
+    pub(super) fn gpus(&self) -> Vec<u32> {
+        let there = || {
+            let names = std::fs::read_dir("/dev").into_iter().flatten().flatten();
+            let index = |name: OsString| name.to_str()?.strip_prefix("nvidia")?.parse().ok();
+            let mut found: Vec<u32> = names.filter_map(|entry| index(entry.file_name())).collect();
+            found.sort_unstable();
+            // Under WSL there is one device for all, and no way to count.
+            if found.is_empty() && Path::new("/dev/dxg").exists() { vec![0] } else { found }
+        };
+        match self.variables.get("CUDA_VISIBLE_DEVICES") {
+            Some(list) => list.split(',').map_while(|i| i.trim().parse().ok()).collect(),
+            None => there(),
+        }
+    }
+
     /// The hub as Python's `huggingface_hub` would find it: same variables, same cache.
     pub(super) fn hub(&self, offline: bool) -> Hub {
         let home = self.get("HOME").map_or_else(|| PathBuf::from("."), PathBuf::from);

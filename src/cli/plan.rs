@@ -19,7 +19,7 @@ use crate::pipeline::Plan;
 pub(super) fn validate(stage: &Stage, options: &PipelineOptions) -> Result<Exit, Failure> {
     let plan = load(stage, options)?;
     show_diagnostics(&plan.source, &plan.warnings, stage.plain);
-    let lends = Project::of(folder_of(&options.file))?.lends();
+    let lends = Project::of(folder_of(&options.file))?.lends(&stage.environment);
     for warning in shortages_of(&plan, &lends) {
         errln!("warning: {warning}");
     }

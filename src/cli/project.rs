@@ -6,6 +6,7 @@
 //! jobs = 8
 //! [resources]
 //! memory = "24GiB"             # what may be lent to steps; all of the machine's by default
+//! gpu = 2                      # the first so many; all that there are by default
 //! licence = 2                  # anything else that there is only so much of
 //! ```
 
@@ -16,7 +17,7 @@ use toml::Spanned;
 use toml::de::{DeTable, DeValue};
 
 use super::Stage;
-use super::environment::project_root;
+use super::environment::{Environment, project_root};
 use super::error::Failure;
 use crate::engine::{Options, memory_bytes};
 use crate::pipeline::bytes;
@@ -31,6 +32,7 @@ pub(super) struct Project {
     pub(super) outputs: PathBuf,
     jobs: Option<usize>,
     memory: Option<u64>,
+    gpus: Option<u32>,
     /// Named resources.
     pub(super) resources: BTreeMap<String, u64>,
 }
@@ -55,7 +57,7 @@ impl Project {
 
     fn plain(root: PathBuf) -> Self {
         let (outputs, resources) = (root.join("outputs"), BTreeMap::new());
-        Self { root, store: None, outputs, jobs: None, memory: None, resources }
+        Self { root, store: None, outputs, jobs: None, memory: None, gpus: None, resources }
     }
 
     fn read(root: PathBuf, source: &Source) -> Result<Self, Vec<Diagnostic>> {
@@ -104,12 +106,15 @@ impl Project {
                     Some(n) => self.memory = Some(n),
                     None => wrong.push(expected(value, "a size", "memory = \"24GiB\"")),
                 },
-                name @ ("cpu" | "gpu" | "exclusive") => {
+                "gpu" => match whole(value).and_then(|n| u32::try_from(n).ok()) {
+                    Some(n) => self.gpus = Some(n),
+                    None => wrong.push(expected(value, "a whole number", "gpu = 2")),
+                },
+                name @ ("cpu" | "exclusive") => {
                     let help = match name {
                         "cpu" => {
                             "say how many CPU slots there are with `jobs`, above `[resources]`"
                         }
-                        "gpu" => "no build of flow computes on a GPU yet",
                         _ => "it is something that a step needs, not something there is",
                     };
                     let message = format!("`{name}` cannot be declared");
@@ -132,12 +137,11 @@ impl Project {
     }
 
     /// What there is to lend to steps, in options that are otherwise plain.
-    pub(super) fn lends(&self) -> Options {
+    pub(super) fn lends(&self, environment: &Environment) -> Options {
         let cores = || std::thread::available_parallelism().map_or(1, usize::from);
         Options {
             jobs: self.jobs.unwrap_or_else(cores),
-            // None, as no build of this program computes on one yet.
-            gpus: Vec::new(),
+            gpus: self.gpus.map_or_else(|| environment.gpus(), |n| (0..n).collect()),
             memory: self.memory.or_else(memory_bytes),
             resources: self.resources.clone(),
             ..Options::default()
@@ -177,12 +181,14 @@ mod tests {
     #[test]
     fn settings_are_read() {
         let text = "store = \"/s\"\noutputs = \"out\"\njobs = 3\n\
-            [resources]\nmemory = \"2GiB\"\nlicence = 0x2\n";
+            [resources]\ngpu = 2\nmemory = \"2GiB\"\nlicence = 0x2\n";
         let project = read(text).unwrap();
         assert_eq!(project.store.as_deref(), Some(Path::new("/s")));
         assert_eq!(project.outputs, Path::new("/p/out"));
-        let lent = project.lends();
+        let environment = Environment { variables: BTreeMap::new() };
+        let lent = project.lends(&environment);
         assert_eq!((lent.jobs, lent.memory), (3, Some(2 << 30)));
+        assert_eq!(lent.gpus, [0, 1]);
         assert_eq!(lent.resources, BTreeMap::from([("licence".to_owned(), 2)]));
         let plain = read("").unwrap();
         assert_eq!((plain.store, plain.jobs), (None, None));
@@ -191,7 +197,7 @@ mod tests {
     #[test]
     fn all_that_is_wrong_is_told_with_its_place() {
         let text =
-            "stor = \"x\"\njobs = 0\n[resources]\nmemory = true\nlicence = \"two\"\ngpu = 1\n";
+            "stor = \"x\"\njobs = 0\n[resources]\nmemory = true\nlicence = \"two\"\ncpu = 1\n";
         let wrong = read(text).unwrap_err();
         let lines: Vec<usize> = wrong.iter().map(|(line, _)| *line).collect();
         assert_eq!(lines, [1, 2, 4, 5, 6]);

@@ -40,6 +40,8 @@ pub(super) fn reproduce(stage: &Stage, options: ReproduceOptions) -> Result<Exit
         },
         steps: options.steps,
         jobs: options.jobs,
+        device: options.device,
+        compute: options.compute,
         force: Vec::new(),
         locked: true,
         offline: options.offline,

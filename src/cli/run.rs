@@ -44,7 +44,7 @@ pub(super) fn run(stage: &Stage, options: &RunOptions) -> Result<Exit, Failure> 
     show_diagnostics(&plan.source, &plan.warnings, stage.plain);
     let needed = plan.needed_for(&session.options.targets)?;
     let fits = |needs: Needs| session.options.shortage(&needs).is_empty();
-    if !needed.iter().all(|node| fits(plan.graph[*node].needs())) {
+    if !needed.iter().all(|node| fits(session.options.needs(&plan.graph[*node]))) {
         // Only now is it worth asking which of them would run at all.
         let short = shortages_ahead(&engine::forecast(&plan, &session)?, &session.options);
         if !short.is_empty() {
@@ -99,8 +99,16 @@ pub(super) fn update(stage: &Stage, pipeline: PipelineOptions) -> Result<Exit, F
     let plan = load(stage, &pipeline)?;
     show_diagnostics(&plan.source, &plan.warnings, stage.plain);
     let (steps, force) = (Vec::new(), Vec::new());
-    let (jobs, locked, offline) = (None, false, false);
-    let options = PlanOptions { pipeline, steps, jobs, force, locked, offline };
+    let options = PlanOptions {
+        pipeline,
+        steps,
+        jobs: None,
+        device: None,
+        compute: None,
+        force,
+        locked: false,
+        offline: false,
+    };
     let ground = ground(stage, &options)?;
     let session = ground.session(stage, &options, false, Duration::ZERO)?;
     let updated = engine::update(&plan, &session).map_err(|e| unresolved(&plan.source, e))?;

@@ -148,7 +148,11 @@ impl Ground {
         grace: Duration,
     ) -> Result<Session<'_>, Failure> {
         let exe = std::env::current_exe().context("finding this program's own path")?;
-        let lent = self.project.lends();
+        let lent = self.project.lends(&stage.environment);
+        let device = options.device.unwrap_or(match lent.gpus.is_empty() {
+            true => Device::Cpu,
+            false => Device::Cuda,
+        });
         let sets: BTreeMap<String, String> = pairs(&options.pipeline.sets)?.into_iter().collect();
         Ok(Session {
             store: self.store.clone(),
@@ -161,8 +165,8 @@ impl Ground {
                 keep_going,
                 locked: options.locked,
                 offline: options.offline,
-                device: Device::Cpu,
-                compute: "f32".to_owned(),
+                device,
+                compute: options.compute(device).map_err(|e| Failure::Usage(e.into()))?.to_owned(),
                 worker: Some(WorkerCommand { exe, args: vec!["worker".to_owned()] }),
                 grace,
                 outputs: self.project.outputs.clone(),
@@ -180,7 +184,7 @@ impl Ground {
 /// Steps of a plan that ask for more than there is.
 pub(super) fn shortages_of(plan: &Plan, options: &Options) -> Vec<String> {
     let steps = plan.order().into_iter().map(|node| &plan.graph[node]);
-    shortages(steps.map(|i| (i.id.to_string(), options.shortage(&i.needs()))))
+    shortages(steps.map(|i| (i.id.to_string(), options.shortage(&options.needs(i)))))
 }
 
 /// Steps that would run and ask for more than there is.

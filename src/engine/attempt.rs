@@ -63,6 +63,7 @@ pub(super) fn visible_gpus(gpus: &[u32]) -> String {
 impl Task {
     /// A first attempt of no run.
     pub(super) fn of(instance: &Instance, bound: &Bound, options: &Options, grant: &Grant) -> Self {
+        let (device, compute) = options.place(instance);
         Self {
             kind: instance.kind.name.into(),
             version: instance.kind.version,
@@ -72,8 +73,8 @@ impl Task {
             sources: bound.source_keys.clone(),
             env: set(&instance.env),
             secrets: instance.policy.secrets.clone(),
-            device: options.device,
-            compute: options.compute.clone(),
+            device,
+            compute: compute.to_owned(),
             checkpoint_every: instance.policy.checkpoint.unwrap_or(CHECKPOINT_EVERY),
             threads: grant.threads,
             gpus: grant.gpus.clone(),
@@ -213,6 +214,7 @@ fn try_attempt(task: &Task, step: &dyn Step, dir: &Path, around: &Around<'_>) ->
         checkpoint_every: task.checkpoint_every,
         threads: task.threads,
         device: task.device,
+        compute: task.compute.clone(),
         env,
         cancel: around.cancel,
         emit: &|event| (around.say)(Said::Event(event)),

@@ -76,8 +76,9 @@ pub(super) fn bind(
         map.insert("salt".into(), salt.as_str().into());
     }
     if let (true, Some(map)) = (instance.kind.runs_model, preimage.as_object_mut()) {
-        map.insert("device".into(), serde_json::to_value(options.device)?);
-        map.insert("compute".into(), options.compute.as_str().into());
+        let (device, compute) = options.place(instance);
+        map.insert("device".into(), serde_json::to_value(device)?);
+        map.insert("compute".into(), compute.into());
     }
     let key = Digest::of_value(Record::KEY_DOMAIN, &preimage)?;
     Ok(Bound { step, preimage, key, sources, source_keys })

@@ -106,7 +106,7 @@ pub fn forecast(plan: &Plan, session: &Session<'_>) -> Result<Vec<Forecast>> {
             step: instance.id.0.clone(),
             kind: instance.kind.name.to_owned(),
             prospect,
-            needs: instance.needs(),
+            needs: session.options.needs(instance),
             cost,
         });
     }

@@ -15,6 +15,7 @@ mod forecast;
 mod machine;
 mod outputs;
 mod pending;
+mod placement;
 mod prepare;
 mod ready;
 mod reproduce;

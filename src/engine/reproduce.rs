@@ -344,7 +344,7 @@ impl Work<'_, '_> {
     fn execute(&mut self, node: NodeIndex, bound: &Bound) -> Result<Reply> {
         let (instance, options) = (&self.plan.graph[node], &self.session.options);
         let step = instance.id.0.clone();
-        let needs = instance.policy.needs.clone().unwrap_or_else(|| bound.step.needs());
+        let needs = options.needs(instance);
         let mut slots = Slots::new(options);
         let grant = match options.allows(&needs) {
             Ok(()) => slots.take(&needs).context("the machine has no slot for one step")?,

@@ -230,7 +230,7 @@ impl<'a> Runner<'a, '_> {
             Decision::Miss(why) => why,
         };
         self.emit(RunEvent::Miss { step, key, why: why.clone() })?;
-        let needs = self.instance(node).needs();
+        let needs = self.session.options.needs(self.instance(node));
         let fits = self.session.options.allows(&needs).map_err(anyhow::Error::from);
         if let Err(e) = fits.and_then(|()| self.check_inputs(node, &bound)) {
             return self.fail(node, Some(key), Some(why), Failure::of(&e));
@@ -263,6 +263,7 @@ impl<'a> Runner<'a, '_> {
         let said = Mutex::new(Vec::new());
         let emit = |event| said.lock().unwrap_or_else(PoisonError::into_inner).push(event);
         let attempt_dir = scratch::path(store, &self.journal.info.id, &bound.key);
+        let (device, compute) = self.session.options.place(self.instance(node));
         let cx = Context {
             store: store.clone(),
             hub: self.session.hub,
@@ -271,7 +272,8 @@ impl<'a> Runner<'a, '_> {
             build: machine::BUILD.into(),
             checkpoint_every: CHECKPOINT_EVERY,
             threads: self.session.options.jobs,
-            device: self.session.options.device,
+            device,
+            compute: compute.to_owned(),
             env: set(&self.instance(node).env),
             cancel: self.session.cancel,
             emit: &emit,

@@ -95,6 +95,7 @@ impl StepKind for Benchmark {
     const NAME: &'static str = "benchmark";
     const VERSION: u32 = 1;
     const RUNS_MODEL: bool = true;
+    const ON_GPU: bool = true;
     const MEASURES: bool = true;
 
     fn ports(&self) -> Ports {
@@ -137,8 +138,9 @@ impl StepKind for Benchmark {
         // was given.
         let machine = self.machine.clone().unwrap_or_else(Machine::here);
         let pool = rayon::ThreadPoolBuilder::new().num_threads(machine.threads).build()?;
+        let compute = loading::compute(cx)?;
         let start = Instant::now();
-        let model = pool.install(|| loading::load(&any, &task))?;
+        let model = pool.install(|| loading::load(&any, &task, compute))?;
         let load = start.elapsed().as_secs_f64();
         let (size, length) = (usize::try_from(self.batch_size)?, usize::try_from(self.length)?);
         let vocabulary = model.config().vocab_size() as u64;

@@ -82,6 +82,7 @@ impl StepKind for Evaluate {
     const NAME: &'static str = "evaluate";
     const VERSION: u32 = 1;
     const RUNS_MODEL: bool = true;
+    const ON_GPU: bool = true;
 
     fn ports(&self) -> Ports {
         Ports::of(Type::Report)
@@ -137,7 +138,7 @@ impl StepKind for Evaluate {
         if let Some(warning) = loading::other_tokenizer(any.base(), &info) {
             cx.warn(warning);
         }
-        let model = loading::load(&any, &task)?;
+        let model = loading::load(&any, &task, loading::compute(cx)?)?;
         let fresh = model.fresh_modules();
         if !fresh.is_empty() {
             let list = fresh.join("`, `");

@@ -4,8 +4,11 @@ use anyhow::Result;
 use serde_json::Value;
 
 use crate::artifact::{AnyModel, Model, TokensInfo, TokensSplit, TrainedModel};
-use crate::learn::{self, Method, ModelConfig, ModelFiles, Quantization, RowReader, Setup, Task};
+use crate::learn::{
+    self, Compute, Method, ModelConfig, ModelFiles, Quantization, RowReader, Setup, Task,
+};
 use crate::source::Fault;
+use crate::step::{Context, Device};
 
 pub(super) const CAUSAL_LM: &str = "causal_lm";
 pub(super) const SEQUENCE_CLASSIFICATION: &str = "sequence_classification";
@@ -16,6 +19,16 @@ pub(super) fn quantization_name(quantization: Quantization) -> &'static str {
         Quantization::None => "none",
         Quantization::Nf4 { double: false } => "nf4",
         Quantization::Nf4 { double: true } => "nf4-double",
+    }
+}
+
+/// Where a step's model runs.
+pub(super) fn compute(cx: &Context<'_>) -> Result<Compute> {
+    match (cx.device, cx.compute.as_str()) {
+        (Device::Cpu, "f32") => Ok(Compute::Cpu),
+        (Device::Cuda, "f32") => Ok(Compute::GpuF32),
+        (Device::Cuda, "bf16") => Ok(Compute::GpuBf16),
+        (device, mode) => anyhow::bail!("no arithmetic `{mode}` on {device:?}"),
     }
 }
 
@@ -37,9 +50,9 @@ pub(super) fn task(name: &str, classes: usize) -> Result<Task> {
 }
 
 /// The model, ready to run: a base as it is, or with what was trained on it.
-pub(super) fn load(any: &AnyModel, task: &Task) -> Result<learn::Model> {
+pub(super) fn load(any: &AnyModel, task: &Task, compute: Compute) -> Result<learn::Model> {
     match any {
-        AnyModel::Trained(trained) => load_trained(trained),
+        AnyModel::Trained(trained) => load_trained(trained, compute),
         AnyModel::Base(base) => {
             let setup = Setup {
                 task: task.clone(),
@@ -48,6 +61,8 @@ pub(super) fn load(any: &AnyModel, task: &Task) -> Result<learn::Model> {
                 quantization: Quantization::None,
                 seed: 0,
                 dropout: None,
+                compute,
+                gradient_checkpointing: false,
             };
             learn::Model::load(&files(base)?, &setup)
         }
@@ -55,7 +70,7 @@ pub(super) fn load(any: &AnyModel, task: &Task) -> Result<learn::Model> {
 }
 
 /// A trained model on the base it was trained on, quantized as it was then.
-pub(super) fn load_trained(trained: &TrainedModel) -> Result<learn::Model> {
+pub(super) fn load_trained(trained: &TrainedModel, compute: Compute) -> Result<learn::Model> {
     let info = &trained.info;
     let method = match info.method.as_str() {
         "full" => Method::Full,
@@ -71,7 +86,16 @@ pub(super) fn load_trained(trained: &TrainedModel) -> Result<learn::Model> {
     };
     let task = task(&info.task, info.classes.len())?;
     // The adapter's own settings are read from its files.
-    let setup = Setup { task, method, lora: None, quantization, seed: 0, dropout: None };
+    let setup = Setup {
+        task,
+        method,
+        lora: None,
+        quantization,
+        seed: 0,
+        dropout: None,
+        compute,
+        gradient_checkpointing: false,
+    };
     learn::Model::load_trained(&files(&trained.base)?, &setup, &trained.trained()?)
 }
 

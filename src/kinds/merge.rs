@@ -9,7 +9,7 @@ use serde::{Deserialize, Serialize};
 
 use super::loading;
 use crate::artifact::{TrainedModel, Type};
-use crate::learn::MergeBase;
+use crate::learn::{Compute, MergeBase};
 use crate::step::{Context, Input, Needs, Ports, StepKind};
 
 /// Adds an adapter into its base: a transformers model with its tokenizer.
@@ -58,7 +58,7 @@ impl StepKind for Merge {
                 _ => MergeBase::Dequantized,
             });
             let scratch = cx.scratch_dir()?;
-            let model = loading::load_trained(&trained)?;
+            let model = loading::load_trained(&trained, Compute::Cpu)?;
             cx.stop()?;
             let report = model.merge(base, &scratch, &trained.info.classes)?;
             for entry in fs::read_dir(&scratch)? {

@@ -15,7 +15,7 @@ use crate::learn::{
     Schedule, Setup, TargetModules, TrainingArguments, Warmup,
 };
 use crate::source::{Fault, suggest};
-use crate::step::{Context, Input, Needs, Ports, Problem, StepKind};
+use crate::step::{Added, Context, Input, Needs, Ports, Problem, StepKind};
 
 /// Trains a model on tokens: all of its weights, or a LoRA adapter on a frozen base, which QLoRA
 /// keeps in 4 bits.
@@ -78,6 +78,10 @@ pub(super) struct Train {
     /// Gradients are scaled down to this global norm; 0 leaves them as they are.
     #[serde(default = "unit")]
     pub max_grad_norm: f64,
+    /// Keeps only the input of each layer for the backward pass, which computes the rest again: the
+    /// same results in less memory and more time.
+    #[serde(default)]
+    pub gradient_checkpointing: bool,
     /// Dropout everywhere in the model, in place of what its config says.
     #[serde(default)]
     pub dropout: Option<f64>,
@@ -281,6 +285,8 @@ impl StepKind for Train {
     const NAME: &'static str = "train";
     const VERSION: u32 = 1;
     const RUNS_MODEL: bool = true;
+    const ON_GPU: bool = true;
+    const ADDED: &'static [Added] = &[Added { field: "gradient_checkpointing", legacy: "false" }];
 
     fn ports(&self) -> Ports {
         Ports::of(Type::TrainedModel)
@@ -402,6 +408,8 @@ impl StepKind for Train {
             quantization: self.quantization(),
             seed: self.seed,
             dropout: self.dropout,
+            compute: loading::compute(cx)?,
+            gradient_checkpointing: self.gradient_checkpointing,
         };
         let model = learn::Model::load(&loading::files(&base)?, &setup)?;
         let counts = model.counts();

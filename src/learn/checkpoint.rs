@@ -12,7 +12,6 @@ use serde::{Deserialize, Serialize};
 use super::files::{Weights, write};
 use super::gate::Seen;
 use super::model::Model;
-use super::optimizer::AdamW;
 use super::trainer::{History, State};
 use crate::digest::Digest;
 
@@ -42,7 +41,7 @@ pub(super) fn save(state: &State, model: &Model, dir: &Path) -> Result<()> {
     for (name, var) in model.trainable() {
         tensors.insert(format!("weight/{name}"), var.as_tensor().detach());
     }
-    tensors.extend(state.optimizer.moments()?);
+    tensors.extend(state.optimizer.moments(model)?);
     if let Some((_, _, best)) = &state.kept.found {
         tensors.extend(best.iter().map(|(name, t)| (format!("best/{name}"), t.clone())));
     }
@@ -106,8 +105,8 @@ impl Checkpoint {
         for (name, var) in model.trainable() {
             var.set(&get("weight", name)?)?;
         }
-        let config = state.optimizer.config();
-        state.optimizer = AdamW::resumed(model.trainable(), config, counted.updates, &get)?;
+        model.put()?;
+        state.optimizer.go_on(model, counted.updates, &get)?;
         if let Some((value, step)) = counted.best {
             let names = model.trainable().keys();
             let best = names.map(|name| Ok((name.clone(), get("best", name)?)));

@@ -58,6 +58,11 @@ impl GradientGate {
         Ok(Self { initial: initial.collect::<Result<_>>()?, seen: Seen::default() })
     }
 
+    /// Whether it has seen enough.
+    pub(super) fn is_done(&self) -> bool {
+        self.seen.done
+    }
+
     /// What it has seen, for a checkpoint.
     pub(super) fn seen(&self) -> Seen {
         self.seen.clone()

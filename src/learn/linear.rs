@@ -34,6 +34,11 @@ impl Dropout {
         }
     }
 
+    /// The stream and the probability of a step of training, if anything is dropped.
+    pub(crate) fn drawn(&self, step: Option<u64>) -> Option<(Stream, f64)> {
+        step.filter(|_| self.p > 0.0).map(|step| (self.stream.at(step), self.p))
+    }
+
     /// Drops elements of `x`.
     pub(crate) fn forward(&self, x: &Tensor, mode: Mode) -> Result<Tensor> {
         Ok(dropout(x, self.mask(mode))?)
@@ -88,6 +93,7 @@ impl Parameters {
             Held::Trained(var) => Ok(var.as_tensor().clone()),
             Held::Frozen(Frozen::Dense(tensor)) => Ok(tensor.clone()),
             Held::Frozen(Frozen::Nf4(_)) => bail!("`{name}` is quantized"),
+            Held::Frozen(Frozen::Away(_)) => bail!("`{name}` is on the GPU"),
         }
     }
 

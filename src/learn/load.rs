@@ -15,7 +15,7 @@ use super::layout::{Parameter, Role, parameters};
 use super::linear::{Adapter, Held, Parameters};
 use super::nf4::Nf4;
 use super::ops::Frozen;
-use super::setup::{LoraConfig, Method, Quantization, Setup};
+use super::setup::{Compute, LoraConfig, Method, Quantization, Setup};
 use crate::source::Fault;
 
 /// What the names of an adapter's tensors begin with.
@@ -132,6 +132,8 @@ impl Loading<'_> {
                         let packed = Nf4::quantize(&tensor, double);
                         Frozen::Nf4(Arc::new(packed.with_context(|| p.name.clone())?))
                     }
+                    // Another arithmetic takes the numbers as they came.
+                    _ if setup.compute != Compute::Cpu => Frozen::Dense(tensor),
                     _ => Frozen::Dense(tensor.to_dtype(DType::F32)?),
                 })
             };

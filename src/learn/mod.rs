@@ -4,12 +4,14 @@
 //! operations cut gradients without an error and its products compute gradients for frozen
 //! weights: own models under Hugging Face names, own operations with forward and backward.
 //!
-//! Everything is f32 on the CPU; frozen weights are widened when they are loaded.
+//! On the CPU everything is f32; frozen weights are widened when they are loaded. `cuda` has the
+//! same models on an NVIDIA GPU.
 
 mod adapter;
 mod batch;
 mod checkpoint;
 mod config;
+mod cuda;
 mod doctor;
 mod files;
 mod gate;
@@ -32,10 +34,12 @@ mod schedule;
 mod scoring;
 mod setup;
 mod trainer;
+mod update;
 
 pub use batch::{Batch, IGNORE, Labels};
 pub use checkpoint::Checkpoint;
 pub use config::{Family, ModelConfig};
+pub use cuda::devices;
 pub use doctor::check_rows;
 pub use gate::GradientGate;
 pub use generate::{Generation, generate};
@@ -48,7 +52,7 @@ pub use optimizer::{AdamW, AdamWConfig, Decays, clip_factor, global_norm};
 pub use rows::{Row, RowReader, collate, read_rows};
 pub use schedule::{LearningRate, Schedule, warmup_steps};
 pub use scoring::{Measure, Prediction, Scores, score};
-pub use setup::{LoraConfig, MergeBase, Method, Quantization, Setup, TargetModules, Task};
+pub use setup::{Compute, LoraConfig, MergeBase, Method, Quantization, Setup, TargetModules, Task};
 pub use trainer::{
     Best, Duration, EvaluationLog, History, Observer, StepLog, TrainingArguments, Warmup, resume,
     train,

@@ -11,13 +11,14 @@ use candle_core::{Tensor, Var};
 use super::adapter::SavedAdapter;
 use super::batch::{Batch, Labels, Packed};
 use super::config::ModelConfig;
+use super::cuda::{Engine, Float};
 use super::layout::output_embedding;
 use super::linear::{Held, Mode, Parameters};
 use super::load::{Loaded, Loading};
 use super::matrix::{Matrix, Threads, product};
-use super::net::{Net, Sequences};
-use super::ops::{backward, cross_entropy, log_probs, select_rows, tensor, with_slices};
-use super::setup::{Method, Setup};
+use super::net::Net;
+use super::ops::{Frozen, backward, cross_entropy, log_probs, select_rows, tensor, with_slices};
+use super::setup::{Compute, Method, Setup};
 
 /// Where a model's files are. A path need not have an extension.
 #[derive(Debug, Clone)]
@@ -46,7 +47,15 @@ pub struct Model {
     pub(super) files: ModelFiles,
     pub(super) parameters: Parameters,
     trainable: BTreeMap<String, Var>,
-    net: Net,
+    runner: Runner,
+}
+
+/// What computes with a model.
+enum Runner {
+    /// Operations of the CPU.
+    Host(Box<Net>),
+    /// A GPU, which has the current values of what is trained.
+    Gpu(Engine),
 }
 
 impl fmt::Debug for Model {
@@ -112,11 +121,70 @@ impl Model {
         config: ModelConfig,
         setup: Setup,
         files: ModelFiles,
-        (parameters, trainable): Loaded,
+        (mut parameters, trainable): Loaded,
     ) -> Result<Self> {
         ensure!(!trainable.is_empty(), "nothing in the model is trained");
-        let net = Net::new(&config, &parameters)?;
-        Ok(Self { config, setup, files, parameters, trainable, net })
+        let float = match setup.compute {
+            Compute::Cpu => None,
+            Compute::GpuF32 => Some(Float::F32),
+            Compute::GpuBf16 => Some(Float::Bf16),
+        };
+        let Some(float) = float else {
+            let runner = Runner::Host(Box::new(Net::new(&config, &parameters)?));
+            return Ok(Self { config, setup, files, parameters, trainable, runner });
+        };
+        let again = setup.gradient_checkpointing;
+        let engine = Engine::new(&config, &parameters, &trainable, float, again)?;
+        for (held, _) in parameters.held.values_mut() {
+            let shape = match held {
+                Held::Frozen(Frozen::Dense(tensor)) => tensor.shape().clone(),
+                Held::Frozen(other) => other.dims().into(),
+                Held::Trained(_) => continue,
+            };
+            *held = Held::Frozen(Frozen::Away(shape));
+        }
+        let runner = Runner::Gpu(engine);
+        Ok(Self { config, setup, files, parameters, trainable, runner })
+    }
+
+    /// The CPU's operations of it.
+    fn net(&self) -> Result<&Net> {
+        match &self.runner {
+            Runner::Host(net) => Ok(net),
+            Runner::Gpu(_) => bail!("the model is on the GPU"),
+        }
+    }
+
+    /// The GPU that it is on.
+    pub(super) fn gpu(&self) -> Option<&Engine> {
+        match &self.runner {
+            Runner::Host(_) => None,
+            Runner::Gpu(engine) => Some(engine),
+        }
+    }
+
+    /// Brings what is trained from the GPU, if the model is there, to [`Model::trainable`].
+    ///
+    /// # Errors
+    /// When the GPU does not answer.
+    pub fn fetch(&self) -> Result<()> {
+        self.gpu().map_or(Ok(()), |engine| engine.load(&self.trainable))
+    }
+
+    /// Brings [`Model::trainable`], changed from outside, to the GPU, if the model is there.
+    ///
+    /// # Errors
+    /// When the GPU does not answer.
+    pub fn put(&self) -> Result<()> {
+        self.gpu().map_or(Ok(()), |engine| engine.store(&self.trainable))
+    }
+
+    /// Bytes of a GPU's memory that it takes, with what training has needed so far.
+    ///
+    /// # Errors
+    /// When the GPU does not answer.
+    pub fn gpu_memory(&self) -> Result<Option<usize>> {
+        self.gpu().map(Engine::memory).transpose()
     }
 
     /// The model's shape.
@@ -191,7 +259,36 @@ impl Model {
     /// # Errors
     /// When the batch does not fit the model.
     pub fn logits(&self, batch: &Batch) -> Result<Tensor> {
-        self.logits_of(&self.net, batch)
+        let engine = match &self.runner {
+            Runner::Host(net) => return self.logits_of(net, batch),
+            Runner::Gpu(engine) => engine,
+        };
+        let packed = self.pack(batch)?;
+        if !self.config.is_decoder() {
+            let logits = engine.logits(&packed, &first_tokens(&packed))?;
+            return Ok(tensor(logits, (batch.size, self.classes()?))?);
+        }
+        let all: Vec<u32> = (0..packed.ids.len() as u32).collect();
+        self.padded(batch, &packed, &engine.logits(&packed, &all)?)
+    }
+
+    /// Logits of a packed batch with zeros on the padding.
+    fn padded(&self, batch: &Batch, packed: &Packed, logits: &[f32]) -> Result<Tensor> {
+        let vocab = self.config.vocab;
+        let mut padded = vec![0.0; batch.size * batch.length * vocab];
+        for (row, range) in packed.rows().enumerate() {
+            let from = &logits[range.start * vocab..range.end * vocab];
+            padded[row * batch.length * vocab..][..from.len()].copy_from_slice(from);
+        }
+        Ok(tensor(padded, (batch.size, batch.length, vocab))?)
+    }
+
+    /// Classes of the head.
+    fn classes(&self) -> Result<usize> {
+        match &self.setup.task {
+            super::setup::Task::SequenceClassification { classes } => Ok(*classes),
+            super::setup::Task::CausalLm => bail!("the model has no classes"),
+        }
     }
 
     pub(super) fn logits_of(&self, net: &Net, batch: &Batch) -> Result<Tensor> {
@@ -205,15 +302,7 @@ impl Model {
         if !self.config.is_decoder() {
             return Ok(logits);
         }
-        let vocab = self.config.vocab;
-        let mut padded = vec![0.0; batch.size * batch.length * vocab];
-        with_slices([&logits], |[logits]| {
-            for (row, range) in packed.rows().enumerate() {
-                let from = &logits[range.start * vocab..range.end * vocab];
-                padded[row * batch.length * vocab..][..from.len()].copy_from_slice(from);
-            }
-        })?;
-        Ok(tensor(padded, (batch.size, batch.length, vocab))?)
+        with_slices([&logits], |[logits]| self.padded(batch, &packed, logits))?
     }
 
     /// Logits of what follows each row, without dropout, f32: `[size, vocab]`. Only the last token
@@ -224,11 +313,18 @@ impl Model {
     pub fn next_logits(&self, batch: &Batch) -> Result<Tensor> {
         ensure!(self.config.is_decoder(), "an encoder does not predict the next token");
         let packed = self.pack(batch)?;
-        let x = self.hidden(&self.net, &packed)?;
         let last: Vec<u32> = packed.rows().map(|range| range.end as u32 - 1).collect();
+        let net = match &self.runner {
+            Runner::Host(net) => net,
+            Runner::Gpu(engine) => {
+                let logits = engine.logits(&packed, &last)?;
+                return Ok(tensor(logits, (batch.size, self.config.vocab))?);
+            }
+        };
+        let x = self.hidden(net, &packed)?;
         let x = select_rows(&x, last.into(), None)?;
-        let features = self.net.features(&x, Mode::Eval)?.detach();
-        Ok(self.net.output(&features, Mode::Eval)?.detach())
+        let features = net.features(&x, Mode::Eval)?.detach();
+        Ok(net.output(&features, Mode::Eval)?.detach())
     }
 
     /// The rows of the last layer that predict something, in the order of the batch, and what.
@@ -333,12 +429,16 @@ impl Model {
 
     fn log_probs_at(&self, packed: &Packed, targets: &Targets) -> Result<Vec<f64>> {
         let Targets { rows, targets } = targets;
-        let x = self.hidden(&self.net, packed)?;
+        let net = match &self.runner {
+            Runner::Host(net) => net,
+            Runner::Gpu(engine) => return engine.log_probs(packed, rows, targets),
+        };
+        let x = self.hidden(net, packed)?;
         let mut each = Vec::with_capacity(targets.len());
         for (rows, targets) in rows.chunks(self.chunk()).zip(targets.chunks(self.chunk())) {
             let x = select_rows(&x, rows.into(), None)?;
-            let features = self.net.features(&x, Mode::Eval)?.detach();
-            let logits = self.net.output(&features, Mode::Eval)?;
+            let features = net.features(&x, Mode::Eval)?.detach();
+            let logits = net.output(&features, Mode::Eval)?;
             each.extend(log_probs(&logits, targets)?);
         }
         Ok(each)
@@ -357,6 +457,11 @@ impl Model {
         denominator: f64,
     ) -> Result<(f64, BTreeMap<String, Tensor>)> {
         ensure!(denominator > 0.0, "a loss over {denominator} targets");
+        if let Some(engine) = self.gpu() {
+            let loss = self.accumulate(engine, batch, step, denominator, true)?;
+            return Ok((loss, engine.gradients()?));
+        }
+        let net = self.net()?;
         let packed = self.pack(batch)?;
         let targets = self.targets(batch, &packed)?;
         let mode = Mode::Train(step);
@@ -368,15 +473,16 @@ impl Model {
             return Ok((0.0, gradients));
         }
         // Forward: each block on a detached copy of its input, so that each graph is one block.
-        let sequences = self.net.sequences(&packed);
-        let mut blocks = vec![Block { input: None, output: self.net.embed(&packed, mode)? }];
-        for i in 0..self.net.layers() {
-            let block = self.forward(i, &blocks[i].output, &sequences, mode)?;
+        let sequences = net.sequences(&packed);
+        let mut blocks = vec![Block { input: None, output: net.embed(&packed, mode)? }];
+        for i in 0..net.layers() {
+            let (input, leaf) = leaf(&blocks[i].output)?;
+            let block = Block { input, output: net.layer(i, &leaf, &sequences, mode)? };
             blocks.push(block);
         }
-        let (input, leaf) = leaf(&blocks[self.net.layers()].output)?;
+        let (input, leaf) = leaf(&blocks[net.layers()].output)?;
         let rows = select_rows(&leaf, targets.rows.as_slice().into(), None)?;
-        let features = Block { input, output: self.net.features(&rows, mode)? };
+        let features = Block { input, output: net.features(&rows, mode)? };
         let (loss, seed) =
             self.output_gradients(&features.output, &targets, denominator, &mut gradients)?;
         // Backward: the last block first; each is freed when it is done.
@@ -396,9 +502,20 @@ impl Model {
         Ok((loss, gradients))
     }
 
-    fn forward(&self, i: usize, x: &Tensor, s: &Sequences, mode: Mode) -> Result<Block> {
-        let (input, leaf) = leaf(x)?;
-        Ok(Block { input, output: self.net.layer(i, &leaf, s, mode)? })
+    /// The same on the GPU, where the gradients stay; they are added to those of before unless
+    /// this is the `first` micro-batch of an update. The sum of the losses.
+    pub(super) fn accumulate(
+        &self,
+        engine: &Engine,
+        batch: &Batch,
+        step: u64,
+        denominator: f64,
+        first: bool,
+    ) -> Result<f64> {
+        ensure!(denominator > 0.0, "a loss over {denominator} targets");
+        let packed = self.pack(batch)?;
+        let Targets { rows, targets } = self.targets(batch, &packed)?;
+        engine.accumulate(&packed, (&rows, &targets), step, denominator, first)
     }
 
     /// Loss and gradients of the output layer; the gradient of the features if they are tracked.
@@ -413,7 +530,7 @@ impl Model {
             return self.embedding_gradients(features, targets, denominator, gradients);
         }
         let (input, features) = leaf(features)?;
-        let logits = self.net.output(&features, Mode::Eval)?;
+        let logits = self.net()?.output(&features, Mode::Eval)?;
         let (loss, grad) = cross_entropy(&logits, &targets.targets, 1.0 / denominator)?;
         if !logits.track_op() {
             return Ok((loss, None));
@@ -442,7 +559,7 @@ impl Model {
         for wanted in targets.targets.chunks(self.chunk()) {
             let n = wanted.len();
             let part = features_.narrow(0, start, n)?.contiguous()?;
-            let logits = self.net.output(&part, Mode::Eval)?.detach();
+            let logits = self.net()?.output(&part, Mode::Eval)?.detach();
             let (sum, grad) = cross_entropy(&logits, wanted, 1.0 / denominator)?;
             loss += sum;
             with_slices([&part, &weight, &grad], |[x, w, g]| {

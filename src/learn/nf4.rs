@@ -74,6 +74,19 @@ pub struct Nf4 {
     scales: Scales,
 }
 
+/// The bytes of a matrix in 4-bit NormalFloat.
+pub(super) struct Parts<'a> {
+    /// Two numbers a byte, the first in the upper half.
+    pub(super) packed: &'a [u8],
+    /// With double quantization the index of each block's scale in the [`dynamic_map`]...
+    pub(super) codes: Option<&'a [u8]>,
+    /// ...times one of these for each [`NESTED_BLOCK`] blocks, plus the offset. Else the scales.
+    pub(super) scales: &'a [f32],
+    pub(super) offset: f32,
+    /// The numbers are rounded to it.
+    pub(super) dtype: DType,
+}
+
 /// The signed dynamic map of bitsandbytes: 256 numbers in (-1, 1], 0 at index 127.
 pub fn dynamic_map() -> &'static [f32; 256] {
     static MAP: OnceLock<[f32; 256]> = OnceLock::new();
@@ -162,6 +175,15 @@ impl Nf4 {
     /// Rows and columns.
     pub fn dims(&self) -> (usize, usize) {
         (self.rows, self.cols)
+    }
+
+    /// What it is made of, for a kernel elsewhere.
+    pub(super) fn parts(&self) -> Parts<'_> {
+        let (codes, scales, offset) = match &self.scales {
+            Scales::Single(scales) => (None, scales, 0.0),
+            Scales::Double { codes, nested, offset } => (Some(codes.as_slice()), nested, *offset),
+        };
+        Parts { packed: &self.packed, codes, scales, offset, dtype: self.dtype }
     }
 
     /// The scale of each block of [`BLOCK`] numbers.

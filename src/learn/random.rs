@@ -42,6 +42,11 @@ impl Stream {
         Self { key: [a, b], high: [c ^ self.high[0], d ^ self.high[1]] }
     }
 
+    /// What it is made of, for a generator elsewhere: the key, and the upper half of the counter.
+    pub(crate) fn words_of_state(&self) -> ([u32; 2], [u32; 2]) {
+        (self.key, self.high)
+    }
+
     /// Four words at an index.
     pub fn words(&self, index: u64) -> [u32; 4] {
         philox(self.key, [index as u32, (index >> 32) as u32, self.high[0], self.high[1]])

@@ -140,6 +140,19 @@ pub enum Quantization {
     },
 }
 
+/// Where a model runs, and in which arithmetic.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum Compute {
+    /// The processor, in f32.
+    #[default]
+    Cpu,
+    /// An NVIDIA GPU, in f32 throughout.
+    GpuF32,
+    /// An NVIDIA GPU: activations and frozen weights are bf16, sums, trained weights, gradients
+    /// and the optimizer's state f32.
+    GpuBf16,
+}
+
 /// Everything that makes a trainable model out of files.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Setup {
@@ -157,6 +170,11 @@ pub struct Setup {
     /// `None`: the model's own dropout, as `config.json` says. `Some`: this probability in its
     /// place, everywhere in the model. (The adapter's dropout is its own.)
     pub dropout: Option<f64>,
+    /// Where it runs.
+    pub compute: Compute,
+    /// Keeps only the input of each layer for the backward pass, which computes the rest again:
+    /// the same results in less memory and more time.
+    pub gradient_checkpointing: bool,
 }
 
 /// Which base a merge adds the adapter to.

@@ -11,11 +11,12 @@ use super::batch::Batch;
 use super::checkpoint::{self, Checkpoint};
 use super::gate::GradientGate;
 use super::model::Model;
-use super::optimizer::{AdamW, AdamWConfig, clip_factor, global_norm};
+use super::optimizer::{AdamWConfig, clip_factor};
 use super::random::Stream;
 use super::rows::{Row, collate};
 use super::schedule::{LearningRate, Schedule, warmup_steps};
 use super::setup::Task;
+use super::update::{Gradients, Optimizer};
 use crate::source::{Fault, suggest};
 
 /// How long to train.
@@ -220,7 +221,7 @@ pub fn resume(
 
 /// Everything that changes from update to update, beside the weights.
 pub(super) struct State {
-    pub(super) optimizer: AdamW,
+    pub(super) optimizer: Optimizer,
     pub(super) gate: GradientGate,
     pub(super) kept: Kept,
     pub(super) history: History,
@@ -231,7 +232,7 @@ pub(super) struct State {
 impl State {
     fn new(model: &Model, args: &TrainingArguments) -> Result<Self> {
         Ok(Self {
-            optimizer: AdamW::new(model.trainable(), args.optimizer),
+            optimizer: Optimizer::new(model, args.optimizer),
             gate: GradientGate::new(model.trainable())?,
             kept: Kept::new(args.best.clone()),
             history: History { steps: Vec::new(), evaluations: Vec::new(), best_step: None },
@@ -289,16 +290,21 @@ fn go_on(
         let chosen = plan.micro_batches(&order, update);
         let sum = accumulate(model, task, rows, &chosen, &mut state.micro)
             .with_context(|| format!("in step {}", step + 1))?;
-        let grad_norm = global_norm(&sum.gradients)?;
+        let grad_norm = sum.gradients.global_norm()?;
         let finite = sum.loss.is_finite() && grad_norm.is_finite();
         if !finite {
             return Err(diverged(step + 1, sum.loss, grad_norm, &chosen).into());
         }
-        state.gate.gradients(&sum.gradients)?;
+        if !state.gate.is_done() {
+            state.gate.gradients(&*sum.gradients.by_name()?)?;
+        }
         let scale = args.max_grad_norm.map_or(1.0, |max| clip_factor(grad_norm, max));
         let learning_rate = rate.at(step);
-        state.optimizer.update(model.trainable(), &sum.gradients, learning_rate, scale)?;
-        state.gate.updated(model.trainable(), learning_rate)?;
+        state.optimizer.update(model, &sum.gradients, learning_rate, scale)?;
+        if !state.gate.is_done() {
+            model.fetch()?;
+            state.gate.updated(model.trainable(), learning_rate)?;
+        }
         let log = StepLog {
             step: step + 1,
             epoch: (step + 1) as f64 / plan.per_epoch as f64,
@@ -310,31 +316,35 @@ fn go_on(
         };
         observer.step(&log, plan.steps)?;
         state.history.steps.push(log);
-        observer.between(&mut |dir| checkpoint::save(&state, model, dir))?;
+        observer.between(&mut |dir| {
+            model.fetch()?;
+            checkpoint::save(&state, model, dir)
+        })?;
         state.evaluate(&plan, model, observer)?;
     }
+    model.fetch()?;
     state.gate.finish(model.trainable())?;
     let State { kept, mut history, .. } = state;
     history.best_step = kept.restore(model)?;
     Ok(history)
 }
 
-struct Sum {
+struct Sum<'a> {
     /// Mean loss per target.
     loss: f64,
-    gradients: BTreeMap<String, Tensor>,
+    gradients: Gradients<'a>,
     rows: u64,
     tokens: u64,
 }
 
 /// Loss and gradients of all micro-batches of an update, over all of their targets.
-fn accumulate(
-    model: &Model,
+fn accumulate<'a>(
+    model: &'a Model,
     task: &Task,
     rows: &[Row],
     chosen: &[&[usize]],
     micro: &mut u64,
-) -> Result<Sum> {
+) -> Result<Sum<'a>> {
     let batches = chosen.iter().map(|ids| {
         let refs: Vec<&Row> = ids.iter().map(|i| &rows[*i]).collect();
         collate(&refs, task)
@@ -344,23 +354,11 @@ fn accumulate(
     ensure!(targets > 0, "no row of it has a target token");
     let denominator = targets as f64;
     let (mut loss, mut tokens) = (0.0, 0);
-    let mut gradients: BTreeMap<String, Tensor> = BTreeMap::new();
+    let mut gradients = Gradients::new(model);
     for batch in &batches {
-        let (batch_loss, batch_gradients) = model.gradients(batch, *micro, denominator)?;
+        loss += gradients.add(model, batch, *micro, denominator)?;
         *micro += 1;
-        loss += batch_loss;
         tokens += batch.lengths.iter().sum::<usize>() as u64;
-        if gradients.is_empty() {
-            gradients = batch_gradients;
-            continue;
-        }
-        for (name, gradient) in batch_gradients {
-            let sum = gradients.get(&name).with_context(|| {
-                format!("parameter `{name}` has a gradient in one micro-batch and not in another")
-            })?;
-            let sum = (sum + gradient)?;
-            gradients.insert(name, sum);
-        }
     }
     let rows = batches.iter().map(|b| b.size as u64).sum();
     Ok(Sum { loss: loss / denominator, gradients, rows, tokens })
@@ -398,6 +396,7 @@ impl Kept {
             let help = suggest(&best.metric, &known).unwrap_or_default();
             return Err(fault.help(help).into());
         };
+        model.fetch()?;
         let better = self
             .found
             .as_ref()
@@ -423,6 +422,7 @@ impl Kept {
                 let copy = copies.get(name).with_context(|| format!("`{name}` was not kept"))?;
                 var.set(copy)?;
             }
+            model.put()?;
         }
         Ok(Some(step))
     }

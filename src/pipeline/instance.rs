@@ -165,6 +165,7 @@ impl<'m, 'a> Maker<'m, 'a> {
             salt,
             policy: Policy {
                 needs,
+                gpu: given.gpu,
                 retry: written.retry,
                 timeout: written.timeout,
                 checkpoint: written.checkpoint,

@@ -60,6 +60,8 @@ impl Default for Retry {
 pub struct Policy {
     /// Overrides of what the kind says it needs.
     pub needs: Option<Needs>,
+    /// GPUs that the file says it needs; absent where it leaves that open.
+    pub gpu: Option<usize>,
     /// How often a failed step is tried again, and how soon.
     pub retry: Retry,
     /// After which its process group is ended.

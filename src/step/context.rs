@@ -101,6 +101,8 @@ pub struct Context<'a> {
     pub threads: usize,
     /// Where models run.
     pub device: Device,
+    /// In which arithmetic models run (`f32`, `bf16`).
+    pub compute: String,
     /// Environment that the step declared (`env:`), by name.
     pub env: BTreeMap<String, String>,
     /// Raised when the run is being stopped.
@@ -273,6 +275,7 @@ mod tests {
             checkpoint_every: CHECKPOINT_EVERY,
             threads: 1,
             device: Device::Cpu,
+            compute: "f32".into(),
             env: BTreeMap::new(),
             cancel: &AtomicBool::new(false),
             emit: &|_| {},

@@ -156,6 +156,8 @@ pub trait StepKind: Serialize + DeserializeOwned + JsonSchema + Send + Sync + 's
     const VERSION: u32;
     /// Whether it runs a model: then device class and compute mode are part of its key.
     const RUNS_MODEL: bool = false;
+    /// Whether its model can run on a GPU.
+    const ON_GPU: bool = false;
     /// Whether it reads what the records of its inputs say (times, memory, parameter counts):
     /// then those facts are bound to its inputs and are part of its key.
     const READS_RECORDS: bool = false;
@@ -304,6 +306,8 @@ pub struct Kind {
     pub version: u32,
     /// See [`StepKind::RUNS_MODEL`].
     pub runs_model: bool,
+    /// See [`StepKind::ON_GPU`].
+    pub on_gpu: bool,
     /// See [`StepKind::READS_RECORDS`].
     pub reads_records: bool,
     /// See [`StepKind::MEASURES`].
@@ -321,6 +325,7 @@ impl Kind {
             name: K::NAME,
             version: K::VERSION,
             runs_model: K::RUNS_MODEL,
+            on_gpu: K::ON_GPU,
             reads_records: K::READS_RECORDS,
             measures: K::MEASURES,
             parse: parse::<K>,

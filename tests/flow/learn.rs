@@ -9,6 +9,7 @@
 mod adapters; // PEFT's directories both ways, merge
 mod decoders; // against candle-transformers
 mod gate; // dropout, frozen weights, counts, errors
+mod gpu; // an NVIDIA GPU against the CPU and PyTorch
 mod nf4; // against bitsandbytes
 mod parity; // training against PyTorch
 
@@ -16,7 +17,8 @@ use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
 use flow::learn::{
-    Batch, Labels, LoraConfig, Method, ModelFiles, Quantization, Setup, TargetModules, Task,
+    Batch, Compute, Labels, LoraConfig, Method, ModelFiles, Quantization, Setup, TargetModules,
+    Task,
 };
 use safetensors::{Dtype, SafeTensors};
 
@@ -86,7 +88,16 @@ fn setup(task: Task, method: Method, lora: Option<LoraConfig>) -> Setup {
         Method::Qlora => Quantization::Nf4 { double: true },
         _ => Quantization::None,
     };
-    Setup { task, method, lora, quantization, seed: 3, dropout: None }
+    Setup {
+        task,
+        method,
+        lora,
+        quantization,
+        seed: 3,
+        dropout: None,
+        compute: Compute::Cpu,
+        gradient_checkpointing: false,
+    }
 }
 
 fn classes(classes: usize) -> Task {

@@ -21,7 +21,11 @@ pub(crate) enum Frozen {
     Dense(Tensor),
     /// In 4 bits; unpacked for each use.
     Nf4(Arc<Nf4>),
+    /// On the GPU: only its shape is here.
+    Away(Shape),
 }
+
+const AWAY: &str = "the weight is on the GPU";
 
 impl Frozen {
     /// Outputs and inputs.
@@ -32,6 +36,7 @@ impl Frozen {
                 (outputs, inputs)
             }
             Self::Nf4(w) => w.dims(),
+            Self::Away(shape) => matrix(shape),
         }
     }
 
@@ -40,6 +45,7 @@ impl Frozen {
         match self {
             Self::Dense(w) => w.elem_count(),
             Self::Nf4(w) => w.dims().0 * w.dims().1,
+            Self::Away(shape) => shape.elem_count(),
         }
     }
 
@@ -48,6 +54,7 @@ impl Frozen {
         match self {
             Self::Dense(w) => with_slices([w], |[w]| f(w)),
             Self::Nf4(w) => Ok(f(&w.dequantize())),
+            Self::Away(_) => bail!("{AWAY}"),
         }
     }
 
@@ -56,6 +63,7 @@ impl Frozen {
         match self {
             Self::Dense(w) => Ok(w.clone()),
             Self::Nf4(w) => tensor(w.dequantize(), w.dims()),
+            Self::Away(_) => bail!("{AWAY}"),
         }
     }
 }

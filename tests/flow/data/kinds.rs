@@ -90,6 +90,7 @@ impl Room {
             checkpoint_every: flow::step::CHECKPOINT_EVERY,
             threads: 1,
             device: Device::Cpu,
+            compute: "f32".into(),
             env: BTreeMap::from([("GREETING".to_owned(), "hello".to_owned())]),
             cancel: &self.cancel,
             emit: &emit,

@@ -82,6 +82,7 @@ impl Bench {
             checkpoint_every: flow::step::CHECKPOINT_EVERY,
             threads: 2,
             device: Device::Cpu,
+            compute: "f32".into(),
             env: BTreeMap::new(),
             cancel: &cancel,
             emit: &emit,

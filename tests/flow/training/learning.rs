@@ -5,9 +5,9 @@ use std::collections::BTreeMap;
 use anyhow::Result;
 use candle_core::{Device, Tensor, Var};
 use flow::learn::{
-    AdamWConfig, Best, Checkpoint, Duration, GradientGate, History, IGNORE, LoraConfig, Measure,
-    Method, Model, Observer, Quantization, Row, Schedule, Setup, StepLog, TargetModules, Task,
-    TrainingArguments, Warmup, collate, resume, score, train,
+    AdamWConfig, Best, Checkpoint, Compute, Duration, GradientGate, History, IGNORE, LoraConfig,
+    Measure, Method, Model, Observer, Quantization, Row, Schedule, Setup, StepLog, TargetModules,
+    Task, TrainingArguments, Warmup, collate, resume, score, train,
 };
 
 use super::{decoder, encoder, model, rows};
@@ -32,6 +32,8 @@ fn setup(task: Task, method: Method) -> Setup {
         },
         seed: 5,
         dropout: Some(0.0),
+        compute: Compute::Cpu,
+        gradient_checkpointing: false,
     }
 }
 

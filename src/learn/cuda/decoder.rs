@@ -1,0 +1,163 @@
+//! A layer of a decoder: pre-norm, as Llama.
+
+use anyhow::Result;
+
+use super::attention::{Attention, Heads};
+use super::device::Mat;
+use super::pass::{Moments, Norm, Pass};
+use super::projection::Projection;
+
+/// One layer.
+#[derive(Debug)]
+pub(super) struct DecoderLayer {
+    pub(super) input_norm: Norm,
+    pub(super) qkv: Projection,
+    /// Of queries and keys, head by head.
+    pub(super) head_norms: Option<(Norm, Norm)>,
+    pub(super) attention: Attention,
+    pub(super) out: Projection,
+    pub(super) post_norm: Norm,
+    pub(super) gate_up: Projection,
+    pub(super) down: Projection,
+}
+
+/// What the backward of a layer needs.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Saved {
+    x: Mat,
+    input: Moments,
+    /// As projected; also the values.
+    qkv: Mat,
+    /// Queries and keys as attention reads them.
+    turned: Mat,
+    head_norms: Option<(Moments, Moments)>,
+    mixed: Mat,
+    log_sums: u64,
+    middle: Mat,
+    post: Moments,
+    gate_up: Mat,
+}
+
+impl DecoderLayer {
+    fn heads<'a>(&self, p: &Pass<'a>, turned: Mat, qkv: Mat) -> Heads {
+        let (queries, keys) = self.attention.widths();
+        Heads { q: turned, k: p.columns(turned, queries), v: p.columns(qkv, queries + keys) }
+    }
+
+    /// `y` from `x`, `[tokens, hidden]` each.
+    pub(super) fn forward(&self, p: &Pass<'_>, x: Mat, y: Mat) -> Result<Saved> {
+        let mark = p.scratch.mark();
+        let (tokens, hidden) = (p.tokens, self.qkv.inputs);
+        let (queries, keys) = self.attention.widths();
+        let a = &self.attention;
+        let (input, post) =
+            (p.moments(tokens, &self.input_norm)?, p.moments(tokens, &self.post_norm)?);
+        let h = p.scratch(self.qkv.in_ld())?;
+        p.rms_norm(&self.input_norm, (x, h), input.rstd, (tokens, hidden, 1))?;
+        let qkv = p.saved(self.qkv.outputs)?;
+        p.project(&self.qkv, h, qkv, None, tokens)?;
+        let (turned, head_norms) = match &self.head_norms {
+            None => (qkv, None),
+            Some((query, key)) => {
+                let turned = p.saved(queries + keys)?;
+                let moments =
+                    (p.moments(tokens * a.heads, query)?, p.moments(tokens * a.kv_heads, key)?);
+                let size = (tokens, a.head, a.heads);
+                p.rms_norm(query, (qkv, turned), moments.0.rstd, size)?;
+                let pair = (p.columns(qkv, queries), p.columns(turned, queries));
+                p.rms_norm(key, pair, moments.1.rstd, (tokens, a.head, a.kv_heads))?;
+                (turned, Some(moments))
+            }
+        };
+        p.rotate(turned, a.heads + a.kv_heads, a.head, 1.0)?;
+        let mixed = p.saved(self.out.in_ld())?;
+        let log_sums = p.saved.alloc(4 * tokens * a.heads)?;
+        a.forward(p, self.heads(p, turned, qkv), mixed, log_sums)?;
+        let middle = p.saved(hidden)?;
+        p.project(&self.out, mixed, middle, Some(x), tokens)?;
+        let h = p.scratch(self.gate_up.in_ld())?;
+        p.rms_norm(&self.post_norm, (middle, h), post.rstd, (tokens, hidden, 1))?;
+        let gate_up = p.saved(self.gate_up.outputs)?;
+        p.project(&self.gate_up, h, gate_up, None, tokens)?;
+        let act = p.scratch(self.down.in_ld())?;
+        p.map(p.device.kernels.swiglu, (gate_up, act), self.down.inputs)?;
+        p.project(&self.down, act, y, Some(middle), tokens)?;
+        p.scratch.release(mark);
+        Ok(Saved { x, input, qkv, turned, head_norms, mixed, log_sums, middle, post, gate_up })
+    }
+
+    /// Turns the gradient `g` of the layer's result into that of its input, if `below` wants it,
+    /// and adds the gradients of what is trained. The rows of `g` have room for the ranks.
+    pub(super) fn backward(&self, p: &Pass<'_>, s: &Saved, g: Mat, below: bool) -> Result<()> {
+        let mark = p.scratch.mark();
+        let (tokens, hidden) = (p.tokens, self.qkv.inputs);
+        let (queries, keys) = self.attention.widths();
+        let a = &self.attention;
+        let h = p.scratch(hidden)?;
+
+        let inner = p.scratch.mark();
+        let act = p.scratch(self.down.inputs)?;
+        p.input_gradient(&self.down, g, act, None, tokens)?;
+        let d_gate_up = p.scratch(self.gate_up.out_ld())?;
+        let again = self.down.reads_input().then(|| p.scratch(self.down.in_ld())).transpose()?;
+        let mats = (s.gate_up, act, d_gate_up, again);
+        p.map_backward(p.device.kernels.swiglu_backward, mats, self.down.inputs)?;
+        if self.down.trains() {
+            let act = again.unwrap_or(act);
+            p.fill_ranks(&self.down, act, tokens)?;
+            p.parameter_gradients(&self.down, act, g, tokens)?;
+        }
+        p.input_gradient(&self.gate_up, d_gate_up, h, None, tokens)?;
+        self.again(p, &self.gate_up, &self.post_norm, (s.middle, s.post, d_gate_up))?;
+        p.scratch.release(inner);
+        let size = (tokens, hidden, 1);
+        p.rms_norm_backward(&self.post_norm, (s.middle, h, Some(g), g), s.post.rstd, size)?;
+
+        let d_mixed = p.scratch(queries)?;
+        p.input_gradient(&self.out, g, d_mixed, None, tokens)?;
+        if self.out.trains() {
+            p.parameter_gradients(&self.out, s.mixed, g, tokens)?;
+        }
+        let d_qkv = p.scratch(self.qkv.out_ld())?;
+        let heads = self.heads(p, s.turned, s.qkv);
+        let gradients = self.heads(p, d_qkv, d_qkv);
+        a.backward(p, heads, (s.mixed, d_mixed), s.log_sums, gradients)?;
+        p.rotate(d_qkv, a.heads + a.kv_heads, a.head, -1.0)?;
+        if let (Some((query, key)), Some((mq, mk))) = (&self.head_norms, s.head_norms) {
+            let size = (tokens, a.head, a.heads);
+            p.rms_norm_backward(query, (s.qkv, d_qkv, None, d_qkv), mq.rstd, size)?;
+            let (x, d) = (p.columns(s.qkv, queries), p.columns(d_qkv, queries));
+            p.rms_norm_backward(key, (x, d, None, d), mk.rstd, (tokens, a.head, a.kv_heads))?;
+        }
+        debug_assert_eq!(self.qkv.outputs, queries + 2 * keys);
+        if below || self.input_norm.weight_gradient.is_some() {
+            p.input_gradient(&self.qkv, d_qkv, h, None, tokens)?;
+        } else {
+            p.only_ranks(&self.qkv, d_qkv, tokens)?;
+        }
+        self.again(p, &self.qkv, &self.input_norm, (s.x, s.input, d_qkv))?;
+        if below || self.input_norm.weight_gradient.is_some() {
+            p.rms_norm_backward(&self.input_norm, (s.x, h, Some(g), g), s.input.rstd, size)?;
+        }
+        p.scratch.release(mark);
+        Ok(())
+    }
+
+    /// The gradients of what is trained in a projection behind a norm, whose result is computed
+    /// again.
+    fn again(
+        &self,
+        p: &Pass<'_>,
+        projection: &Projection,
+        norm: &Norm,
+        (x, moments, g): (Mat, Moments, Mat),
+    ) -> Result<()> {
+        if !projection.trains() {
+            return Ok(());
+        }
+        let h = p.scratch(projection.in_ld())?;
+        p.rms_norm(norm, (x, h), moments.rstd, (p.tokens, projection.inputs, 1))?;
+        p.fill_ranks(projection, h, p.tokens)?;
+        p.parameter_gradients(projection, h, g, p.tokens)
+    }
+}

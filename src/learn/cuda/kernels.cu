@@ -1,0 +1,590 @@
+// Kernels of the GPU path, all but attention (attention.cu).
+//
+// A matrix is row-major with a row stride in elements. Storage is f32 or bf16, arithmetic is f32.
+// Widths and strides are multiples of 8, so that every access is 16 bytes wide. Nothing uses
+// atomics: equal inputs give equal bits.
+//
+// It is compiled twice, for matrices of f32 and of bf16; see ptx.sh.
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#include <stdint.h>
+
+typedef __nv_bfloat16 bf16;
+#ifdef BF16
+typedef bf16 T;
+#else
+typedef float T;
+#endif
+
+struct Eight {
+  float v[8];
+};
+
+static __device__ __forceinline__ Eight load(const float* p) {
+  float4 a = reinterpret_cast<const float4*>(p)[0], b = reinterpret_cast<const float4*>(p)[1];
+  return {{a.x, a.y, a.z, a.w, b.x, b.y, b.z, b.w}};
+}
+
+static __device__ __forceinline__ Eight load(const bf16* p) {
+  uint4 u = *reinterpret_cast<const uint4*>(p);
+  uint32_t w[4] = {u.x, u.y, u.z, u.w};
+  Eight e;
+#pragma unroll
+  for (int i = 0; i < 4; i++) {
+    e.v[2 * i] = __uint_as_float(w[i] << 16);
+    e.v[2 * i + 1] = __uint_as_float(w[i] & 0xffff0000u);
+  }
+  return e;
+}
+
+static __device__ __forceinline__ void store(float* p, const Eight& e) {
+  reinterpret_cast<float4*>(p)[0] = make_float4(e.v[0], e.v[1], e.v[2], e.v[3]);
+  reinterpret_cast<float4*>(p)[1] = make_float4(e.v[4], e.v[5], e.v[6], e.v[7]);
+}
+
+static __device__ __forceinline__ void store(bf16* p, const Eight& e) {
+  union {
+    __nv_bfloat162 h[4];
+    uint4 u;
+  } out;
+#pragma unroll
+  for (int i = 0; i < 4; i++) out.h[i] = __floats2bfloat162_rn(e.v[2 * i], e.v[2 * i + 1]);
+  *reinterpret_cast<uint4*>(p) = out.u;
+}
+
+static __device__ __forceinline__ float as_float(float x) { return x; }
+static __device__ __forceinline__ float as_float(bf16 x) { return __bfloat162float(x); }
+static __device__ __forceinline__ void put(float* p, float x) { *p = x; }
+static __device__ __forceinline__ void put(bf16* p, float x) { *p = __float2bfloat16_rn(x); }
+
+// The sum over the threads of a row. blockDim is (threads of a row, rows); one row if more than 32.
+static __device__ __forceinline__ float row_sum(float x) {
+  for (int o = 16; o > 0; o >>= 1) x += __shfl_xor_sync(~0u, x, o);
+  if (blockDim.x > 32) {
+    __shared__ float part[32];
+    int warps = blockDim.x / 32;
+    __syncthreads();
+    if (threadIdx.x % 32 == 0) part[threadIdx.x / 32] = x;
+    __syncthreads();
+    x = 0;
+    for (int i = 0; i < warps; i++) x += part[i];
+  }
+  return x;
+}
+
+static __device__ __forceinline__ float row_max(float x) {
+  for (int o = 16; o > 0; o >>= 1) x = fmaxf(x, __shfl_xor_sync(~0u, x, o));
+  if (blockDim.x > 32) {
+    __shared__ float part[32];
+    int warps = blockDim.x / 32;
+    __syncthreads();
+    if (threadIdx.x % 32 == 0) part[threadIdx.x / 32] = x;
+    __syncthreads();
+    x = part[0];
+    for (int i = 1; i < warps; i++) x = fmaxf(x, part[i]);
+  }
+  return x;
+}
+
+// Row r of matrices whose rows hold `group` vectors of d side by side.
+static __device__ __forceinline__ size_t row_at(int r, int group, int ld, int d) {
+  return (size_t)(r / group) * ld + (size_t)(r % group) * d;
+}
+
+extern "C" __global__ void rms_norm(const T* x, int ldx, const float* w, T* out, int ldo, float* rstd,
+                                int d, int rows, int group, float eps) {
+  int r = blockIdx.x * blockDim.y + threadIdx.y;
+  if (r >= rows) return;
+  x += row_at(r, group, ldx, d);
+  out += row_at(r, group, ldo, d);
+  float square = 0;
+  for (int c = threadIdx.x * 8; c < d; c += blockDim.x * 8) {
+    Eight e = load(x + c);
+#pragma unroll
+    for (int i = 0; i < 8; i++) square += e.v[i] * e.v[i];
+  }
+  float inverse = rsqrtf(row_sum(square) / d + eps);
+  if (threadIdx.x == 0 && rstd) rstd[r] = inverse;
+  for (int c = threadIdx.x * 8; c < d; c += blockDim.x * 8) {
+    Eight e = load(x + c), g = load(w + c);
+#pragma unroll
+    for (int i = 0; i < 8; i++) e.v[i] *= inverse * g.v[i];
+    store(out + c, e);
+  }
+}
+
+// dx = residual + the gradient of the norm's input; residual may be null, or dx itself.
+extern "C" __global__ void rms_norm_backward(const T* x, int ldx, const float* w, const float* rstd,
+                                         const T* g, int ldg, const T* residual, int ldr, T* dx,
+                                         int ldd, int d, int rows, int group) {
+  int r = blockIdx.x * blockDim.y + threadIdx.y;
+  if (r >= rows) return;
+  x += row_at(r, group, ldx, d);
+  g += row_at(r, group, ldg, d);
+  dx += row_at(r, group, ldd, d);
+  if (residual) residual += row_at(r, group, ldr, d);
+  float inverse = rstd[r], dot = 0;
+  for (int c = threadIdx.x * 8; c < d; c += blockDim.x * 8) {
+    Eight e = load(x + c), h = load(g + c), k = load(w + c);
+#pragma unroll
+    for (int i = 0; i < 8; i++) dot += h.v[i] * k.v[i] * e.v[i];
+  }
+  float mean = row_sum(dot) * inverse * inverse / d;
+  for (int c = threadIdx.x * 8; c < d; c += blockDim.x * 8) {
+    Eight e = load(x + c), h = load(g + c), k = load(w + c), out;
+    if (residual) out = load(residual + c);
+#pragma unroll
+    for (int i = 0; i < 8; i++)
+      out.v[i] = (residual ? out.v[i] : 0.f) + inverse * (h.v[i] * k.v[i] - e.v[i] * mean);
+    store(dx + c, out);
+  }
+}
+
+// sum = x + residual (which may be null); out = its layer norm.
+extern "C" __global__ void layer_norm(const T* x, int ldx, const T* residual, int ldr, const float* w,
+                                  const float* b, T* sum, int lds, T* out, int ldo, float* mean,
+                                  float* rstd, int d, int rows, float eps) {
+  int r = blockIdx.x * blockDim.y + threadIdx.y;
+  if (r >= rows) return;
+  x += (size_t)r * ldx;
+  sum += (size_t)r * lds;
+  out += (size_t)r * ldo;
+  if (residual) residual += (size_t)r * ldr;
+  float total = 0;
+  for (int c = threadIdx.x * 8; c < d; c += blockDim.x * 8) {
+    Eight e = load(x + c);
+    if (residual) {
+      Eight f = load(residual + c);
+#pragma unroll
+      for (int i = 0; i < 8; i++) e.v[i] += f.v[i];
+    }
+    store(sum + c, e);
+    e = load(sum + c);
+#pragma unroll
+    for (int i = 0; i < 8; i++) total += e.v[i];
+  }
+  float m = row_sum(total) / d, square = 0;
+  for (int c = threadIdx.x * 8; c < d; c += blockDim.x * 8) {
+    Eight e = load(sum + c);
+#pragma unroll
+    for (int i = 0; i < 8; i++) square += (e.v[i] - m) * (e.v[i] - m);
+  }
+  float inverse = rsqrtf(row_sum(square) / d + eps);
+  if (threadIdx.x == 0) {
+    mean[r] = m;
+    rstd[r] = inverse;
+  }
+  for (int c = threadIdx.x * 8; c < d; c += blockDim.x * 8) {
+    Eight e = load(sum + c), g = load(w + c), h = load(b + c);
+#pragma unroll
+    for (int i = 0; i < 8; i++) e.v[i] = (e.v[i] - m) * inverse * g.v[i] + h.v[i];
+    store(out + c, e);
+  }
+}
+
+extern "C" __global__ void layer_norm_backward(const T* sum, int lds, const float* w, const float* mean,
+                                           const float* rstd, const T* g, int ldg, T* dx, int ldd,
+                                           int d, int rows) {
+  int r = blockIdx.x * blockDim.y + threadIdx.y;
+  if (r >= rows) return;
+  sum += (size_t)r * lds;
+  g += (size_t)r * ldg;
+  dx += (size_t)r * ldd;
+  float m = mean[r], inverse = rstd[r], all = 0, dot = 0;
+  for (int c = threadIdx.x * 8; c < d; c += blockDim.x * 8) {
+    Eight e = load(sum + c), h = load(g + c), k = load(w + c);
+#pragma unroll
+    for (int i = 0; i < 8; i++) {
+      float a = h.v[i] * k.v[i];
+      all += a;
+      dot += a * (e.v[i] - m) * inverse;
+    }
+  }
+  all = row_sum(all) / d;
+  dot = row_sum(dot) / d;
+  for (int c = threadIdx.x * 8; c < d; c += blockDim.x * 8) {
+    Eight e = load(sum + c), h = load(g + c), k = load(w + c);
+#pragma unroll
+    for (int i = 0; i < 8; i++)
+      e.v[i] = inverse * (h.v[i] * k.v[i] - all - (e.v[i] - m) * inverse * dot);
+    store(dx + c, e);
+  }
+}
+
+// Sums over rows, by blocks of rows: weights[b][c] = sum of g * (x - mean) * rstd, biases[b][c] =
+// sum of g. x may be null (then there are no weights), so may mean and biases.
+extern "C" __global__ void column_sums(const T* x, int ldx, const float* mean, const float* rstd,
+                                   const T* g, int ldg, float* weights, float* biases, int d,
+                                   int rows, int group, int block) {
+  int c = blockIdx.x * blockDim.x + threadIdx.x;
+  if (c >= d) return;
+  int first = blockIdx.y * block, last = min(rows, first + block);
+  float dw = 0, db = 0;
+  for (int r = first; r < last; r++) {
+    float h = as_float(g[row_at(r, group, ldg, d) + c]);
+    db += h;
+    if (x) {
+      float e = as_float(x[row_at(r, group, ldx, d) + c]);
+      dw += h * (e - (mean ? mean[r] : 0.f)) * rstd[r];
+    }
+  }
+  if (x) weights[(size_t)blockIdx.y * d + c] = dw;
+  if (biases) biases[(size_t)blockIdx.y * d + c] = db;
+}
+
+// out[i] += the sum over b of parts[b][i].
+extern "C" __global__ void add_parts(const float* parts, float* out, int n, int blocks) {
+  int i = blockIdx.x * blockDim.x + threadIdx.x;
+  if (i >= n) return;
+  float sum = 0;
+  for (int b = 0; b < blocks; b++) sum += parts[(size_t)b * n + i];
+  out[i] += sum;
+}
+
+// Rotates `heads` heads of every row in place, in the half-split form; sign -1 turns back.
+extern "C" __global__ void rope(T* x, int ldx, const int* positions, const float* cosines,
+                            const float* sines, int heads, int head, int rows, float sign) {
+  int half = head / 2, per_head = half / 8;
+  long i = (long)blockIdx.x * blockDim.x + threadIdx.x;
+  if (i >= (long)rows * heads * per_head) return;
+  int c = (int)(i % per_head) * 8;
+  int h = (int)(i / per_head % heads);
+  int r = (int)(i / per_head / heads);
+  T* p = x + (size_t)r * ldx + (size_t)h * head + c;
+  size_t at = (size_t)positions[r] * half + c;
+  Eight a = load(p), b = load(p + half), cs = load(cosines + at), sn = load(sines + at), e, f;
+#pragma unroll
+  for (int j = 0; j < 8; j++) {
+    float s = sign * sn.v[j];
+    e.v[j] = a.v[j] * cs.v[j] - b.v[j] * s;
+    f.v[j] = b.v[j] * cs.v[j] + a.v[j] * s;
+  }
+  store(p, e);
+  store(p + half, f);
+}
+
+static __device__ __forceinline__ float sigmoid(float x) { return 1.f / (1.f + expf(-x)); }
+
+// x holds gates and then ups, n each; out = silu(gate) * up.
+extern "C" __global__ void swiglu(const T* x, int ldx, T* out, int ldo, int n, int rows) {
+  long i = (long)blockIdx.x * blockDim.x + threadIdx.x;
+  int wide = n / 8;
+  if (i >= (long)rows * wide) return;
+  int c = (int)(i % wide) * 8;
+  size_t r = i / wide;
+  Eight g = load(x + r * ldx + c), u = load(x + r * ldx + n + c);
+#pragma unroll
+  for (int j = 0; j < 8; j++) g.v[j] = g.v[j] * sigmoid(g.v[j]) * u.v[j];
+  store(out + r * ldo + c, g);
+}
+
+// Also gives the forward's result again, unless out is null.
+extern "C" __global__ void swiglu_backward(const T* x, int ldx, const T* g, int ldg, T* dx, int ldd,
+                                       T* out, int ldo, int n, int rows) {
+  long i = (long)blockIdx.x * blockDim.x + threadIdx.x;
+  int wide = n / 8;
+  if (i >= (long)rows * wide) return;
+  int c = (int)(i % wide) * 8;
+  size_t r = i / wide;
+  Eight a = load(x + r * ldx + c), u = load(x + r * ldx + n + c), h = load(g + r * ldg + c);
+  Eight da, du, y;
+#pragma unroll
+  for (int j = 0; j < 8; j++) {
+    float s = sigmoid(a.v[j]), silu = a.v[j] * s;
+    y.v[j] = silu * u.v[j];
+    du.v[j] = h.v[j] * silu;
+    da.v[j] = h.v[j] * u.v[j] * (s + silu * (1.f - s));
+  }
+  store(dx + r * ldd + c, da);
+  store(dx + r * ldd + n + c, du);
+  if (out) store(out + r * ldo + c, y);
+}
+
+extern "C" __global__ void gelu(const T* x, int ldx, T* out, int ldo, int n, int rows) {
+  long i = (long)blockIdx.x * blockDim.x + threadIdx.x;
+  int wide = n / 8;
+  if (i >= (long)rows * wide) return;
+  int c = (int)(i % wide) * 8;
+  size_t r = i / wide;
+  Eight e = load(x + r * ldx + c);
+#pragma unroll
+  for (int j = 0; j < 8; j++) e.v[j] = 0.5f * e.v[j] * (1.f + erff(e.v[j] * 0.70710678f));
+  store(out + r * ldo + c, e);
+}
+
+// Also gives the forward's result again, unless out is null.
+extern "C" __global__ void gelu_backward(const T* x, int ldx, const T* g, int ldg, T* dx, int ldd,
+                                     T* out, int ldo, int n, int rows) {
+  long i = (long)blockIdx.x * blockDim.x + threadIdx.x;
+  int wide = n / 8;
+  if (i >= (long)rows * wide) return;
+  int c = (int)(i % wide) * 8;
+  size_t r = i / wide;
+  Eight e = load(x + r * ldx + c), h = load(g + r * ldg + c), y;
+#pragma unroll
+  for (int j = 0; j < 8; j++) {
+    float a = e.v[j], cdf = 0.5f * (1.f + erff(a * 0.70710678f));
+    y.v[j] = a * cdf;
+    e.v[j] = h.v[j] * (cdf + a * 0.39894228f * expf(-0.5f * a * a));
+  }
+  store(dx + r * ldd + c, e);
+  if (out) store(out + r * ldo + c, y);
+}
+
+// kind 0: max(x, 0); 1: tanh. Contiguous.
+extern "C" __global__ void activate(const T* x, T* y, int n, int kind) {
+  int i = blockIdx.x * blockDim.x + threadIdx.x;
+  if (i >= n) return;
+  float a = as_float(x[i]);
+  put(y + i, kind ? tanhf(a) : fmaxf(a, 0.f));
+}
+
+// g becomes the gradient of what led to y, which is contiguous.
+extern "C" __global__ void activate_backward(const T* y, T* g, int ldg, int width, int rows,
+                                             int kind) {
+  int i = blockIdx.x * blockDim.x + threadIdx.x;
+  if (i >= rows * width) return;
+  T* at = g + (size_t)(i / width) * ldg + i % width;
+  float a = as_float(y[i]), h = as_float(*at);
+  put(at, kind ? h * (1.f - a * a) : (a > 0.f ? h : 0.f));
+}
+
+// The sum of rows of one to three tables. positions and types may be null.
+extern "C" __global__ void embed(const int* ids, const T* words, const int* positions, const T* places,
+                             const int* types, const T* kinds, T* out, int ldo, int d, int rows) {
+  int r = blockIdx.x * blockDim.y + threadIdx.y;
+  if (r >= rows) return;
+  for (int c = threadIdx.x * 8; c < d; c += blockDim.x * 8) {
+    Eight e = load(words + (size_t)ids[r] * d + c);
+    if (places) {
+      Eight f = load(places + (size_t)positions[r] * d + c);
+#pragma unroll
+      for (int i = 0; i < 8; i++) e.v[i] += f.v[i];
+    }
+    if (kinds) {
+      Eight f = load(kinds + (size_t)types[r] * d + c);
+#pragma unroll
+      for (int i = 0; i < 8; i++) e.v[i] += f.v[i];
+    }
+    store(out + (size_t)r * ldo + c, e);
+  }
+}
+
+// For each distinct id a block: adds the gradients of its rows, order[starts[b]..starts[b + 1]].
+extern "C" __global__ void embed_backward(const T* g, int ldg, const int* order, const int* starts,
+                                      const int* ids, float* table, int d) {
+  int first = starts[blockIdx.x], last = starts[blockIdx.x + 1];
+  float* out = table + (size_t)ids[blockIdx.x] * d;
+  for (int c = threadIdx.x; c < d; c += blockDim.x) {
+    float sum = 0;
+    for (int i = first; i < last; i++) sum += as_float(g[(size_t)order[i] * ldg + c]);
+    out[c] += sum;
+  }
+}
+
+// y[i] = x[rows[i]], or (back) y[rows[i]] = x[i].
+extern "C" __global__ void pick(const T* x, int ldx, const int* index, T* y, int ldy, int d, int rows,
+                            int back) {
+  int r = blockIdx.x * blockDim.y + threadIdx.y;
+  if (r >= rows) return;
+  size_t from = back ? r : index[r], to = back ? index[r] : r;
+  for (int c = threadIdx.x * 8; c < d; c += blockDim.x * 8)
+    store(y + to * ldy + c, load(x + from * ldx + c));
+}
+
+// loss[r] = -log softmax(logits[r])[target]; grads (may be null) = its gradient times scale.
+extern "C" __global__ void cross_entropy(const float* logits, const int* targets, float* loss, T* grads,
+                                     int ldg, int n, float scale) {
+  int r = blockIdx.x;
+  logits += (size_t)r * n;
+  float top = -INFINITY, sum = 0;
+  for (int c = threadIdx.x; c < n; c += blockDim.x) {
+    float x = logits[c];
+    if (x > top) {
+      sum *= expf(top - x);
+      top = x;
+    }
+    sum += expf(x - top);
+  }
+  float all = row_max(top);
+  sum = row_sum(top == -INFINITY ? 0.f : sum * expf(top - all));
+  float log_sum = all + logf(sum);
+  int target = targets[r];
+  if (threadIdx.x == 0) loss[r] = log_sum - logits[target];
+  if (!grads) return;
+  grads += (size_t)r * ldg;
+  for (int c = threadIdx.x; c < n; c += blockDim.x)
+    put(grads + c, scale * (expf(logits[c] - log_sum) - (c == target ? 1.f : 0.f)));
+}
+
+static __device__ __forceinline__ uint4 philox(uint32_t k0, uint32_t k1, uint4 c) {
+#pragma unroll
+  for (int i = 0; i < 10; i++) {
+    uint32_t h0 = __umulhi(0xD2511F53u, c.x), l0 = 0xD2511F53u * c.x;
+    uint32_t h1 = __umulhi(0xCD9E8D57u, c.z), l1 = 0xCD9E8D57u * c.z;
+    c = make_uint4(h1 ^ c.y ^ k0, l1, h0 ^ c.w ^ k1, l0);
+    k0 += 0x9E3779B9u;
+    k1 += 0xBB67AE85u;
+  }
+  return c;
+}
+
+// y = mask * x, or (add) y += mask * x, over [rows, cols]. A thread draws one block of the
+// generator, which serves the elements g*64 + {0, 16, 32, 48} + b of the matrix in row order.
+extern "C" __global__ void dropout(const T* x, int ldx, T* y, int ldy, int rows, int cols, uint32_t k0,
+                               uint32_t k1, uint32_t h0, uint32_t h1, uint32_t threshold,
+                               float scale, int add) {
+  size_t i = (size_t)blockIdx.x * blockDim.x + threadIdx.x, n = (size_t)rows * cols;
+  size_t e = i / 16 * 64 + i % 16;
+  if (e >= n) return;
+  uint4 u = philox(k0, k1, make_uint4((uint32_t)i, (uint32_t)(i >> 32), h0, h1));
+  uint32_t bits[4] = {u.x, u.y, u.z, u.w};
+#pragma unroll
+  for (int j = 0; j < 4; j++, e += 16) {
+    if (e >= n) return;
+    size_t r = e / cols, c = e % cols;
+    float v = bits[j] >= threshold ? as_float(x[r * ldx + c]) * scale : 0.f;
+    put(y + r * ldy + c, add ? as_float(y[r * ldy + c]) + v : v);
+  }
+}
+
+// A few numbers as f32; y is [rows, n].
+extern "C" __global__ void widen(const T* x, int ldx, float* y, int ldy, int n, int rows) {
+  int i = blockIdx.x * blockDim.x + threadIdx.x;
+  if (i >= rows * n) return;
+  y[(size_t)(i / n) * ldy + i % n] = as_float(x[(size_t)(i / n) * ldx + i % n]);
+}
+
+// A matrix in 4-bit NormalFloat and where its numbers go.
+struct Packed {
+  const uint8_t* packed;
+  const uint8_t* codes;  // of the scales; null: scales holds them as they are
+  const float* scales;
+  float offset;
+  int rows, cols;
+  int start;  // of the rows in the output
+  int round;  // the numbers are rounded to 1: bf16, 2: f16 before they are stored
+};
+
+static __constant__ float NF4[16] = {
+    -1.0f,        -0.6961928f, -0.52507305f, -0.3949175f, -0.28444138f, -0.18477343f,
+    -0.091050036f, 0.0f,        0.0795803f,   0.1609302f,  0.2461123f,   0.33791524f,
+    0.44070983f,  0.562617f,   0.72295684f,  1.0f};
+
+// One part for each blockIdx.y. A thread unpacks 8 numbers.
+extern "C" __global__ void nf4_dequantize(const Packed* parts, const float* map, T* out, int ld) {
+  __shared__ float values[16];
+  if (threadIdx.x < 16) values[threadIdx.x] = NF4[threadIdx.x];
+  __syncthreads();
+  Packed p = parts[blockIdx.y];
+  size_t n = (size_t)p.rows * p.cols / 8;
+  for (size_t i = (size_t)blockIdx.x * blockDim.x + threadIdx.x; i < n;
+       i += (size_t)gridDim.x * blockDim.x) {
+    uint32_t bytes = reinterpret_cast<const uint32_t*>(p.packed)[i];
+    size_t block = i / 8;
+    float scale = p.codes ? map[p.codes[block]] * p.scales[block / 256] + p.offset
+                          : p.scales[block];
+    Eight e;
+#pragma unroll
+    for (int j = 0; j < 4; j++) {
+      e.v[2 * j] = values[(bytes >> (8 * j + 4)) & 15] * scale;
+      e.v[2 * j + 1] = values[(bytes >> (8 * j)) & 15] * scale;
+    }
+    if (sizeof(T) == 4 && p.round) {
+#pragma unroll
+      for (int j = 0; j < 8; j++)
+        e.v[j] = p.round == 1 ? __bfloat162float(__float2bfloat16_rn(e.v[j]))
+                              : __half2float(__float2half_rn(e.v[j]));
+    }
+    size_t at = i * 8, row = at / p.cols, col = at % p.cols;
+    store(out + (row + p.start) * ld + col, e);
+  }
+}
+
+// A low-rank adapter and where it goes beside its frozen weight: A below it, scale * B on its
+// right, zeros on the right of B's neighbours.
+struct Adapter {
+  const float* a;  // [r, inputs]
+  const float* b;  // [outputs, r]
+  int r, inputs, outputs;
+  int start;    // of the module's rows
+  int offset;   // of its ranks among all
+  int ranks;    // all, padded
+  int below;    // the row where all A begin
+  int last;     // whether the padding of A is this one's to fill
+  float scale;
+};
+
+extern "C" __global__ void place_adapters(const Adapter* parts, T* out, int ld) {
+  Adapter p = parts[blockIdx.y];
+  int fill = p.last ? p.ranks - p.offset : p.r;
+  size_t na = (size_t)fill * p.inputs, nb = (size_t)p.outputs * p.ranks;
+  for (size_t i = (size_t)blockIdx.x * blockDim.x + threadIdx.x; i < na + nb;
+       i += (size_t)gridDim.x * blockDim.x) {
+    if (i < na) {
+      size_t row = i / p.inputs, col = i % p.inputs;
+      put(out + (p.below + p.offset + row) * ld + col, row < p.r ? p.a[row * p.inputs + col] : 0.f);
+    } else {
+      size_t row = (i - na) / p.ranks;
+      int col = (int)((i - na) % p.ranks), j = col - p.offset;
+      bool own = j >= 0 && j < p.r;
+      put(out + (p.start + row) * ld + p.inputs + col, own ? p.scale * p.b[row * p.r + j] : 0.f);
+    }
+  }
+}
+
+// A trained matrix and its copy in the type of the arithmetic.
+struct Copy {
+  const float* from;  // contiguous
+  void* to;
+  int rows, cols, ld;
+};
+
+extern "C" __global__ void copy_trained(const Copy* parts) {
+  Copy p = parts[blockIdx.y];
+  size_t n = (size_t)p.rows * p.cols;
+  for (size_t i = (size_t)blockIdx.x * blockDim.x + threadIdx.x; i < n;
+       i += (size_t)gridDim.x * blockDim.x)
+    put((T*)p.to + i / p.cols * p.ld + i % p.cols, p.from[i]);
+}
+
+// A run of parameters: so many from there, with or without weight decay.
+struct Chunk {
+  long start;
+  int len, decays;
+};
+
+// The sum of the squares of each run.
+extern "C" __global__ void square_sums(const float* x, const Chunk* chunks, double* sums) {
+  __shared__ double part[8];
+  Chunk k = chunks[blockIdx.x];
+  double sum = 0;
+  for (int i = threadIdx.x; i < k.len; i += blockDim.x) {
+    double v = x[k.start + i];
+    sum += v * v;
+  }
+  for (int o = 16; o > 0; o >>= 1) sum += __shfl_xor_sync(~0u, sum, o);
+  if (threadIdx.x % 32 == 0) part[threadIdx.x / 32] = sum;
+  __syncthreads();
+  if (threadIdx.x == 0) {
+    sum = 0;
+    for (int i = 0; i < blockDim.x / 32; i++) sum += part[i];
+    sums[blockIdx.x] = sum;
+  }
+}
+
+extern "C" __global__ void adamw(float* p, const float* g, float* mean, float* square,
+                                 const Chunk* chunks, float b1, float b2, float c1, float c2,
+                                 float epsilon, float step, float root, float keep, float scale) {
+  Chunk k = chunks[blockIdx.x];
+  float left = k.decays ? keep : 1.f;
+  for (int i = threadIdx.x; i < k.len; i += blockDim.x) {
+    long j = k.start + i;
+    float h = g[j] * scale;
+    float m = b1 * mean[j] + c1 * h, v = b2 * square[j] + c2 * h * h;
+    mean[j] = m;
+    square[j] = v;
+    p[j] = p[j] * left - step * (m / (sqrtf(v) / root + epsilon));
+  }
+}

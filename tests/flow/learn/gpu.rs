@@ -1,0 +1,327 @@
+//! Models on an NVIDIA GPU against the CPU, and against PyTorch's numbers.
+//!
+//! `cargo test --release gpu -- --ignored` on a machine with a GPU.
+
+use std::path::Path;
+
+use flow::learn::{
+    AdamWConfig, Compute, Duration, History, IGNORE, Labels, LoraConfig, Method, Model,
+    ModelConfig, ModelFiles, Quantization, Row, Schedule, Setup, TargetModules, Task,
+    TrainingArguments, Warmup, random_weights, resume, train,
+};
+use serde_json::{Value, json};
+
+use super::parity::{batches, cases, run};
+use super::{classes, numbers, relative};
+
+struct Silent;
+
+impl flow::learn::Observer for Silent {
+    fn step(&mut self, _: &flow::learn::StepLog, _: u64) -> anyhow::Result<()> {
+        Ok(())
+    }
+
+    fn evaluate(
+        &mut self,
+        _: &Model,
+        _: u64,
+    ) -> anyhow::Result<Option<std::collections::BTreeMap<String, f64>>> {
+        Ok(None)
+    }
+}
+
+/// A decoder with heads of `head` elements; Qwen3 has norms of its heads.
+fn decoder(family: &str, head: usize) -> Value {
+    let class = format!("{}{}ForCausalLM", family[..1].to_uppercase(), &family[1..]);
+    let window = if family == "mistral" { json!(40) } else { Value::Null };
+    json!({
+        "architectures": [class], "model_type": family, "hidden_size": 4 * head,
+        "intermediate_size": 192, "num_hidden_layers": 3, "num_attention_heads": 4,
+        "num_key_value_heads": 2, "head_dim": head, "vocab_size": 320,
+        "max_position_embeddings": 256, "rms_norm_eps": 1e-5, "rope_theta": 10000.0,
+        "hidden_act": "silu", "tie_word_embeddings": family != "mistral",
+        "attention_bias": family == "llama", "sliding_window": window,
+        "use_sliding_window": false, "initializer_range": 0.04
+    })
+}
+
+fn encoder(head: usize) -> Value {
+    json!({
+        "architectures": ["BertForSequenceClassification"], "model_type": "bert",
+        "hidden_size": 4 * head, "intermediate_size": 192, "num_hidden_layers": 3,
+        "num_attention_heads": 4, "vocab_size": 320, "max_position_embeddings": 256,
+        "type_vocab_size": 2, "hidden_act": "gelu", "hidden_dropout_prob": 0.1,
+        "attention_probs_dropout_prob": 0.1, "layer_norm_eps": 1e-12, "initializer_range": 0.04
+    })
+}
+
+fn files(dir: &Path, config: &Value, task: &Task) -> ModelFiles {
+    let path = dir.join("config.json");
+    std::fs::write(&path, config.to_string()).unwrap();
+    let weights = dir.join("model.safetensors");
+    random_weights(&ModelConfig::read(&path).unwrap(), Some(task), 7, &weights).unwrap();
+    ModelFiles { config: path, weights: vec![("model.safetensors".into(), weights)] }
+}
+
+fn setup(task: &Task, method: Method, compute: Compute, dropout: f64) -> Setup {
+    let lora = LoraConfig {
+        r: 12,
+        alpha: 16.0,
+        dropout,
+        target_modules: TargetModules::AllLinear,
+        use_rslora: false,
+    };
+    Setup {
+        task: task.clone(),
+        method,
+        lora: (method != Method::Full).then_some(lora),
+        quantization: match method {
+            Method::Qlora => Quantization::Nf4 { double: true },
+            _ => Quantization::None,
+        },
+        seed: 5,
+        dropout: Some(dropout),
+        compute,
+        gradient_checkpointing: false,
+    }
+}
+
+/// Rows of ragged lengths, up to 150 tokens.
+fn rows(task: &Task) -> Vec<Row> {
+    let id = |i: usize| ((i * 7919 + i * i * 31) % 317) as u32;
+    let row = |n: usize| {
+        let length = [5, 150, 64, 33, 90, 17, 128, 1][n % 8] + 2;
+        let ids: Vec<u32> = (0..length).map(|i| id(n * 1000 + i)).collect();
+        let causal = *task == Task::CausalLm;
+        let label = |i: usize| if i * 3 >= length { i64::from(id(n * 1000 + i)) } else { IGNORE };
+        Row {
+            ids,
+            types: (!causal).then(|| (0..length).map(|i| (i * 2 / length) as u32).collect()),
+            labels: causal.then(|| (0..length).map(label).collect()),
+            class: (!causal).then_some((n % 2) as u32),
+        }
+    };
+    (0..24).map(row).collect()
+}
+
+fn arguments(steps: u64) -> TrainingArguments {
+    TrainingArguments {
+        duration: Duration::Steps(steps),
+        batch_size: 4,
+        gradient_accumulation: 2,
+        learning_rate: 1e-3,
+        schedule: Schedule::Linear,
+        warmup: Warmup::Steps(2),
+        optimizer: AdamWConfig { weight_decay: 0.01, ..AdamWConfig::default() },
+        max_grad_norm: Some(1.0),
+        shuffle: true,
+        seed: 9,
+        best: None,
+    }
+}
+
+fn trained(files: &ModelFiles, setup: &Setup, steps: u64) -> (Model, History) {
+    let model = Model::load(files, setup).unwrap();
+    let history =
+        train(&model, &setup.task, &rows(&setup.task), &arguments(steps), &mut Silent).unwrap();
+    (model, history)
+}
+
+/// Largest relative difference of the losses, and of the norms of the gradients.
+fn apart(a: &History, b: &History) -> (f64, f64) {
+    let far = |a: f64, b: f64| ((a - b) / b).abs();
+    let each = a.steps.iter().zip(&b.steps);
+    let losses = each.clone().map(|(a, b)| far(a.loss, b.loss)).fold(0.0, f64::max);
+    (losses, each.map(|(a, b)| far(a.grad_norm, b.grad_norm)).fold(0.0, f64::max))
+}
+
+fn models() -> Vec<(Value, Task)> {
+    vec![
+        (decoder("llama", 64), Task::CausalLm),
+        (decoder("mistral", 128), Task::CausalLm),
+        (decoder("qwen3", 32), Task::CausalLm),
+        (decoder("llama", 16), Task::CausalLm),
+        (encoder(64), classes(2)),
+    ]
+}
+
+#[test]
+#[ignore = "needs an NVIDIA GPU"]
+fn trains_as_pytorch() {
+    for case in cases() {
+        run(&case, Compute::GpuF32);
+    }
+}
+
+/// With dropout, whose masks are the same, accumulation, clipping and decay.
+#[test]
+#[ignore = "needs an NVIDIA GPU"]
+fn trains_as_the_cpu() {
+    let dir = tempfile::tempdir().unwrap();
+    for (config, task) in models() {
+        let files = files(dir.path(), &config, &task);
+        for method in [Method::Full, Method::Lora, Method::Qlora] {
+            let [cpu, f32, bf16] = [Compute::Cpu, Compute::GpuF32, Compute::GpuBf16]
+                .map(|compute| trained(&files, &setup(&task, method, compute, 0.1), 6));
+            let what = format!("{} {method:?}", config["model_type"]);
+            let (loss, norm) = apart(&f32.1, &cpu.1);
+            println!("{what}: f32 loss {loss:.1e} norm {norm:.1e}");
+            assert!(loss < 1e-4 && norm < 1e-3, "{what}");
+            for (name, var) in cpu.0.trainable() {
+                let error = relative(&numbers(&f32.0.trainable()[name]), &numbers(var));
+                // A gradient of rounding noise alone moves the weight by a whole rate.
+                let noise = name.contains("key.bias") || name.contains("k_proj.bias");
+                assert!(error < 1e-3 || noise, "{what}: {name} {error}");
+            }
+            let (loss, norm) = apart(&bf16.1, &cpu.1);
+            println!("{what}: bf16 loss {loss:.1e} norm {norm:.1e}");
+            assert!(loss < 1e-2 && norm < 5e-2, "{what}");
+        }
+    }
+}
+
+/// The gradients of one batch in bf16: each tensor's within 2 % of the CPU's, as a vector.
+#[test]
+#[ignore = "needs an NVIDIA GPU"]
+fn gradients_in_bf16() {
+    let dir = tempfile::tempdir().unwrap();
+    for (config, task) in models() {
+        let files = files(dir.path(), &config, &task);
+        let rows = rows(&task);
+        let refs: Vec<&Row> = rows[..8].iter().collect();
+        let batch = flow::learn::collate(&refs, &task).unwrap();
+        let n = batch.targets() as f64;
+        for method in [Method::Full, Method::Qlora] {
+            let [cpu, gpu] = [Compute::Cpu, Compute::GpuBf16].map(|compute| {
+                let model = Model::load(&files, &setup(&task, method, compute, 0.0)).unwrap();
+                model.gradients(&batch, 0, n).unwrap().1
+            });
+            let all: f64 = cpu.values().map(|g| norm(&numbers(g)).powi(2)).sum();
+            let mut worst = (0.0, String::new());
+            for (name, g) in &cpu {
+                let (a, b) = (numbers(&gpu[name]), numbers(g));
+                let difference: Vec<f32> = a.iter().zip(&b).map(|(a, b)| a - b).collect();
+                // What is small beside all gradients together is noise.
+                let error = norm(&difference) / norm(&b).max(1e-3 * all.sqrt());
+                if error > worst.0 {
+                    worst = (error, name.clone());
+                }
+            }
+            println!("{} {method:?}: {worst:?}", config["model_type"]);
+            assert!(worst.0 < 3e-2, "{worst:?}");
+        }
+    }
+}
+
+fn norm(x: &[f32]) -> f64 {
+    x.iter().map(|x| f64::from(*x).powi(2)).sum::<f64>().sqrt()
+}
+
+/// Equal bits: run again, with gradient checkpointing, and gone on from a checkpoint.
+#[test]
+#[ignore = "needs an NVIDIA GPU"]
+fn repeats_itself() {
+    struct Stop(std::path::PathBuf);
+    impl flow::learn::Observer for Stop {
+        fn step(&mut self, _: &flow::learn::StepLog, _: u64) -> anyhow::Result<()> {
+            Ok(())
+        }
+        fn between(
+            &mut self,
+            save: &mut dyn FnMut(&Path) -> anyhow::Result<()>,
+        ) -> anyhow::Result<()> {
+            save(&self.0)?;
+            anyhow::bail!("stopped")
+        }
+        fn evaluate(
+            &mut self,
+            _: &Model,
+            _: u64,
+        ) -> anyhow::Result<Option<std::collections::BTreeMap<String, f64>>> {
+            Ok(None)
+        }
+    }
+    let dir = tempfile::tempdir().unwrap();
+    for (config, task) in models() {
+        let files = files(dir.path(), &config, &task);
+        let plain = setup(&task, Method::Qlora, Compute::GpuBf16, 0.1);
+        let once = trained(&files, &plain, 4);
+        let again = Setup { gradient_checkpointing: true, ..plain.clone() };
+        let stopped = dir.path().join("checkpoint");
+        std::fs::create_dir(&stopped).unwrap();
+        let (data, args) = (rows(&task), arguments(4));
+        let model = Model::load(&files, &plain).unwrap();
+        train(&model, &task, &data, &args, &mut Stop(stopped.clone())).unwrap_err();
+        let model = Model::load(&files, &plain).unwrap();
+        let from = flow::learn::Checkpoint::open(&stopped, &model).unwrap();
+        let history = resume(from, &model, &task, &data, &args, &mut Silent).unwrap();
+        std::fs::remove_dir_all(&stopped).unwrap();
+        for other in [trained(&files, &plain, 4), trained(&files, &again, 4), (model, history)] {
+            assert_eq!(once.1, other.1);
+            for (name, var) in once.0.trainable() {
+                assert_eq!(numbers(var), numbers(&other.0.trainable()[name]), "{name}");
+            }
+        }
+    }
+}
+
+/// Likelihoods of answers behind one prompt, and logits.
+#[test]
+#[ignore = "needs an NVIDIA GPU"]
+fn evaluates_as_the_cpu() {
+    let dir = tempfile::tempdir().unwrap();
+    for (config, task) in models() {
+        let files = files(dir.path(), &config, &task);
+        let [cpu, f32, bf16] = [Compute::Cpu, Compute::GpuF32, Compute::GpuBf16].map(|compute| {
+            Model::load(&files, &setup(&task, Method::Qlora, compute, 0.1)).unwrap()
+        });
+        let rows = rows(&task);
+        let refs: Vec<&Row> = rows[..8].iter().collect();
+        let mut batch = flow::learn::collate(&refs, &task).unwrap();
+        for (model, limit) in [(&f32, 1e-4), (&bf16, 3e-2)] {
+            let found = model.target_log_probs(&batch).unwrap();
+            for ((a, n), (b, m)) in found.iter().zip(cpu.target_log_probs(&batch).unwrap()) {
+                assert!(*n == m && (a - b).abs() <= limit * b.abs().max(1.0), "{a} {b}");
+            }
+            if task == Task::CausalLm {
+                let prompts: [&[u32]; 3] = [&[1, 2, 3], &[7; 70], &[9]];
+                let answers = [vec![4, 5], vec![6], vec![8, 2, 11, 4]];
+                let found = model.answer_log_probs(&prompts, &answers).unwrap().concat();
+                let wanted = cpu.answer_log_probs(&prompts, &answers).unwrap().concat();
+                for (a, b) in found.iter().zip(wanted) {
+                    assert!((a - b).abs() <= limit * b.abs().max(1.0), "{a} {b}");
+                }
+            }
+            let labels = std::mem::replace(&mut batch.labels, Labels::None);
+            let error = relative(
+                &numbers(&model.logits(&batch).unwrap()),
+                &numbers(&cpu.logits(&batch).unwrap()),
+            );
+            println!("{} logits {error:.1e}", config["model_type"]);
+            assert!(error < limit, "{error}");
+            batch.labels = labels;
+        }
+    }
+}
+
+/// Saved and loaded on the CPU, what was trained on the GPU predicts the same.
+#[test]
+#[ignore = "needs an NVIDIA GPU"]
+fn saves_what_it_trained() {
+    let case = &cases()[5];
+    let dir = tempfile::tempdir().unwrap();
+    let files = files(dir.path(), &decoder("llama", 64), &case.task);
+    let (gpu, _) = trained(&files, &setup(&case.task, Method::Lora, Compute::GpuF32, 0.0), 6);
+    let saved = dir.path().join("adapter");
+    std::fs::create_dir(&saved).unwrap();
+    gpu.save_adapter(&saved, "base").unwrap();
+    let names = ["adapter_config.json", "adapter_model.safetensors"];
+    let trained = names.map(|n| (n.to_owned(), saved.join(n)));
+    let cpu = setup(&case.task, Method::Lora, Compute::Cpu, 0.0);
+    let cpu = Model::load_trained(&files, &cpu, &trained).unwrap();
+    let mut batch = batches(case).remove(0);
+    batch.input_ids.iter_mut().for_each(|id| *id %= 320);
+    batch.labels = Labels::None;
+    let (a, b) = (gpu.logits(&batch).unwrap(), cpu.logits(&batch).unwrap());
+    assert!(relative(&numbers(&a), &numbers(&b)) < 1e-4);
+}
