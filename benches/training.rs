@@ -26,9 +26,9 @@ use std::time::Instant;
 use anyhow::Result;
 use flow::learn::random::Stream;
 use flow::learn::{
-    AdamWConfig, Duration, IGNORE, LoraConfig, Method, Model, ModelConfig, ModelFiles, Observer,
-    Quantization, Row, Schedule, Setup, StepLog, TargetModules, Task, TrainingArguments, Warmup,
-    collate, random_weights, train,
+    AdamWConfig, Compute, Duration, IGNORE, LoraConfig, Method, Model, ModelConfig, ModelFiles,
+    Observer, Quantization, Row, Schedule, Setup, StepLog, TargetModules, Task, TrainingArguments,
+    Warmup, collate, random_weights, train,
 };
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
@@ -200,7 +200,16 @@ fn measure(dir: &Path) -> Value {
         _ => (Method::Full, Quantization::None),
     };
     let lora = (method != Method::Full).then_some(lora);
-    let setup = Setup { task: task.clone(), method, lora, quantization, seed: 1, dropout: None };
+    let setup = Setup {
+        task: task.clone(),
+        method,
+        lora,
+        quantization,
+        seed: 1,
+        dropout: None,
+        compute: Compute::Cpu,
+        gradient_checkpointing: false,
+    };
     let model = Model::load(&files, &setup).unwrap();
     let rows = rows(&work);
     let mut clock = Clock::new();

@@ -87,6 +87,7 @@ kernels!(
     widen,
     nf4_dequantize,
     place_adapters,
+    add_tiles,
     copy_trained,
     square_sums,
     adamw,
@@ -156,6 +157,8 @@ pub(super) struct Device {
     pub(super) stream: sys::CUstream,
     pub(super) float: Float,
     pub(super) kernels: Kernels,
+    /// The gradients of adapters, where there is a kernel for the type of numbers.
+    pub(super) adapter_gradients: Option<Kernel>,
     pub(super) attention: sys::CUmodule,
     /// Attention kernels for Hopper, where the card is one and they suit the model.
     pub(super) hopper: Option<sys::CUmodule>,
@@ -248,12 +251,17 @@ impl Device {
         let hopper = suits
             .then(|| load(include_bytes!("ptx/hopper.zst"), "the attention kernels for Hopper"))
             .transpose()?;
+        let kernels = load(kernels, "the kernels")?;
+        let adapter_gradients = (float == Float::Bf16)
+            .then(|| Kernel::get(kernels, "adapter_gradients"))
+            .transpose()?;
         Ok(Self {
             context,
             device,
             stream,
             float,
-            kernels: Kernels::load(load(kernels, "the kernels")?)?,
+            kernels: Kernels::load(kernels)?,
+            adapter_gradients,
             attention: load(attention, "the attention kernels")?,
             hopper,
             matmuls: Matmuls::open()?,

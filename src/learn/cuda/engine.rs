@@ -23,7 +23,7 @@ use crate::learn::load::PEFT;
 use crate::learn::optimizer::AdamWConfig;
 use crate::source::Fault;
 
-/// Bytes of one block of logits. Fixed, so that sums do not depend on the machine.
+/// Bytes of one block of logits, unless that is less than 1,024 rows. Fixed, so that sums do not depend on the machine.
 const LOGITS: usize = 64 << 20;
 
 /// A model's layers.
@@ -92,8 +92,8 @@ struct State {
     head: Head,
     /// Trained tensors with a copy in the type of the arithmetic.
     copies: Option<Parts>,
-    /// Adapters beside weights that stay: address, row stride, parts.
-    placed: Vec<(u64, usize, Parts)>,
+    /// Adapters beside weights that stay.
+    placed: Option<Parts>,
     inverse_frequencies: Vec<f32>,
     rope: Option<(usize, u64, u64)>,
     hidden: usize,
@@ -284,11 +284,8 @@ impl Engine {
         let layers = builder.layers(config).with_context(room)?;
         let head = builder.head(config, embeddings.words).with_context(room)?;
         let Builder { copies, placed, unpacked, .. } = builder;
-        let largest = copies.iter().map(|c| c.1).max().unwrap_or(0);
-        let copies: Vec<_> = copies.into_iter().map(|c| c.0).collect();
-        let copies = (!copies.is_empty())
-            .then(|| Parts::new(&device, &weights, &copies, largest))
-            .transpose()?;
+        let copies = Parts::of(&device, &weights, copies)?;
+        let placed = Parts::of(&device, &weights, placed)?;
         let shared =
             Shared { unpacked: weights.alloc(unpacked)?, map: upload_map(&device, &weights)? };
         let state = State {
@@ -420,8 +417,8 @@ impl State {
         if let Some(copies) = &self.copies {
             self.device.renew(copies)?;
         }
-        for (at, ld, parts) in &self.placed {
-            self.device.place(*at, *ld, parts)?;
+        if let Some(placed) = &self.placed {
+            self.device.place(placed, self.shared.unpacked)?;
         }
         Ok(())
     }
@@ -759,7 +756,7 @@ impl State {
 
     /// Rows of one block of logits.
     fn block(&self) -> usize {
-        (LOGITS / 4 / self.vocab).max(16)
+        (LOGITS / 4 / self.vocab).max(1024)
     }
 
     /// The losses of the targets, and in `g` the gradient of the last layer's result, if that is

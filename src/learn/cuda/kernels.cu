@@ -507,6 +507,7 @@ extern "C" __global__ void nf4_dequantize(const Packed* parts, const float* map,
 struct Adapter {
   const float* a;  // [r, inputs]
   const float* b;  // [outputs, r]
+  T* to;           // null: the kernel's argument
   int r, inputs, outputs;
   int start;    // of the module's rows
   int offset;   // of its ranks among all
@@ -514,10 +515,13 @@ struct Adapter {
   int below;    // the row where all A begin
   int last;     // whether the padding of A is this one's to fill
   float scale;
+  int ld;
 };
 
-extern "C" __global__ void place_adapters(const Adapter* parts, T* out, int ld) {
+extern "C" __global__ void place_adapters(const Adapter* parts, T* unpacked) {
   Adapter p = parts[blockIdx.y];
+  T* out = p.to ? p.to : unpacked;
+  int ld = p.ld;
   int fill = p.last ? p.ranks - p.offset : p.r;
   size_t na = (size_t)fill * p.inputs, nb = (size_t)p.outputs * p.ranks;
   for (size_t i = (size_t)blockIdx.x * blockDim.x + threadIdx.x; i < na + nb;
@@ -531,6 +535,113 @@ extern "C" __global__ void place_adapters(const Adapter* parts, T* out, int ld) 
       bool own = j >= 0 && j < p.r;
       put(out + (p.start + row) * ld + p.inputs + col, own ? p.scale * p.b[row * p.r + j] : 0.f);
     }
+  }
+}
+
+// A part of the gradients of adapters: `width` columns, 64 at most, of one of the two matrices
+// that a product's backward has (the input, followed by z; the output's gradient, followed by dz)
+// against r ranks, 64 at most, of the other: dA = dz^T x, dB = scale * g^T z.
+struct Tile {
+  float* to;  // the gradient of the first column's first rank
+  int of_gradient;
+  int col, width;
+  int rank, r;  // where the ranks begin
+  int ld;       // A: from rank to rank; B: from column to column
+  float scale;
+};
+
+#ifdef BF16
+#define PITCH 72
+
+static __device__ __forceinline__ void copy16(bf16* to, const bf16* from, bool whole) {
+  uint32_t at = (uint32_t)__cvta_generic_to_shared(to);
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(at), "l"(from),
+               "r"(whole ? 16 : 0));
+}
+
+static __device__ __forceinline__ void matrices(uint32_t (&r)[4], const bf16* at) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
+               : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
+               : "r"((uint32_t)__cvta_generic_to_shared(at)));
+}
+
+// Sums over a span of rows for each tile: parts[span][tile][rank][column].
+extern "C" __global__ void __launch_bounds__(128)
+    adapter_gradients(const bf16* x, int ldx, const bf16* g, int ldg, const Tile* tiles,
+                      float* parts, int rows, int span) {
+  __shared__ __align__(16) bf16 wide[2][64 * PITCH], thin[2][64 * PITCH];
+  Tile t = tiles[blockIdx.x];
+  const bf16* big = (t.of_gradient ? g : x) + t.col;
+  const bf16* small = (t.of_gradient ? x : g) + t.rank;
+  int ldb = t.of_gradient ? ldg : ldx, lds = t.of_gradient ? ldx : ldg;
+  int first = blockIdx.y * span, last = min(rows, first + span);
+  int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+  float sum[4][2][4] = {};
+  auto fetch = [&](int stage, int row) {
+    for (int i = threadIdx.x; i < 512; i += 128) {
+      int r = i / 8, c = i % 8 * 8, at = row + r;
+      bool in = at < last;
+      bool b = in && c < t.width, s = in && c < t.r;
+      copy16(&wide[stage][r * PITCH + c], b ? big + (size_t)at * ldb + c : big, b);
+      copy16(&thin[stage][r * PITCH + c], s ? small + (size_t)at * lds + c : small, s);
+    }
+    asm volatile("cp.async.commit_group;");
+  };
+  int stage = 0;
+  fetch(0, first);
+  for (int row = first; row < last; row += 64, stage ^= 1) {
+    if (row + 64 < last) {
+      fetch(stage ^ 1, row + 64);
+      asm volatile("cp.async.wait_group 1;");
+    } else {
+      asm volatile("cp.async.wait_group 0;");
+    }
+    __syncthreads();
+#pragma unroll
+    for (int k = 0; k < 64; k += 16) {
+      uint32_t b[4];
+      matrices(b, &wide[stage][(k + lane / 8 % 2 * 8 + lane % 8) * PITCH + warp * 16 + lane / 16 * 8]);
+#pragma unroll
+      for (int m = 0; m < 4; m++) {
+        if (m * 16 >= t.r) break;
+        uint32_t a[4];
+        matrices(a, &thin[stage][(k + lane / 16 * 8 + lane % 8) * PITCH + m * 16 + lane / 8 % 2 * 8]);
+#pragma unroll
+        for (int n = 0; n < 2; n++)
+          asm volatile(
+              "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, "
+              "{%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+              : "+f"(sum[m][n][0]), "+f"(sum[m][n][1]), "+f"(sum[m][n][2]), "+f"(sum[m][n][3])
+              : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[2 * n]), "r"(b[2 * n + 1]));
+      }
+    }
+    __syncthreads();
+  }
+  float* out = parts + ((size_t)blockIdx.y * gridDim.x + blockIdx.x) * 4096;
+#pragma unroll
+  for (int m = 0; m < 4; m++) {
+    if (m * 16 >= t.r) break;
+#pragma unroll
+    for (int n = 0; n < 2; n++) {
+      int r = m * 16 + lane / 4, c = warp * 16 + n * 8 + lane % 4 * 2;
+      *(float2*)(out + r * 64 + c) = make_float2(sum[m][n][0], sum[m][n][1]);
+      *(float2*)(out + (r + 8) * 64 + c) = make_float2(sum[m][n][2], sum[m][n][3]);
+    }
+  }
+}
+#endif
+
+// Adds the sums of all spans to the gradients.
+extern "C" __global__ void add_tiles(const Tile* tiles, const float* parts, int spans) {
+  Tile t = tiles[blockIdx.x];
+  for (int i = threadIdx.x; i < t.r * 64; i += blockDim.x) {
+    int r = i / 64, c = i % 64;
+    if (c >= t.width) continue;
+    float sum = 0;
+    for (int s = 0; s < spans; s++)
+      sum += parts[((size_t)s * gridDim.x + blockIdx.x) * 4096 + i];
+    float* to = t.of_gradient ? t.to + (size_t)c * t.ld + r : t.to + (size_t)r * t.ld + c;
+    *to += t.scale * sum;
   }
 }
 

@@ -50,9 +50,10 @@ struct Packed {
 /// As `Adapter` in kernels.cu.
 #[repr(C)]
 #[derive(Debug, Clone, Copy)]
-struct Adapter {
+pub(super) struct Adapter {
     a: u64,
     b: u64,
+    to: u64,
     r: i32,
     inputs: i32,
     outputs: i32,
@@ -62,7 +63,25 @@ struct Adapter {
     below: i32,
     last: i32,
     scale: f32,
+    ld: i32,
 }
+
+/// As `Tile` in kernels.cu.
+#[repr(C)]
+#[derive(Debug, Clone, Copy)]
+struct Tile {
+    to: u64,
+    of_gradient: i32,
+    col: i32,
+    width: i32,
+    rank: i32,
+    r: i32,
+    ld: i32,
+    scale: f32,
+}
+
+/// Columns and ranks of a [`Tile`] at most.
+const TILE: usize = 64;
 
 /// As `Copy` in kernels.cu.
 #[repr(C)]
@@ -95,6 +114,17 @@ impl Parts {
         device.upload(at, parts)?;
         device.synchronize()?;
         Ok(Self { at, count: parts.len(), largest })
+    }
+
+    /// The same of parts that each come with their number of elements; none if there are none.
+    pub(super) fn of<T: Copy>(
+        device: &Device,
+        arena: &Arena,
+        parts: Vec<(T, usize)>,
+    ) -> Result<Option<Self>> {
+        let largest = parts.iter().map(|p| p.1).max();
+        let parts: Vec<T> = parts.into_iter().map(|p| p.0).collect();
+        largest.map(|largest| Self::new(device, arena, &parts, largest)).transpose()
     }
 
     /// A launch over all parts, a thread for `each` elements of the largest.
@@ -146,6 +176,8 @@ pub(super) struct Projection {
     weight: Weight,
     bias: Option<u64>,
     adapters: Option<Parts>,
+    /// The adapters' gradients in tiles, where a kernel computes them.
+    tiles: Option<Parts>,
     modules: Vec<Module>,
 }
 
@@ -197,7 +229,7 @@ pub(super) struct Builder<'a> {
     /// Copies of trained tensors to be renewed after each update, with the elements of each.
     pub(super) copies: Vec<(TrainedCopy, usize)>,
     /// Adapters beside weights that stay, likewise: they are placed after each update.
-    pub(super) placed: Vec<(u64, usize, Parts)>,
+    pub(super) placed: Vec<(Adapter, usize)>,
     /// Room for the largest unpacked weight, in bytes.
     pub(super) unpacked: usize,
 }
@@ -324,6 +356,7 @@ impl Builder<'_> {
             let mut part = Adapter {
                 a: 0,
                 b: 0,
+                to: 0,
                 r: i32::try_from(r)?,
                 inputs: i32::try_from(inputs)?,
                 outputs: i32::try_from(*outputs)?,
@@ -333,6 +366,7 @@ impl Builder<'_> {
                 below: 0,
                 last: i32::from(i + 1 == names.len()),
                 scale: scale as f32,
+                ld: i32::try_from(ld)?,
             };
             let mut adapter = None;
             if r > 0 {
@@ -382,9 +416,6 @@ impl Builder<'_> {
             (p.ranks as usize) * (p.inputs as usize) + (p.outputs as usize) * (p.ranks as usize)
         };
         let most = adapters.iter().map(largest).max().unwrap_or(0);
-        let adapters = (ranks > 0)
-            .then(|| Parts::new(self.device, self.arena, &adapters, most))
-            .transpose()?;
         let mut quantized = Vec::new();
         for (name, module) in names.iter().zip(&modules) {
             if let Held::Frozen(Frozen::Nf4(nf4)) = self.held(&format!("{name}.weight"))? {
@@ -399,8 +430,11 @@ impl Builder<'_> {
                 let to = Mat { at: at + first as u64, ld };
                 self.fill(&format!("{name}.weight"), to, module.outputs, inputs)?;
             }
-            if let Some(parts) = adapters {
-                self.placed.push((at, ld, parts));
+            for part in &mut adapters {
+                part.to = at;
+            }
+            if ranks > 0 {
+                self.placed.extend(adapters.iter().map(|part| (*part, most)));
             }
             Weight::Here(at)
         } else {
@@ -409,6 +443,11 @@ impl Builder<'_> {
             let most = dims.iter().map(|d| d.0 * d.1).max().unwrap_or(0);
             Weight::Packed(Parts::new(self.device, self.arena, &quantized, most)?)
         };
+        let quantized = matches!(weight, Weight::Packed(_));
+        let adapters = (ranks > 0 && quantized)
+            .then(|| Parts::new(self.device, self.arena, &adapters, most))
+            .transpose()?;
+        let tiles = self.tiles(&modules, inputs, ranks)?;
         Ok(Projection {
             inputs,
             outputs: start,
@@ -418,9 +457,52 @@ impl Builder<'_> {
             weight,
             bias,
             adapters,
+            tiles,
             modules,
         }
         .checked(outputs))
+    }
+
+    /// The gradients of a projection's adapters in tiles, if the kernel can compute them.
+    fn tiles(&self, modules: &[Module], inputs: usize, ranks: usize) -> Result<Option<Parts>> {
+        let adapters = || modules.iter().filter_map(|m| m.adapter.as_ref().map(|a| (m, a)));
+        let fits = ranks > 0
+            && self.device.adapter_gradients.is_some()
+            && adapters()
+                .all(|(m, a)| a.r <= TILE && a.r.is_multiple_of(8) && m.start.is_multiple_of(8));
+        if !fits {
+            return Ok(None);
+        }
+        let outputs: usize = modules.iter().map(|m| m.outputs).sum();
+        let mut tiles = Vec::new();
+        for (module, adapter) in adapters() {
+            let mut push = |columns: usize, of_gradient: bool| -> Result<()> {
+                for col in (0..columns).step_by(TILE) {
+                    // A is [r, in], B is [out, r].
+                    let (base, ld, start, rank) = match of_gradient {
+                        false => (adapter.a + 4 * col as u64, inputs, 0, outputs),
+                        true => {
+                            let at = adapter.b + 4 * (col * adapter.r) as u64;
+                            (at, adapter.r, module.start, inputs)
+                        }
+                    };
+                    tiles.push(Tile {
+                        to: base,
+                        of_gradient: i32::from(of_gradient),
+                        col: i32::try_from(start + col)?,
+                        width: i32::try_from(TILE.min(columns - col))?,
+                        rank: i32::try_from(rank + adapter.offset)?,
+                        r: i32::try_from(adapter.r)?,
+                        ld: i32::try_from(ld)?,
+                        scale: if of_gradient { self.parameters.scaling as f32 } else { 1.0 },
+                    });
+                }
+                Ok(())
+            };
+            push(inputs, false)?;
+            push(module.outputs, true)?;
+        }
+        Parts::new(self.device, self.arena, &tiles, tiles.len()).map(Some)
     }
 }
 
@@ -438,9 +520,9 @@ impl Device {
         self.launch(self.kernels.copy_trained, parts.grid(4), &[parts.at])
     }
 
-    /// Puts adapters beside a weight.
-    pub(super) fn place(&self, at: u64, ld: usize, parts: &Parts) -> Result<()> {
-        self.launch(self.kernels.place_adapters, parts.grid(4), &[parts.at, at, int(ld)])
+    /// Puts adapters beside their weights, those of quantized ones into `unpacked`.
+    pub(super) fn place(&self, parts: &Parts, unpacked: u64) -> Result<()> {
+        self.launch(self.kernels.place_adapters, parts.grid(4), &[parts.at, unpacked])
     }
 
     /// `y = mask x`, or `y += mask x`, over `[rows, cols]`.
@@ -514,7 +596,7 @@ impl Projection {
         let args = [parts.at, shared.map, at, int(ld)];
         device.launch(device.kernels.nf4_dequantize, parts.grid(8), &args)?;
         if let Some(adapters) = &self.adapters {
-            device.place(at, ld, adapters)?;
+            device.place(adapters, at)?;
         }
         Ok(Mat { at, ld })
     }
@@ -660,7 +742,7 @@ impl Projection {
         let ld = self.in_ld();
         let weight = match (&self.weight, &self.adapters) {
             (Weight::Packed(_), Some(adapters)) => {
-                device.place(shared.unpacked, ld, adapters)?;
+                device.place(adapters, shared.unpacked)?;
                 Mat { at: shared.unpacked, ld }
             }
             _ => self.matrix(device, shared)?,
@@ -684,6 +766,19 @@ impl Projection {
         };
         let mark = scratch.mark();
         let dropping = self.drops(step);
+        let tiles = self.tiles.as_ref().filter(|_| dropping.is_none());
+        if let (Some(tiles), Some(kernel)) = (tiles, device.adapter_gradients) {
+            // Fixed, so that sums do not depend on the card.
+            let spans = (1024 / tiles.count).clamp(1, rows.div_ceil(TILE));
+            let span = rows.div_ceil(spans).next_multiple_of(TILE);
+            let spans = rows.div_ceil(span);
+            let parts = scratch.alloc(4 * TILE * TILE * tiles.count * spans)?;
+            let grid = Grid { blocks: (tiles.count, spans, 1), threads: (128, 1), shared: 0 };
+            let args = [x.at, int(x.ld), g.at, int(g.ld), tiles.at, parts, int(rows), int(span)];
+            device.launch(kernel, grid, &args)?;
+            let args = [tiles.at, parts, int(spans)];
+            device.launch(device.kernels.add_tiles, Grid::blocks(tiles.count, 256), &args)?;
+        }
         let dropped = match dropping {
             Some(_) => scratch.alloc(rows * self.inputs * device.float.size())?,
             None => 0,
@@ -700,7 +795,9 @@ impl Projection {
                 let sums = (None, Some(db));
                 device.column_sums(scratch, (none, own), None, sums, (rows, module.outputs), 1)?;
             }
-            let Some(adapter) = &module.adapter else { continue };
+            let Some(adapter) = module.adapter.as_ref().filter(|_| tiles.is_none()) else {
+                continue;
+            };
             let x = match dropping {
                 Some(step) => {
                     let mask = adapter.dropout.at(step);
@@ -715,7 +812,9 @@ impl Projection {
             device.matmul((adapter.r, self.inputs, rows), dz.t(), x.n(), da)?;
         }
         for module in &self.modules {
-            let Some(adapter) = &module.adapter else { continue };
+            let Some(adapter) = module.adapter.as_ref().filter(|_| tiles.is_none()) else {
+                continue;
+            };
             let own = Self::offset(device, g, 0, module.start);
             let z = Self::offset(device, x, 0, self.inputs + adapter.offset);
             let db = sum(adapter.b, adapter.r, self.scaling);
