@@ -1,5 +1,7 @@
 //! A model that can be trained.
 
+mod place;
+
 use std::collections::BTreeMap;
 use std::fmt;
 use std::path::PathBuf;
@@ -55,7 +57,7 @@ enum Runner {
     /// Operations of the CPU.
     Host(Box<Net>),
     /// A GPU, which has the current values of what is trained.
-    Gpu(Engine),
+    Gpu(Box<Engine>),
 }
 
 impl fmt::Debug for Model {
@@ -143,48 +145,8 @@ impl Model {
             };
             *held = Held::Frozen(Frozen::Away(shape));
         }
-        let runner = Runner::Gpu(engine);
+        let runner = Runner::Gpu(Box::new(engine));
         Ok(Self { config, setup, files, parameters, trainable, runner })
-    }
-
-    /// The CPU's operations of it.
-    fn net(&self) -> Result<&Net> {
-        match &self.runner {
-            Runner::Host(net) => Ok(net),
-            Runner::Gpu(_) => bail!("the model is on the GPU"),
-        }
-    }
-
-    /// The GPU that it is on.
-    pub(super) fn gpu(&self) -> Option<&Engine> {
-        match &self.runner {
-            Runner::Host(_) => None,
-            Runner::Gpu(engine) => Some(engine),
-        }
-    }
-
-    /// Brings what is trained from the GPU, if the model is there, to [`Model::trainable`].
-    ///
-    /// # Errors
-    /// When the GPU does not answer.
-    pub fn fetch(&self) -> Result<()> {
-        self.gpu().map_or(Ok(()), |engine| engine.load(&self.trainable))
-    }
-
-    /// Brings [`Model::trainable`], changed from outside, to the GPU, if the model is there.
-    ///
-    /// # Errors
-    /// When the GPU does not answer.
-    pub fn put(&self) -> Result<()> {
-        self.gpu().map_or(Ok(()), |engine| engine.store(&self.trainable))
-    }
-
-    /// Bytes of a GPU's memory that it takes, with what training has needed so far.
-    ///
-    /// # Errors
-    /// When the GPU does not answer.
-    pub fn gpu_memory(&self) -> Result<Option<usize>> {
-        self.gpu().map(Engine::memory).transpose()
     }
 
     /// The model's shape.
@@ -500,22 +462,6 @@ impl Model {
             ensure!(gradients.contains_key(name), "no gradient reaches the parameter `{name}`");
         }
         Ok((loss, gradients))
-    }
-
-    /// The same on the GPU, where the gradients stay; they are added to those of before unless
-    /// this is the `first` micro-batch of an update. The sum of the losses.
-    pub(super) fn accumulate(
-        &self,
-        engine: &Engine,
-        batch: &Batch,
-        step: u64,
-        denominator: f64,
-        first: bool,
-    ) -> Result<f64> {
-        ensure!(denominator > 0.0, "a loss over {denominator} targets");
-        let packed = self.pack(batch)?;
-        let Targets { rows, targets } = self.targets(batch, &packed)?;
-        engine.accumulate(&packed, (&rows, &targets), step, denominator, first)
     }
 
     /// Loss and gradients of the output layer; the gradient of the features if they are tracked.

@@ -152,8 +152,11 @@ fn salt_environment_version_and_device_are_in_the_key() {
     assert_eq!(bench.run(&step(", retry: 3, timeout: 10m")).outcome.ran, 0);
     let infer = "steps:\n  m: { kind: infer, with: {} }\n";
     bench.run(infer);
+    bench.options.device = flow::step::Device::Cuda;
+    bench.options.gpus = vec![0];
     bench.options.compute = "bf16".into();
     let run = bench.run(infer);
+    assert!(run.why("m").contains("device \"cpu\" -> \"cuda\""), "{}", run.why("m"));
     assert!(run.why("m").contains("compute \"f32\" -> \"bf16\""), "{}", run.why("m"));
     assert_eq!(bench.run(&step("")).outcome.ran, 0, "a step that runs no model keys no device");
 }

@@ -1,5 +1,9 @@
 //! A model on the GPU: from packed rows to losses, gradients and updates.
 
+mod build;
+mod embedding;
+mod head;
+
 use std::collections::BTreeMap;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
@@ -7,19 +11,15 @@ use anyhow::{Context as _, Result, bail, ensure};
 use candle_core::{Tensor, Var};
 
 use super::arena::{Arena, OutOfMemory};
-use super::attention::Attention;
 use super::decoder::{self, DecoderLayer};
-use super::device::{Device, Float, Grid, Mat, float, int};
+use super::device::{Device, Float, Mat};
 use super::encoder::{self, EncoderLayer};
-use super::matmul::Target;
 use super::pass::{Norm, Pass};
-use super::projection::{Builder, Parts, Projection, Shared, trained_name, upload_map};
+use super::projection::{Builder, Parts, Projection, Shared, upload_map};
 use super::trained::Trained;
 use crate::learn::batch::Packed;
-use crate::learn::config::{Family, ModelConfig};
-use crate::learn::layout::{EncoderNames, WORD, output_embedding};
+use crate::learn::config::ModelConfig;
 use crate::learn::linear::{Dropout, Parameters};
-use crate::learn::load::PEFT;
 use crate::learn::optimizer::AdamWConfig;
 use crate::source::Fault;
 
@@ -60,7 +60,7 @@ enum Head {
     /// A norm and the output embedding.
     Decoder { norm: Norm, table: Table },
     /// A dense layer with an activation, and the classifier.
-    Classes { dense: Projection, tanh: bool, drop: Dropout, classifier: Projection },
+    Classes { dense: Box<Projection>, tanh: bool, drop: Dropout, classifier: Box<Projection> },
     /// None: it predicts nothing.
     Bare,
 }
@@ -102,148 +102,6 @@ struct State {
     checkpointing: bool,
 }
 
-/// Where the parameters lie: those of one product side by side, then the rest by name.
-fn order(config: &ModelConfig, parameters: &BTreeMap<String, Var>) -> Vec<String> {
-    let mut order = Vec::with_capacity(parameters.len());
-    for group in groups(config).iter().flatten() {
-        for matrix in ["A", "B"] {
-            let names = group.iter().map(|m| format!("{PEFT}{m}.lora_{matrix}.weight"));
-            order.extend(names.filter(|n| parameters.contains_key(n)));
-        }
-    }
-    let rest: Vec<_> = parameters.keys().filter(|n| !order.contains(n)).cloned().collect();
-    order.extend(rest);
-    order
-}
-
-/// The linear modules of each layer, by the input that they share: queries, keys and values; the
-/// attention's output; up (and gate); down.
-fn groups(c: &ModelConfig) -> Vec<[Vec<String>; 4]> {
-    let layer = |i: usize| {
-        if c.is_decoder() {
-            let at = |name: &str| format!("model.layers.{i}.{name}");
-            let attention = |n: &str| at(&format!("self_attn.{n}_proj"));
-            let mlp = |n: &str| at(&format!("mlp.{n}_proj"));
-            return [
-                vec![attention("q"), attention("k"), attention("v")],
-                vec![attention("o")],
-                vec![mlp("gate"), mlp("up")],
-                vec![mlp("down")],
-            ];
-        }
-        let n = EncoderNames::new(c.family, i);
-        [vec![n.query, n.key, n.value], vec![n.out], vec![n.up], vec![n.down]]
-    };
-    (0..c.layers).map(layer).collect()
-}
-
-impl Builder<'_> {
-    fn norm(&mut self, module: &str, bias: bool, eps: f64) -> Result<Norm> {
-        let gradient = |name: &str| {
-            trained_name(self.trained, name).map(|n| self.trained.gradient(&n)).transpose()
-        };
-        let (weight, bias_name) = (format!("{module}.weight"), format!("{module}.bias"));
-        let weight_gradient = gradient(&weight)?;
-        let bias_gradient = if bias { gradient(&bias_name)? } else { None };
-        Ok(Norm {
-            weight: self.wide(&weight)?,
-            bias: if bias { self.wide(&bias_name)? } else { 0 },
-            weight_gradient,
-            bias_gradient,
-            eps,
-        })
-    }
-
-    fn table(&mut self, name: &str) -> Result<Table> {
-        let own = trained_name(self.trained, name);
-        let gradient = own.map(|n| self.trained.gradient(&n)).transpose()?;
-        Ok(Table { at: self.narrow(name)?, gradient })
-    }
-
-    fn layers(&mut self, c: &ModelConfig) -> Result<Layers> {
-        let shape = (c.heads, c.kv_heads, c.head);
-        let groups = groups(c);
-        if c.is_decoder() {
-            let mut layers = Vec::new();
-            for (i, [qkv, out, gate_up, down]) in groups.iter().enumerate() {
-                let at = |name: &str| format!("model.layers.{i}.{name}");
-                let drop = self.parameters.dropout(&format!("{i}/attention"), c.attention_dropout);
-                let window = c.windows.get(i).copied().flatten();
-                let head_norms = if c.family == Family::Qwen3 {
-                    let query = self.norm(&at("self_attn.q_norm"), false, c.eps)?;
-                    Some((query, self.norm(&at("self_attn.k_norm"), false, c.eps)?))
-                } else {
-                    None
-                };
-                layers.push(DecoderLayer {
-                    input_norm: self.norm(&at("input_layernorm"), false, c.eps)?,
-                    qkv: self.projection(qkv)?,
-                    head_norms,
-                    attention: Attention::new(self.device, shape, true, window, drop)?,
-                    out: self.projection(out)?,
-                    post_norm: self.norm(&at("post_attention_layernorm"), false, c.eps)?,
-                    gate_up: self.projection(gate_up)?,
-                    down: self.projection(down)?,
-                });
-            }
-            return Ok(Layers::Decoder(layers));
-        }
-        let mut layers = Vec::new();
-        for (i, [qkv, out, up, down]) in groups.iter().enumerate() {
-            let names = EncoderNames::new(c.family, i);
-            let drop = |name: &str, rate| self.parameters.dropout(&format!("{i}/{name}"), rate);
-            let (attention_drop, down_drop) =
-                (drop("attention", c.attention_dropout), drop("down", c.hidden_dropout));
-            let out_drop = (c.family == Family::Bert).then(|| drop("out", c.hidden_dropout));
-            layers.push(EncoderLayer {
-                qkv: self.projection(qkv)?,
-                attention: Attention::new(self.device, shape, false, None, attention_drop)?,
-                out: self.projection(out)?,
-                out_drop,
-                attention_norm: self.norm(&names.attention_norm, true, c.eps)?,
-                up: self.projection(up)?,
-                down: self.projection(down)?,
-                down_drop,
-                output_norm: self.norm(&names.output_norm, true, c.eps)?,
-            });
-        }
-        Ok(Layers::Encoder(layers))
-    }
-
-    fn embeddings(&mut self, c: &ModelConfig) -> Result<Embeddings> {
-        if c.is_decoder() {
-            return Ok(Embeddings { words: self.table(WORD)?, encoder: None });
-        }
-        let at = |name: &str| format!("{}.embeddings.{name}", c.family.prefix());
-        let table = |name: &str| at(&format!("{name}_embeddings.weight"));
-        let words = self.table(&table("word"))?;
-        let positions = self.table(&table("position"))?;
-        let types = (c.type_vocab > 0).then(|| self.table(&table("token_type"))).transpose()?;
-        let norm = self.norm(&at("LayerNorm"), true, c.eps)?;
-        let drop = self.parameters.dropout("embeddings", c.hidden_dropout);
-        Ok(Embeddings { words, encoder: Some((positions, types, norm, drop)) })
-    }
-
-    fn head(&mut self, c: &ModelConfig, words: Table) -> Result<Head> {
-        if c.is_decoder() {
-            let norm = self.norm("model.norm", false, c.eps)?;
-            let table = if c.tied { words } else { self.table(output_embedding(c))? };
-            return Ok(Head::Decoder { norm, table });
-        }
-        if !self.parameters.held.contains_key("classifier.weight") {
-            return Ok(Head::Bare);
-        }
-        let bert = c.family == Family::Bert;
-        let dense = if bert { "bert.pooler.dense" } else { "pre_classifier" };
-        Ok(Head::Classes {
-            dense: self.projection(&[dense.to_owned()])?,
-            tanh: bert,
-            drop: self.parameters.dropout("classifier", c.classifier_dropout),
-            classifier: self.projection(&["classifier".to_owned()])?,
-        })
-    }
-}
-
 impl Engine {
     /// Brings a model to the first GPU that the process sees.
     ///
@@ -268,7 +126,7 @@ impl Engine {
         let device = Device::open(float, config.head)?;
         let weights = Arena::new(&device)?;
         device.matmuls.reserve(&weights)?;
-        let order = order(config, trainable);
+        let order = build::order(config, trainable);
         let room = || "bringing the model to the GPU";
         let trained = Trained::new(&device, &weights, &order, trainable).with_context(room)?;
         let mut builder = Builder {
@@ -607,97 +465,6 @@ impl State {
         first.unwrap_or(self.count())
     }
 
-    /// The first layer's input; for an encoder with what the norm's backward needs.
-    fn embed(
-        &self,
-        p: &Pass<'_>,
-        u: &Uploaded,
-        x: Mat,
-    ) -> Result<Option<(Mat, super::pass::Moments)>> {
-        let e = &self.embeddings;
-        let (places, kinds) = match &e.encoder {
-            Some((places, kinds, ..)) => (places.at, kinds.map_or(0, |k| k.at)),
-            None => (0, 0),
-        };
-        let sum = if e.encoder.is_some() { p.saved(self.hidden)? } else { x };
-        let args = [
-            u.ids,
-            e.words.at,
-            u.positions,
-            places,
-            u.types,
-            kinds,
-            sum.at,
-            int(sum.ld),
-            int(self.hidden),
-            int(p.tokens),
-        ];
-        self.device.launch(self.device.kernels.embed, Grid::rows(p.tokens, self.hidden), &args)?;
-        let Some((_, _, norm, drop)) = &e.encoder else { return Ok(None) };
-        let moments = p.moments(p.tokens, norm)?;
-        p.layer_norm(norm, (sum, None, sum, x), moments, self.hidden)?;
-        p.drop_elements(drop, (x, x), (p.tokens, self.hidden))?;
-        Ok(Some((sum, moments)))
-    }
-
-    /// Adds the gradients of the embeddings' tables, from that of the first layer's input.
-    fn embed_backward(
-        &self,
-        p: &Pass<'_>,
-        packed: &Packed,
-        kept: Option<(Mat, super::pass::Moments)>,
-        g: Mat,
-    ) -> Result<()> {
-        let e = &self.embeddings;
-        if let (Some((places, kinds, norm, drop)), Some((sum, moments))) = (&e.encoder, kept) {
-            p.drop_elements(drop, (g, g), (p.tokens, self.hidden))?;
-            p.layer_norm_backward(norm, (sum, g, g), moments, self.hidden)?;
-            self.table_gradient(places, &packed.positions, None, g)?;
-            if let Some(kinds) = kinds {
-                self.table_gradient(kinds, &packed.types, None, g)?;
-            }
-        }
-        self.table_gradient(&e.words, &packed.ids, self.pad, g)
-    }
-
-    fn table_gradient(&self, table: &Table, ids: &[u32], but: Option<u32>, g: Mat) -> Result<()> {
-        let Some(gradient) = table.gradient else { return Ok(()) };
-        let kept = (0..ids.len() as u32).filter(|i| Some(ids[*i as usize]) != but);
-        let mut sorted: Vec<u32> = kept.collect();
-        sorted.sort_by_key(|i| ids[*i as usize]);
-        let (mut starts, mut distinct) = (Vec::new(), Vec::new());
-        for (at, i) in sorted.iter().enumerate() {
-            let id = ids[*i as usize];
-            if distinct.last() != Some(&id) {
-                distinct.push(id);
-                starts.push(at as u32);
-            }
-        }
-        if distinct.is_empty() {
-            return Ok(());
-        }
-        starts.push(sorted.len() as u32);
-        let mark = self.scratch.mark();
-        let put = |values: &[u32]| -> Result<u64> {
-            let at = self.scratch.alloc(4 * values.len())?;
-            self.device.upload(at, values)?;
-            Ok(at)
-        };
-        let args = [
-            g.at,
-            int(g.ld),
-            put(&sorted)?,
-            put(&starts)?,
-            put(&distinct)?,
-            gradient,
-            int(self.hidden),
-        ];
-        let grid = Grid::blocks(distinct.len(), 256);
-        self.device.launch(self.device.kernels.embed_backward, grid, &args)?;
-        self.scratch.release(mark);
-        Ok(())
-    }
-
     /// One forward and backward; gives the sum of the losses.
     fn step(
         &mut self,
@@ -753,233 +520,4 @@ impl State {
         self.scratch.release(r);
         Ok(losses.into_iter().map(f64::from).sum())
     }
-
-    /// Rows of one block of logits.
-    fn block(&self) -> usize {
-        (LOGITS / 4 / self.vocab).max(1024)
-    }
-
-    /// The losses of the targets, and in `g` the gradient of the last layer's result, if that is
-    /// wanted; adds the gradients of what is trained above it.
-    fn loss(
-        &self,
-        p: &Pass<'_>,
-        x: Mat,
-        (rows, targets, n): (u64, u64, usize),
-        scale: f64,
-        g: Mat,
-        below: bool,
-    ) -> Result<u64> {
-        let losses = p.saved.alloc(4 * n)?;
-        let mark = p.scratch.mark();
-        let d = self.hidden;
-        let chosen = match &self.head {
-            Head::Classes { dense, .. } => p.scratch_rows(n, dense.in_ld())?,
-            _ => p.scratch_rows(n, d)?,
-        };
-        p.pick((x, chosen), rows, (n, d), false)?;
-        let d_chosen = p.scratch_rows(n, d)?;
-        match &self.head {
-            Head::Decoder { norm, table } => {
-                let features = p.scratch_rows(n, d)?;
-                let d_features = p.scratch_rows(n, d)?;
-                let rstd = p.scratch.alloc(4 * n)?;
-                p.rms_norm(norm, (chosen, features), rstd, (n, d, 1))?;
-                let block = self.block().min(n);
-                let logits = Mat { at: p.scratch.alloc(4 * block * self.vocab)?, ld: self.vocab };
-                let wide = self.vocab.next_multiple_of(8);
-                let d_logits = p.scratch_rows(block, wide)?;
-                for start in (0..n).step_by(block) {
-                    let m = block.min(n - start);
-                    let from = |mat: Mat| Mat {
-                        at: mat.at + (start * mat.ld * self.device.float.size()) as u64,
-                        ld: mat.ld,
-                    };
-                    let (x, dx) = (from(features), from(d_features));
-                    self.logits_of(x, *table, logits, m)?;
-                    let at = |base: u64| base + 4 * start as u64;
-                    self.cross_entropy(
-                        logits,
-                        (at(targets), at(losses)),
-                        d_logits,
-                        (m, self.vocab),
-                        scale,
-                    )?;
-                    let w = Mat { at: table.at, ld: d };
-                    let target = Target {
-                        to: dx,
-                        float: self.device.float,
-                        plus: None,
-                        bias: None,
-                        alpha: 1.0,
-                    };
-                    self.device.matmul((m, d, self.vocab), d_logits.n(), w.n(), target)?;
-                    if let Some(gradient) = table.gradient {
-                        let to = Mat { at: gradient, ld: d };
-                        let sum = Target {
-                            to,
-                            float: Float::F32,
-                            plus: Some(to),
-                            bias: None,
-                            alpha: 1.0,
-                        };
-                        self.device.matmul((self.vocab, d, m), d_logits.t(), x.n(), sum)?;
-                    }
-                }
-                let mats = (chosen, d_features, None, d_chosen);
-                p.rms_norm_backward(norm, mats, rstd, (n, d, 1))?;
-            }
-            Head::Classes { dense, tanh, drop, classifier } => {
-                let classes = classifier.outputs;
-                let (y, logits) = self.classes(p, chosen, n)?;
-                let d_logits = p.scratch_rows(n, classifier.out_ld().next_multiple_of(8))?;
-                let size = (n, classes);
-                self.cross_entropy(logits, (targets, losses), d_logits, size, scale)?;
-                let d_y = p.scratch_rows(n, dense.out_ld())?;
-                p.input_gradient(classifier, d_logits, d_y, None, n)?;
-                p.parameter_gradients(classifier, y.dropped, d_logits, n)?;
-                p.drop_elements(drop, (d_y, d_y), (n, d))?;
-                let tanh = int(usize::from(*tanh));
-                let args = [y.active.at, d_y.at, int(d_y.ld), int(d), int(n), tanh];
-                let kernel = self.device.kernels.activate_backward;
-                self.device.launch(kernel, Grid::each(n * d), &args)?;
-                p.input_gradient(dense, d_y, d_chosen, None, n)?;
-                p.parameter_gradients(dense, chosen, d_y, n)?;
-            }
-            Head::Bare => bail!("the model has no head"),
-        }
-        if below {
-            self.device.zero(g.at, p.tokens * g.ld * self.device.float.size())?;
-            p.pick((d_chosen, g), rows, (n, d), true)?;
-        }
-        p.scratch.release(mark);
-        Ok(losses)
-    }
-
-    fn logits_of(&self, x: Mat, table: Table, logits: Mat, rows: usize) -> Result<()> {
-        let w = Mat { at: table.at, ld: self.hidden };
-        let target = Target { to: logits, float: Float::F32, plus: None, bias: None, alpha: 1.0 };
-        self.device.matmul((rows, self.vocab, self.hidden), x.n(), w.t(), target)
-    }
-
-    /// Losses, and the gradients of the logits unless `d_logits.at` is 0.
-    fn cross_entropy(
-        &self,
-        logits: Mat,
-        (targets, losses): (u64, u64),
-        d_logits: Mat,
-        (rows, classes): (usize, usize),
-        scale: f64,
-    ) -> Result<()> {
-        let args =
-            [logits.at, targets, losses, d_logits.at, int(d_logits.ld), int(classes), float(scale)];
-        let grid = Grid::blocks(rows, if classes > 1024 { 512 } else { 32 });
-        self.device.launch(self.device.kernels.cross_entropy, grid, &args)
-    }
-
-    /// The classifier's logits for chosen rows.
-    fn classes(&self, p: &Pass<'_>, chosen: Mat, n: usize) -> Result<(Active, Mat)> {
-        let Head::Classes { dense, tanh, drop, classifier } = &self.head else {
-            bail!("the model is not a classifier")
-        };
-        let d = dense.outputs;
-        let y = p.scratch_rows(n, d)?;
-        p.project(dense, chosen, y, None, n)?;
-        let args = [y.at, y.at, int(n * d), int(usize::from(*tanh))];
-        self.device.launch(self.device.kernels.activate, Grid::each(n * d), &args)?;
-        let mut dropped = y;
-        if p.drops(drop) || classifier.ranks > 0 {
-            ensure!(classifier.ranks == 0, "an adapter on the classifier");
-            dropped = p.scratch_rows(n, d)?;
-            p.drop_elements(drop, (y, dropped), (n, d))?;
-        }
-        let classes = classifier.outputs;
-        let part = p.scratch_rows(n, classes.next_multiple_of(8))?;
-        p.project(classifier, dropped, part, None, n)?;
-        let logits = Mat { at: p.scratch.alloc(4 * n * classes)?, ld: classes };
-        self.widen(part, logits, n)?;
-        Ok((Active { active: y, dropped }, logits))
-    }
-
-    /// Copies a few numbers to f32.
-    fn widen(&self, from: Mat, to: Mat, rows: usize) -> Result<()> {
-        let args = [from.at, int(from.ld), to.at, int(to.ld), int(to.ld), int(rows)];
-        self.device.launch(self.device.kernels.widen, Grid::each(rows * to.ld), &args)
-    }
-
-    /// Without dropout: the losses of targets, or the logits of rows.
-    fn evaluate(
-        &mut self,
-        packed: &Packed,
-        rows: &[u32],
-        targets: Option<&[u32]>,
-    ) -> Result<Vec<f32>> {
-        if rows.is_empty() {
-            return Ok(Vec::new());
-        }
-        let rope = self.rope(packed.positions.iter().max().map_or(0, |p| *p as usize + 1))?;
-        let (s, r) = (self.saved.mark(), self.scratch.mark());
-        let (u, [rows_at, targets_at]) = self.upload(packed, [rows, targets.unwrap_or(&[])])?;
-        let p = self.pass(packed, &u, rope, None);
-        let (n, d, ld) = (rows.len(), self.hidden, self.input_ld());
-        let (mut x, mut y) = (p.saved(ld)?, p.saved(ld)?);
-        self.embed(&p, &u, x)?;
-        for i in 0..self.count() {
-            let mark = self.saved.mark();
-            self.forward(&p, i, x, y)?;
-            self.saved.release(mark);
-            (x, y) = (y, x);
-        }
-        let result = match &self.head {
-            Head::Decoder { norm, table } => {
-                let chosen = p.scratch_rows(n, d)?;
-                p.pick((x, chosen), rows_at, (n, d), false)?;
-                p.rms_norm(norm, (chosen, chosen), 0, (n, d, 1))?;
-                let block = self.block().min(n);
-                let logits = Mat { at: p.scratch.alloc(4 * block * self.vocab)?, ld: self.vocab };
-                let losses = p.scratch.alloc(4 * block)?;
-                let mut out = Vec::new();
-                for start in (0..n).step_by(block) {
-                    let m = block.min(n - start);
-                    let at = chosen.at + (start * d * self.device.float.size()) as u64;
-                    self.logits_of(Mat { at, ld: d }, *table, logits, m)?;
-                    if targets.is_some() {
-                        let at = targets_at + 4 * start as u64;
-                        let none = Mat { at: 0, ld: 0 };
-                        self.cross_entropy(logits, (at, losses), none, (m, self.vocab), 1.0)?;
-                        out.extend(self.device.download::<f32>(losses, m)?);
-                    } else {
-                        out.extend(self.device.download::<f32>(logits.at, m * self.vocab)?);
-                    }
-                }
-                out
-            }
-            Head::Classes { dense, classifier, .. } => {
-                let chosen = p.scratch_rows(n, dense.in_ld())?;
-                p.pick((x, chosen), rows_at, (n, d), false)?;
-                let (_, logits) = self.classes(&p, chosen, n)?;
-                let classes = classifier.outputs;
-                if targets.is_some() {
-                    let losses = p.scratch.alloc(4 * n)?;
-                    let none = Mat { at: 0, ld: 0 };
-                    self.cross_entropy(logits, (targets_at, losses), none, (n, classes), 1.0)?;
-                    self.device.download(losses, n)?
-                } else {
-                    self.device.download(logits.at, n * classes)?
-                }
-            }
-            Head::Bare => bail!("the model has no head"),
-        };
-        self.saved.release(s);
-        self.scratch.release(r);
-        Ok(result)
-    }
-}
-
-/// What the classifier reads.
-struct Active {
-    /// Behind the activation.
-    active: Mat,
-    /// The same behind dropout.
-    dropped: Mat,
 }

@@ -309,6 +309,7 @@ impl StepKind for Infer {
     const NAME: &'static str = "infer";
     const VERSION: u32 = 1;
     const RUNS_MODEL: bool = true;
+    const ON_GPU: bool = true;
     fn ports(&self) -> Ports {
         Ports::named(Type::Files, ["out"])
     }
