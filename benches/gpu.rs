@@ -8,8 +8,8 @@
 //!
 //! Models are of the shapes of real ones, with random weights. Every row is full, so that padding
 //! does not show. Seconds are the median of the steps after the first; memory is all that was taken
-//! from the GPU but the CUDA context, for PEFT what PyTorch allocated at most. `benches/gpu.sh` runs
-//! the tests on the GPU first.
+//! from the GPU but the CUDA context, for PEFT what PyTorch allocated at most. `benches/gpu.sh`
+//! runs the tests on the GPU first.
 #![expect(
     clippy::unwrap_used,
     clippy::print_stdout,

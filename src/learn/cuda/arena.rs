@@ -1,6 +1,7 @@
 //! Memory of the GPU as a stack that grows where it stands.
 //!
-//! Addresses are reserved once; memory is put under them as the stack first reaches there and stays.
+//! Addresses are reserved once; memory is put under them as the stack first reaches there, and
+//! stays.
 //! So what training takes is exactly its largest extent, nothing is allocated after the first step,
 //! and nothing moves.
 

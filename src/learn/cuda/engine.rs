@@ -23,7 +23,8 @@ use crate::learn::linear::{Dropout, Parameters};
 use crate::learn::optimizer::AdamWConfig;
 use crate::source::Fault;
 
-/// Bytes of one block of logits, unless that is less than 1,024 rows. Fixed, so that sums do not depend on the machine.
+/// Bytes of one block of logits, unless that is less than 1,024 rows. Fixed, so that sums do not
+/// depend on the machine.
 const LOGITS: usize = 64 << 20;
 
 /// A model's layers.
