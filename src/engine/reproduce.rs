@@ -28,6 +28,7 @@ use crate::lineage::{Change, Loaded, Record, difference, is_measured};
 use crate::pipeline::Plan;
 use crate::source::Fault;
 use crate::step::Event;
+use crate::store::Spares;
 
 /// Lines of a failed step's log that are shown.
 const TAIL_LINES: usize = 20;
@@ -379,6 +380,8 @@ impl Work<'_, '_> {
                     store,
                     hub: session.hub,
                     cancel: session.cancel,
+                    spares: &Spares::default(),
+                    grace: options.grace,
                     say: &say,
                     secrets: task.secrets_in(options),
                     alone: false,

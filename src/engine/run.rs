@@ -13,6 +13,7 @@ use petgraph::graph::NodeIndex;
 use super::attempt::{Around, Failure, Reply, Said, Task, attempt, guarded, set};
 use super::bind::{Bound, Decision, bind, decide};
 use super::ended::{downstream, last_lines};
+use super::hands::{Ended, Hands};
 use super::pending::{Log, Queued, Running};
 use super::prepare::{Prepared, prepare};
 use super::ready::Ready;
@@ -27,6 +28,7 @@ use crate::lineage::{
 };
 use crate::pipeline::{Instance, Plan};
 use crate::step::{CHECKPOINT_EVERY, Context, Event, Produced};
+use crate::store::Spares;
 
 /// Runs a plan.
 ///
@@ -45,12 +47,15 @@ pub fn run(
     let info = session.run_info(&plan.name, &plan.file, unix_ms())?;
     let journal = Runs::of(&session.store).begin(info)?;
     scratch::sweep(&session.store);
-    let program = session.options.worker.as_ref();
+    // What it is takes a reading of the whole program: only where it will be started.
+    let isolated = prepared.steps.values().any(|step| step.isolate());
+    let program = session.options.worker.as_ref().filter(|_| isolated);
     let program = program.map(|command| Program::of(command, &session.store)).transpose()?;
-    let spent = Spent::default();
+    let (spent, spares) = (Spent::default(), Spares::default());
     let mut runner = Runner {
         plan,
         spent: &spent,
+        spares: &spares,
         program: program.as_ref(),
         session,
         prepared: &prepared,
@@ -79,12 +84,13 @@ pub fn run(
 
 enum Message {
     Said(NodeIndex, Said),
-    Ended(NodeIndex, Reply),
+    Ended(NodeIndex, Box<Ended>),
 }
 
 struct Runner<'a, 's> {
     plan: &'a Plan,
     spent: &'a Spent,
+    spares: &'a Spares,
     program: Option<&'a Program<'a>>,
     session: &'a Session<'s>,
     prepared: &'a Prepared,
@@ -135,7 +141,8 @@ impl<'a> Runner<'a, '_> {
         })?;
         std::thread::scope(|scope| {
             let (send, receive) = channel();
-            let result = self.drive(scope, &send, &receive);
+            let mut hands = Hands::new();
+            let result = self.drive(scope, &mut hands, &send, &receive);
             if result.is_err() {
                 // The scope waits for them.
                 for running in self.running.values() {
@@ -157,6 +164,7 @@ impl<'a> Runner<'a, '_> {
     fn drive<'scope>(
         &mut self,
         scope: &'scope Scope<'scope, '_>,
+        hands: &mut Hands<'scope>,
         send: &Sender<Message>,
         receive: &Receiver<Message>,
     ) -> Result<()>
@@ -169,7 +177,7 @@ impl<'a> Runner<'a, '_> {
                 self.decide_ready()?;
             }
             if self.stop.is_none() {
-                self.start_queued(scope, send)?;
+                self.start_queued(scope, hands, send)?;
             }
             if self.stop.is_none() && self.ready.any() {
                 // A twin's result made others ready.
@@ -179,11 +187,11 @@ impl<'a> Runner<'a, '_> {
                 return Ok(());
             }
             match receive.recv_timeout(Duration::from_millis(20)) {
-                Ok(message) => self.take(message)?,
+                Ok(message) => self.take(message, hands)?,
                 Err(RecvTimeoutError::Timeout | RecvTimeoutError::Disconnected) => {}
             }
             while let Ok(message) = receive.try_recv() {
-                self.take(message)?;
+                self.take(message, hands)?;
             }
         }
     }
@@ -271,6 +279,7 @@ impl<'a> Runner<'a, '_> {
             key: bound.key,
             build: machine::BUILD.into(),
             checkpoint_every: CHECKPOINT_EVERY,
+            grace: self.session.options.grace,
             threads: self.session.options.jobs,
             device,
             compute: compute.to_owned(),
@@ -292,6 +301,7 @@ impl<'a> Runner<'a, '_> {
     fn start_queued<'scope>(
         &mut self,
         scope: &'scope Scope<'scope, '_>,
+        hands: &mut Hands<'scope>,
         send: &Sender<Message>,
     ) -> Result<()>
     where
@@ -319,7 +329,7 @@ impl<'a> Runner<'a, '_> {
             }
             let Some(grant) = self.slots.take(&needs) else { continue };
             let Some((_, queued)) = self.queue.remove(&position) else { continue };
-            self.start(node, queued, grant, scope, send)?;
+            self.start(node, queued, grant, scope, hands, send)?;
         }
         Ok(())
     }
@@ -330,6 +340,7 @@ impl<'a> Runner<'a, '_> {
         queued: Queued,
         grant: Grant,
         scope: &'scope Scope<'scope, '_>,
+        hands: &mut Hands<'scope>,
         send: &Sender<Message>,
     ) -> Result<()>
     where
@@ -347,7 +358,8 @@ impl<'a> Runner<'a, '_> {
         };
         let log_path = self.journal.log_path(&instance.id.0);
         let dir = scratch::path(store, &task.run, &task.key);
-        store.disk().create_dir_all(&dir)?;
+        // Nobody else has its name.
+        store.disk().create_new_dir(&dir)?;
         let cancel = Arc::new(AtomicBool::new(false));
         let bound = Arc::clone(&queued.bound);
         let (attempt_no, threads, gpus) = (queued.attempt, grant.threads, grant.gpus.clone());
@@ -361,11 +373,11 @@ impl<'a> Runner<'a, '_> {
             log: Log::at(log_path.clone()),
         };
         self.running.insert(node, running);
-        let (program, spent) = (self.program, self.spent);
+        let (program, spent, spares) = (self.program, self.spent, self.spares);
         let step = instance.id.0.clone();
         self.emit(RunEvent::Started { step, attempt: attempt_no, threads, gpus })?;
         let send = send.clone();
-        scope.spawn(move || {
+        hands.give(scope, move |hand| {
             let say = |said| {
                 // Nobody listens only when the run has given up.
                 let _ = send.send(Message::Said(node, said));
@@ -375,6 +387,8 @@ impl<'a> Runner<'a, '_> {
                 store,
                 hub: session.hub,
                 cancel: &cancel,
+                spares,
+                grace: options.grace,
                 say: &say,
                 secrets: task.secrets_in(options),
                 alone: false,
@@ -390,12 +404,12 @@ impl<'a> Runner<'a, '_> {
                 Reply::Failed(failure) if failure.keep => scratch::keep(&dir),
                 _ => spent.remove(store, dir),
             }
-            let _ = send.send(Message::Ended(node, reply));
+            let _ = send.send(Message::Ended(node, Box::new(Ended { reply, hand })));
         });
         Ok(())
     }
 
-    fn take(&mut self, message: Message) -> Result<()> {
+    fn take(&mut self, message: Message, hands: &mut Hands<'_>) -> Result<()> {
         match message {
             Message::Said(node, Said::Waiting(holder)) => {
                 let step = self.id(node);
@@ -413,7 +427,10 @@ impl<'a> Runner<'a, '_> {
                 let step = self.id(node);
                 self.emit(RunEvent::Step { step, event })
             }
-            Message::Ended(node, reply) => self.ended(node, reply),
+            Message::Ended(node, ended) => {
+                hands.rest(ended.hand);
+                self.ended(node, ended.reply)
+            }
         }
     }
 

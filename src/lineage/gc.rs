@@ -293,6 +293,7 @@ impl<'a> Survey<'a> {
                 self.litter.push(self.removal(Class::Lease, &item, None));
             }
         }
+        // A folder or a file without a readable beginning.
         let known: BTreeSet<&Path> = self
             .uses
             .runs
@@ -303,7 +304,7 @@ impl<'a> Survey<'a> {
         headless.retain(|item| {
             let alive = self.uses.alive.contains(item.name());
             let old = stale(item, budget.grace.max(HALF_MADE));
-            !known.contains(item.path.as_path()) && old && !alive && item.path.is_dir()
+            !known.contains(item.path.as_path()) && old && !alive
         });
         for item in &headless {
             self.litter.push(self.removal(Class::Run, item, None));

@@ -33,7 +33,7 @@ use serde::{Deserialize, Serialize};
 
 pub use disk::{Disk, Faults, StoreError};
 pub use gc::Item;
-pub use lease::{Holder, Lease, host};
+pub use lease::{Holder, Lease, Spares, host};
 use stat::StatTable;
 pub use stat::{FileState, States};
 
@@ -145,11 +145,10 @@ impl Store {
     /// When the disk refuses.
     pub fn write_atomic(&self, path: &Path, bytes: &[u8]) -> Result<(), StoreError> {
         let dir = path.parent().filter(|p| !p.as_os_str().is_empty()).unwrap_or(Path::new("."));
-        self.disk.create_dir_all(dir)?;
         let temp = dir.join(format!(".{}.tmp", unique()));
         let written = self
             .disk
-            .write_new(&temp, bytes)
+            .within(dir, || self.disk.write_new(&temp, bytes))
             .and_then(|()| self.disk.rename(&temp, path))
             .and_then(|()| self.disk.sync(dir));
         if written.is_err() {

@@ -76,7 +76,6 @@ impl Store {
         let path = self.object_path(blob);
         let dir = path.parent().unwrap_or(&path).to_path_buf();
         let disk = self.disk();
-        disk.create_dir_all(&dir)?;
         let meta = std::fs::metadata(file).map_err(|e| StoreError::from_io("reading", file, e))?;
         // Another name of the same file could be used to write into the object.
         let temp = if take && meta.nlink() == 1 {
@@ -94,7 +93,7 @@ impl Store {
         };
         disk.set_mode(&temp, 0o444)?;
         disk.sync(&temp)?;
-        disk.rename(&temp, &path)?;
+        disk.within(&dir, || disk.rename(&temp, &path))?;
         dirty.insert(dir);
         Ok(())
     }
@@ -181,10 +180,15 @@ impl Store {
     /// When the disk refuses.
     pub fn verify(&self, blob: &Digest) -> anyhow::Result<bool> {
         let path = self.object_path(blob);
-        if !path.is_file() {
-            return Ok(false);
-        }
-        let (actual, _) = self.digest_of_file(&path)?;
+        let gone = |e: &StoreError| match e {
+            StoreError::Io { source, .. } => source.kind() == std::io::ErrorKind::NotFound,
+            StoreError::Full { .. } | StoreError::ReadOnly { .. } => false,
+        };
+        let actual = match self.digest_of_file(&path) {
+            Ok((actual, _)) => actual,
+            Err(e) if e.downcast_ref().is_some_and(gone) => return Ok(false),
+            Err(e) => return Err(e),
+        };
         if actual != *blob {
             self.quarantine(&path)?;
         }
