@@ -24,10 +24,10 @@ use super::worker::{Program, attempt_in_worker};
 use super::{Outcome, RunEvent, Session, machine, outputs, scratch, unchanged};
 use crate::digest::Digest;
 use crate::lineage::{
-    Journal, Past, Record, Runs, State, Status, StepSummary, Summary, Why, unix_ms,
+    Journal, Made, Past, Record, Runs, State, Status, StepSummary, Summary, Why, unix_ms,
 };
 use crate::pipeline::{Instance, Plan};
-use crate::step::{CHECKPOINT_EVERY, Context, Event, Produced};
+use crate::step::{CHECKPOINT_EVERY, Context, Event, Produced, Step};
 use crate::store::Spares;
 
 /// Runs a plan.
@@ -51,6 +51,7 @@ pub fn run(
     let isolated = prepared.steps.values().any(|step| step.isolate());
     let program = session.options.worker.as_ref().filter(|_| isolated);
     let program = program.map(|command| Program::of(command, &session.store)).transpose()?;
+    let steps = std::mem::take(&mut prepared.steps);
     let (spent, spares) = (Spent::default(), Spares::default());
     let mut runner = Runner {
         plan,
@@ -59,6 +60,7 @@ pub fn run(
         program: program.as_ref(),
         session,
         prepared: &prepared,
+        steps,
         past: Past::of(&session.store, &plan.name),
         journal,
         observe,
@@ -94,6 +96,8 @@ struct Runner<'a, 's> {
     program: Option<&'a Program<'a>>,
     session: &'a Session<'s>,
     prepared: &'a Prepared,
+    /// Those that have not been decided yet.
+    steps: BTreeMap<NodeIndex, Box<dyn Step>>,
     past: Past,
     journal: Journal,
     observe: &'a mut dyn FnMut(&RunEvent),
@@ -217,8 +221,9 @@ impl<'a> Runner<'a, '_> {
         let _shared = self.ready.any().then(|| store.lock_shared()).transpose()?;
         while let Some(position) = self.ready.next() {
             let node = self.prepared.order[position];
-            let step = self.prepared.steps[&node].as_ref();
-            match bind(self.plan, node, step, &self.records, &self.session.options) {
+            // Only now is it needed.
+            let Some(step) = self.steps.remove(&node) else { continue };
+            match bind(self.plan, node, step.as_ref(), &self.records, &self.session.options) {
                 Ok(bound) => self.decide(position, node, bound)?,
                 Err(e) => self.fail(node, None, None, Failure::of(&e))?,
             }
@@ -260,6 +265,8 @@ impl<'a> Runner<'a, '_> {
     fn keep(&mut self, node: NodeIndex, mut record: Record) {
         // Most of a record, and nobody asks for it again: the store has it.
         record.preimage = serde_json::Value::Null;
+        let Made { step, seconds, cpu_seconds, peak_rss_bytes, .. } = record.made;
+        record.made = Made { step, seconds, cpu_seconds, peak_rss_bytes, ..Made::default() };
         self.by_key.insert(record.key, node);
         self.records.insert(node, record);
         self.ready.produced(self.plan, node);

@@ -4,6 +4,7 @@
 use std::collections::BTreeMap;
 use std::io::ErrorKind;
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use anyhow::{Context as _, Result};
 use serde::{Deserialize, Serialize};
@@ -11,7 +12,7 @@ use serde::{Deserialize, Serialize};
 use super::Why;
 use crate::digest::Digest;
 use crate::source::{Fault, suggest};
-use crate::store::{Lease, Store};
+use crate::store::{Lease, Store, host};
 
 /// How a run ended, or that it has not.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
@@ -126,7 +127,17 @@ pub struct Run {
     pub dir: PathBuf,
 }
 
+/// A run of another host that wrote something this recently may be alive, although no lock of it
+/// is seen here: not every shared file system carries locks from host to host.
+const ELSEWHERE: Duration = Duration::from_secs(24 * 3600);
+
 impl Run {
+    /// Whether it may go on where its locks are not seen from this host, having said nothing for
+    /// so long.
+    pub(super) fn may_be_elsewhere(&self, here: &str, quiet: Duration) -> bool {
+        self.summary.is_none() && self.info.host != here && quiet < ELSEWHERE
+    }
+
     /// The log of an instance; there is none for a hit.
     pub fn log_path(&self, step: &str) -> PathBuf {
         log_path(&self.dir, step)
@@ -283,6 +294,20 @@ impl Runs {
     /// Whether the process of a run is there.
     pub fn is_alive(&self, id: &str) -> bool {
         self.store.is_leased(&lease_name(id))
+    }
+
+    /// Whether the process of a run is there, or may be on another host.
+    pub fn may_be_alive(&self, id: &str) -> bool {
+        let last_word = |run: &Run| {
+            let events = std::fs::metadata(run.dir.join("events.jsonl"));
+            let quiet = events.and_then(|meta| meta.modified()).ok().map(|time| time.elapsed());
+            // In the future counts as just now.
+            quiet.map(Result::unwrap_or_default)
+        };
+        self.is_alive(id)
+            || self.load(id).is_ok_and(|run| {
+                last_word(&run).is_some_and(|quiet| run.may_be_elsewhere(&host(), quiet))
+            })
     }
 
     /// Holds an id alive, so that [`Runs::is_alive`] says so and what lies under it is not swept:

@@ -8,6 +8,8 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
+use super::folder;
+
 /// A disk that refused. The roof looks for it in an error's chain.
 #[derive(Debug, thiserror::Error)]
 pub enum StoreError {
@@ -289,10 +291,10 @@ impl Disk {
     /// # Errors
     /// When the disk refuses.
     pub fn remove_dir_all(&self, path: &Path) -> Done<()> {
-        self.call("removing", path, || match std::fs::remove_dir_all(path) {
+        self.call("removing", path, || match folder::remove(path) {
             Err(e) if e.kind() == io::ErrorKind::PermissionDenied => {
                 open_folders(path)?;
-                std::fs::remove_dir_all(path)
+                folder::remove(path)
             }
             Err(e) if e.kind() != io::ErrorKind::NotFound => Err(e),
             _ => Ok(()),

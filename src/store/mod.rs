@@ -6,12 +6,13 @@
 //! origins/ab/cdef…      where a blob that is referenced, not copied, lies outside the store
 //! records/ab/cdef….json one record per key (written by `lineage`)
 //! differing             keys that gave other bytes when made again (written by `lineage`)
-//! runs/<id>/            one journal per run (written by `lineage`)
+//! runs/<id>             one journal per run: a folder, or a file (written by `lineage`)
 //! leases/<key>          kernel-released locks
 //! checkpoints/<key>/    the newest checkpoint of a key without a result
 //! unchanged/…           what runs that would do nothing are recognised by; may be deleted too
 //! attempts/<name>/      private scratch of one attempt, removed after publishing
 //! stat/…                digests by (dev, ino, size, mtime, ctime); may be deleted at any time
+//! outputs/…             what was put at the places of outputs
 //! quarantine/…          damaged objects and manifests, kept for inspection
 //! tmp/…                 files on their way to `objects`
 //! pins/<name>           results that are never collected (written by `lineage`)
@@ -19,6 +20,7 @@
 
 mod checkpoint;
 mod disk;
+mod folder;
 mod gc;
 mod lease;
 mod objects;
@@ -32,6 +34,7 @@ use std::sync::Arc;
 use serde::{Deserialize, Serialize};
 
 pub use disk::{Disk, Faults, StoreError};
+pub use folder::is_within;
 pub use gc::Item;
 pub use lease::{Holder, Lease, Spares, host};
 use stat::StatTable;

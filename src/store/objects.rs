@@ -1,6 +1,7 @@
 //! Blobs: objects of the store, and files outside it that are referenced.
 
 use std::collections::BTreeSet;
+use std::fmt::Write as _;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
@@ -220,10 +221,12 @@ fn stand_in(objects: &Path, share: &[(Digest, u64)]) -> bool {
     use rustix::fs::{AtFlags, CWD, FileType, Mode, OFlags, openat, statat};
     let flags = OFlags::DIRECTORY | OFlags::RDONLY | OFlags::CLOEXEC;
     let Ok(folder) = openat(CWD, objects, flags, Mode::empty()) else { return false };
+    let mut path = String::with_capacity(2 * Digest::LENGTH + 1);
     share.iter().all(|(digest, size)| {
-        let hex = digest.to_string();
-        let path = format!("{}/{}", &hex[..2], &hex[2..]);
-        statat(&folder, path, AtFlags::SYMLINK_NOFOLLOW).is_ok_and(|stat| {
+        path.clear();
+        let _ = write!(path, "{digest}");
+        path.insert(2, '/');
+        statat(&folder, path.as_str(), AtFlags::SYMLINK_NOFOLLOW).is_ok_and(|stat| {
             let is_file = FileType::from_raw_mode(stat.st_mode).is_file();
             is_file && u64::try_from(stat.st_size) == Ok(*size)
         })
