@@ -109,9 +109,10 @@ pub(super) fn keep(dir: &Path) {
 }
 
 /// Removes the folders of runs whose processes are gone. Only tidiness: what cannot be removed
-/// now is removed by a later run. A run of another host may be there although no lock of it is seen
-/// here: it counts as alive for a day after its last word. A worker may outlive its runner for the
-/// grace that it has to keep a checkpoint in: while it holds the lease of its key, its folder stays.
+/// now is removed by a later run. A run of another host may be there although no lock of it is
+/// seen here: it counts as alive for a day after its last word. A worker may outlive its runner
+/// for the grace that it has to keep a checkpoint in: while it holds the lease of its key, its
+/// folder stays.
 pub(super) fn sweep(store: &Store) {
     let runs = Runs::of(store);
     let mut leased = None;

@@ -1,5 +1,5 @@
-//! The journal of a run: a folder with `run.json`, `events.jsonl`, `summary.json` and `logs/`; for a
-//! run in which nothing had changed, a file with what `run.json` would hold.
+//! The journal of a run: a folder with `run.json`, `events.jsonl`, `summary.json` and `logs/`; for
+//! a run in which nothing had changed, a file with what `run.json` would hold.
 
 use std::collections::BTreeMap;
 use std::io::ErrorKind;

@@ -1,8 +1,28 @@
 //! Folders as they are measured and removed. The C library reads each through 32 KiB of its own;
 //! the half dozen folders of a trivial attempt are read from the system itself, where it lets one.
 
+use std::ffi::OsString;
 use std::io;
 use std::path::Path;
+
+use super::FileState;
+
+/// The states of what is directly in a folder (or behind a link to one), by name, sorted; of links
+/// in it their own. None of what cannot be read.
+pub fn states_in(dir: &Path) -> Vec<(OsString, FileState)> {
+    #[cfg(target_os = "linux")]
+    let found = raw::states(dir).unwrap_or_default();
+    #[cfg(not(target_os = "linux"))]
+    let found: Vec<_> = {
+        let state = |entry: std::fs::DirEntry| {
+            Some((entry.file_name(), FileState::of(&entry.metadata().ok()?)))
+        };
+        std::fs::read_dir(dir).into_iter().flatten().flatten().filter_map(state).collect()
+    };
+    let mut found = found;
+    found.sort_unstable();
+    found
+}
 
 /// Whether all that is in a folder has no more bytes than these; every item counts for some.
 pub fn is_within(dir: &Path, bytes: u64) -> bool {
@@ -48,17 +68,22 @@ pub(super) fn remove(dir: &Path) -> io::Result<()> {
 
 #[cfg(target_os = "linux")]
 mod raw {
-    use std::ffi::CString;
+    use std::ffi::{CString, OsString};
     use std::mem::MaybeUninit;
     use std::os::fd::{AsFd, OwnedFd};
+    use std::os::unix::ffi::OsStringExt as _;
+    use std::path::Path;
 
     use rustix::fs::{AtFlags, FileType, Mode, OFlags, RawDir, openat, statat, unlinkat};
     use rustix::io::{Errno, Result};
     use rustix::path::Arg;
 
+    use super::FileState;
+
+    const FOLDER: OFlags = OFlags::RDONLY.union(OFlags::DIRECTORY).union(OFlags::CLOEXEC);
+
     pub(super) fn open(at: impl AsFd, name: impl Arg) -> Result<OwnedFd> {
-        let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
-        openat(at, name, flags, Mode::empty())
+        openat(at, name, FOLDER | OFlags::NOFOLLOW, Mode::empty())
     }
 
     /// What is in a folder, all of it read before any of it goes.
@@ -72,6 +97,15 @@ mod raw {
             }
         }
         Ok(items)
+    }
+
+    pub(super) fn states(dir: &Path) -> Result<Vec<(OsString, FileState)>> {
+        let dir = openat(rustix::fs::CWD, dir, FOLDER, Mode::empty())?;
+        let state = |(name, _): (CString, FileType)| {
+            let stat = statat(&dir, &name, AtFlags::SYMLINK_NOFOLLOW).ok()?;
+            Some((OsString::from_vec(name.into_bytes()), FileState::of_stat(&stat)))
+        };
+        Ok(items(&dir)?.into_iter().filter_map(state).collect())
     }
 
     pub(super) fn within(dir: &OwnedFd, left: &mut u64) -> Result<bool> {
@@ -129,6 +163,10 @@ mod tests {
         let bytes = 203 * ITEM + 20_000;
         assert!(is_within(&root, bytes) && !is_within(&root, bytes - 1));
         assert!(!is_within(&dir.path().join("none"), bytes));
+        let states = states_in(&root.join("a"));
+        assert_eq!(states.iter().map(|(name, _)| name).collect::<Vec<_>>(), ["b", "link"]);
+        assert_eq!(states[0].1, FileState::of(&fs::metadata(root.join("a/b")).unwrap()));
+        assert_eq!(states_in(&root.join("a/link")).len(), 1);
         remove(&root).unwrap();
         assert!(!root.exists() && other.join("kept").exists());
         assert_eq!(remove(&root).unwrap_err().kind(), io::ErrorKind::NotFound);

@@ -34,7 +34,7 @@ use std::sync::Arc;
 use serde::{Deserialize, Serialize};
 
 pub use disk::{Disk, Faults, StoreError};
-pub use folder::is_within;
+pub use folder::{is_within, states_in};
 pub use gc::Item;
 pub use lease::{Holder, Lease, Spares, host};
 use stat::StatTable;

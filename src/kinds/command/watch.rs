@@ -34,7 +34,7 @@ while read -r sign what; do
     =) marks="$marks${marks:+$newline}$what" ;;
   esac
 done <"$1"
-rm -f "$1"
+rm "$1"
 for group in $groups; do kill -s KILL -- "-$group"; done
 [ -n "$marks" ] || exit 0
 for look in 1 2 3; do

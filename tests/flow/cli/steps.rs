@@ -174,7 +174,9 @@ steps:
   one:
     kind: command
     with:
-      run: "grep -c '^VmFlags.* hg' /proc/$PPID/smaps > ${out.n}; grep THP_enabled /proc/self/status > ${out.t}"
+      run: |
+        grep -c '^VmFlags.* hg' /proc/$PPID/smaps > ${out.n}
+        grep THP_enabled /proc/self/status > ${out.t}
       outputs: { n: n, t: t }
 outputs: { pages: "${steps.one}" }
 "#;
