@@ -11,15 +11,14 @@ use super::FileState;
 /// in it their own. None of what cannot be read.
 pub fn states_in(dir: &Path) -> Vec<(OsString, FileState)> {
     #[cfg(target_os = "linux")]
-    let found = raw::states(dir).unwrap_or_default();
+    let mut found = raw::states(dir).unwrap_or_default();
     #[cfg(not(target_os = "linux"))]
-    let found: Vec<_> = {
+    let mut found: Vec<_> = {
         let state = |entry: std::fs::DirEntry| {
             Some((entry.file_name(), FileState::of(&entry.metadata().ok()?)))
         };
         std::fs::read_dir(dir).into_iter().flatten().flatten().filter_map(state).collect()
     };
-    let mut found = found;
     found.sort_unstable();
     found
 }
