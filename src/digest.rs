@@ -43,6 +43,9 @@ impl Digest {
                 PARALLEL.. => hasher.update_rayon(&chunk),
                 _ => hasher.update(&chunk),
             };
+            if (chunk.len() as u64) < CHUNK {
+                break;
+            }
         }
         Ok((Self(*hasher.finalize().as_bytes()), hasher.count()))
     }

@@ -90,6 +90,7 @@ fn plural(class: Class) -> &'static str {
         Class::Temporary => "temporary files",
         Class::Lease => "lock files",
         Class::Unchanged => "indexes of unchanged runs",
+        Class::Output => "notes of outputs that are gone",
         Class::Run => "journals",
     }
 }

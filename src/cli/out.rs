@@ -19,7 +19,8 @@ pub(super) fn line(text: Arguments<'_>) -> io::Result<()> {
 }
 
 pub(super) fn note(text: Arguments<'_>) {
-    let _ = writeln!(io::stderr().lock(), "{text}");
+    // In one piece: what others write does not come between.
+    let _ = io::stderr().lock().write_all(format!("{text}\n").as_bytes());
 }
 
 /// Text that brings its own ends of lines.

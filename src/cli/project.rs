@@ -138,14 +138,24 @@ impl Project {
 
     /// What there is to lend to steps, in options that are otherwise plain.
     pub(super) fn lends(&self, environment: &Environment) -> Options {
+        let (jobs, memory, resources) = (self.jobs(), self.memory(), self.resources.clone());
+        Options { jobs, memory, resources, gpus: self.gpus(environment), ..Options::default() }
+    }
+
+    /// CPU slots to lend to steps.
+    pub(super) fn jobs(&self) -> usize {
         let cores = || std::thread::available_parallelism().map_or(1, usize::from);
-        Options {
-            jobs: self.jobs.unwrap_or_else(cores),
-            gpus: self.gpus.map_or_else(|| environment.gpus(), |n| (0..n).collect()),
-            memory: self.memory.or_else(memory_bytes),
-            resources: self.resources.clone(),
-            ..Options::default()
-        }
+        self.jobs.unwrap_or_else(cores)
+    }
+
+    /// GPUs to lend to steps.
+    pub(super) fn gpus(&self, environment: &Environment) -> Vec<u32> {
+        self.gpus.map_or_else(|| environment.gpus(), |n| (0..n).collect())
+    }
+
+    /// Bytes of memory to lend to steps, as far as the machine says.
+    pub(super) fn memory(&self) -> Option<u64> {
+        self.memory.or_else(memory_bytes)
     }
 }
 

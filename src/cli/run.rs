@@ -28,7 +28,7 @@ pub(super) fn run(stage: &Stage, options: &RunOptions) -> Result<Exit, Failure> 
     // A pipeline that is wrong leaves no store behind.
     let checked = if dir.is_dir() { None } else { Some(check(stage, pipeline, text.clone())?) };
     let ground = Ground::on(stage, project, Store::open(&dir)?, options.plan.offline);
-    let session = ground.session(stage, &options.plan, options.keep_going, grace)?;
+    let mut session = ground.asking(stage, &options.plan, options.keep_going, grace)?;
     let plan = match checked {
         Some(plan) => plan,
         None => {
@@ -41,6 +41,7 @@ pub(super) fn run(stage: &Stage, options: &RunOptions) -> Result<Exit, Failure> 
             check(stage, pipeline, text)?
         }
     };
+    ground.lend(&mut session, &options.plan);
     show_diagnostics(&plan.source, &plan.warnings, stage.plain);
     let needed = plan.needed_for(&session.options.targets)?;
     let fits = |needs: Needs| session.options.shortage(&needs).is_empty();

@@ -147,9 +147,28 @@ impl Ground {
         keep_going: bool,
         grace: Duration,
     ) -> Result<Session<'_>, Failure> {
+        let mut session = self.asking(stage, options, keep_going, grace)?;
+        self.lend(&mut session, options);
+        Ok(session)
+    }
+
+    /// Fills in what there is to lend to steps, which takes a look at the machine.
+    pub(super) fn lend(&self, session: &mut Session<'_>, options: &PlanOptions) {
+        session.options.jobs = options.jobs.map_or_else(|| self.project.jobs(), |n| n.max(1));
+        session.options.memory = self.project.memory();
+    }
+
+    /// A session that has nothing to lend yet: enough to see that nothing has changed.
+    pub(super) fn asking(
+        &self,
+        stage: &Stage,
+        options: &PlanOptions,
+        keep_going: bool,
+        grace: Duration,
+    ) -> Result<Session<'_>, Failure> {
         let exe = std::env::current_exe().context("finding this program's own path")?;
-        let lent = self.project.lends(&stage.environment);
-        let device = options.device.unwrap_or(match lent.gpus.is_empty() {
+        let gpus = self.project.gpus(&stage.environment);
+        let device = options.device.unwrap_or(match gpus.is_empty() {
             true => Device::Cpu,
             false => Device::Cuda,
         });
@@ -159,7 +178,8 @@ impl Ground {
             hub: &self.hub,
             cancel: &self.cancel,
             options: Options {
-                jobs: options.jobs.map_or(lent.jobs, |n| n.max(1)),
+                gpus,
+                resources: self.project.resources.clone(),
                 targets: options.steps.clone(),
                 force: options.force.clone(),
                 keep_going,
@@ -175,7 +195,7 @@ impl Ground {
                 sweep_cap: options.pipeline.sweep_cap,
                 sets,
                 environment: stage.environment.variables.clone(),
-                ..lent
+                ..Options::default()
             },
         })
     }

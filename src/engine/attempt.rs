@@ -22,7 +22,7 @@ use crate::lineage::{Made, Record, Wrote, unix_ms};
 use crate::pipeline::Instance;
 use crate::source::{Fault, advice};
 use crate::step::{CHECKPOINT_EVERY, Context, Device, Event, Produced, Step};
-use crate::store::{FileState, Store, StoreError, host};
+use crate::store::{FileState, Lease, Spares, Store, StoreError, host};
 
 /// What is to be done: all that an attempt needs beside the parsed step.
 #[derive(Debug, Clone, Serialize, Deserialize)]
@@ -170,6 +170,10 @@ pub(super) struct Around<'a> {
     pub(super) store: &'a Store,
     pub(super) hub: &'a Hub,
     pub(super) cancel: &'a AtomicBool,
+    /// Leases of attempts that are over.
+    pub(super) spares: &'a Spares,
+    /// Between being asked to end and being ended.
+    pub(super) grace: Duration,
     pub(super) say: &'a (dyn Fn(Said) + Sync),
     /// Values of the step's secrets.
     pub(super) secrets: BTreeMap<String, String>,
@@ -188,8 +192,15 @@ pub(super) fn attempt(task: &Task, step: &dyn Step, dir: &Path, around: &Around<
 }
 
 fn try_attempt(task: &Task, step: &dyn Step, dir: &Path, around: &Around<'_>) -> Result<Reply> {
+    let Some(lease) = lease(task, around)? else { bail!("interrupted") };
+    let reply = hold(task, step, dir, around);
+    around.spares.rest(lease);
+    reply
+}
+
+/// What is done while the key's lease is held.
+fn hold(task: &Task, step: &dyn Step, dir: &Path, around: &Around<'_>) -> Result<Reply> {
     let store = around.store;
-    let Some(_lease) = lease(task, around)? else { bail!("interrupted") };
     let before = look_up(store, &task.key)?;
     let stands = match before {
         Ok(record) if !task.force => return Ok(Reply::Taken { record }),
@@ -212,6 +223,7 @@ fn try_attempt(task: &Task, step: &dyn Step, dir: &Path, around: &Around<'_>) ->
         key: task.key,
         build: around.build.to_owned(),
         checkpoint_every: task.checkpoint_every,
+        grace: around.grace,
         threads: task.threads,
         device: task.device,
         compute: task.compute.clone(),
@@ -276,12 +288,12 @@ fn try_attempt(task: &Task, step: &dyn Step, dir: &Path, around: &Around<'_>) ->
 }
 
 /// Takes the key's lease, saying once for whom it waits; `None` when the run is being stopped.
-fn lease(task: &Task, around: &Around<'_>) -> Result<Option<crate::store::Lease>> {
+fn lease(task: &Task, around: &Around<'_>) -> Result<Option<Lease>> {
     let name = task.key.to_string();
     let mut pause = Duration::from_millis(5);
     let mut said = false;
     loop {
-        if let Some(lease) = around.store.try_lease(&name, &task.run)? {
+        if let Some(lease) = around.store.try_lease_with(&name, &task.run, around.spares)? {
             return Ok(Some(lease));
         }
         if around.cancel.load(Ordering::Relaxed) {

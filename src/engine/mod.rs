@@ -12,6 +12,7 @@ mod ended;
 mod estimate;
 mod event;
 mod forecast;
+mod hands;
 mod machine;
 mod outputs;
 mod pending;

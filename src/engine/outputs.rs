@@ -24,6 +24,9 @@ struct Put {
     tree: Tree,
     /// And its files' states, so that an unchanged copy need not be read.
     states: States,
+    /// The place, which a collection asks whether it is still there.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    path: Option<PathBuf>,
 }
 
 /// Lays out every output that is not there yet.
@@ -125,7 +128,12 @@ fn place(
     let tree = layout(store, &ports, flat)?;
     if edited && dest.is_dir() && store.tree_of_path(&dest).is_ok_and(|t| t == tree) {
         // Written by an earlier store or run whose note is gone; the same anyway.
-        remember(store, &note, &dest, Put { ports, flat, tree, states: BTreeMap::new() })?;
+        remember(
+            store,
+            &note,
+            &dest,
+            Put { ports, flat, tree, states: BTreeMap::new(), path: None },
+        )?;
         return Ok(Placed::Unchanged);
     }
     let disk = store.disk();
@@ -139,7 +147,7 @@ fn place(
             return Err(e);
         }
     };
-    remember(store, &note, &dest, Put { ports, flat, tree, states: BTreeMap::new() })?;
+    remember(store, &note, &dest, Put { ports, flat, tree, states: BTreeMap::new(), path: None })?;
     Ok(Placed::New { kept })
 }
 
@@ -155,7 +163,8 @@ fn place_name(dest: &Path) -> Result<Digest> {
 }
 
 fn remember(store: &Store, note: &Path, dest: &Path, put: Put) -> Result<()> {
-    let put = Put { states: store.states(dest)?, ..put };
+    let path = Some(std::path::absolute(dest)?);
+    let put = Put { states: store.states(dest)?, path, ..put };
     store.write_atomic(note, &serde_json::to_vec(&put)?)?;
     Ok(())
 }

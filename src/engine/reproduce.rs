@@ -6,9 +6,10 @@
 //! producer gave now; that producer is named then.
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::atomic::Ordering;
 use std::sync::mpsc::channel;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result};
 use petgraph::Direction;
@@ -18,6 +19,7 @@ use serde::Serialize;
 use super::attempt::{Around, Failure, Reply, Said, Task, attempt, trees_read};
 use super::bind::{Bound, bind};
 use super::prepare::{Prepared, prepare};
+use super::retry::pause;
 use super::scratch::{self, Scratch};
 use super::slots::Slots;
 use super::worker::{Program, attempt_in_worker};
@@ -27,7 +29,8 @@ use crate::digest::Digest;
 use crate::lineage::{Change, Loaded, Record, difference, is_measured};
 use crate::pipeline::Plan;
 use crate::source::Fault;
-use crate::step::Event;
+use crate::step::{Event, Step};
+use crate::store::Spares;
 
 /// Lines of a failed step's log that are shown.
 const TAIL_LINES: usize = 20;
@@ -340,7 +343,7 @@ impl Work<'_, '_> {
         Ok(Feed::Now(producers))
     }
 
-    /// Runs a step in the scratch store.
+    /// Runs a step in the scratch store, as often as a run would.
     fn execute(&mut self, node: NodeIndex, bound: &Bound) -> Result<Reply> {
         let (instance, options) = (&self.plan.graph[node], &self.session.options);
         let step = instance.id.0.clone();
@@ -350,26 +353,59 @@ impl Work<'_, '_> {
             Ok(()) => slots.take(&needs).context("the machine has no slot for one step")?,
             Err(fault) => return Ok(self.failed(&step, Failure::of(&fault.into()), None)),
         };
-        let task = Task {
+        let mut task = Task {
             run: self.scratch.name.clone(),
             pipeline: self.plan.name.clone(),
             ..Task::of(instance, bound, options, &grant)
         };
+        let retry = instance.policy.retry;
+        loop {
+            let (reply, log) = self.attempt(&task, bound.step.as_ref())?;
+            let failure = match reply {
+                Reply::Failed(failure) => failure,
+                Reply::Made { record, .. } | Reply::Taken { record } => {
+                    let (key, facts) = (record.key, record.facts.clone());
+                    let (seconds, taken, differs) = (record.made.seconds, false, Vec::new());
+                    let done = RunEvent::Finished { step, key, seconds, facts, taken, differs };
+                    (self.observe)(&done);
+                    return Ok(Reply::Taken { record });
+                }
+            };
+            let stopped = || self.session.cancel.load(Ordering::Relaxed);
+            let attempt = task.attempt;
+            if attempt > retry.times || failure.store || failure.keep || stopped() {
+                return Ok(self.failed(&step, failure, Some(&log)));
+            }
+            let pause = pause(retry, &task.key, attempt);
+            let (of, in_seconds) = (retry.times + 1, pause.as_secs_f64());
+            let (step, message) = (step.clone(), failure.message);
+            (self.observe)(&RunEvent::Retrying { step, attempt, of, message, in_seconds });
+            let since = Instant::now();
+            while since.elapsed() < pause && !stopped() {
+                std::thread::sleep(Duration::from_millis(20).min(pause));
+            }
+            task.attempt += 1;
+        }
+    }
+
+    /// One attempt, and where its log is.
+    fn attempt(&mut self, task: &Task, step: &dyn Step) -> Result<(Reply, PathBuf)> {
+        let options = &self.session.options;
         let store = &self.scratch.store;
         let dir = scratch::path(store, &task.run, &task.key);
         store.disk().create_dir_all(&dir)?;
         let log_path = dir.with_extension("log");
         let mut log = store.disk().open_append(&log_path)?;
         (self.observe)(&RunEvent::Started {
-            step: step.clone(),
+            step: task.step.clone(),
             attempt: task.attempt,
-            threads: grant.threads,
-            gpus: grant.gpus.clone(),
+            threads: task.threads,
+            gpus: task.gpus.clone(),
         });
         let (program, session) = (self.program, self.session);
         let (send, receive) = channel();
         let reply = std::thread::scope(|scope| {
-            let (task, dir, log_path) = (&task, &dir, &log_path);
+            let (dir, log_path) = (&dir, &log_path);
             let running = scope.spawn(move || {
                 let say = |said| {
                     // Nobody listens only when all has been given up.
@@ -379,16 +415,18 @@ impl Work<'_, '_> {
                     store,
                     hub: session.hub,
                     cancel: session.cancel,
+                    spares: &Spares::default(),
+                    grace: options.grace,
                     say: &say,
                     secrets: task.secrets_in(options),
                     alone: false,
                     build: machine::BUILD,
                 };
-                match program.filter(|_| bound.step.isolate()) {
+                match program.filter(|_| step.isolate()) {
                     Some(program) => {
                         attempt_in_worker(task, dir, log_path, program, options, &around)
                     }
-                    None => attempt(task, bound.step.as_ref(), dir, &around),
+                    None => attempt(task, step, dir, &around),
                 }
             });
             for said in &receive {
@@ -396,25 +434,15 @@ impl Work<'_, '_> {
                 if let Event::Log { line } = &event {
                     store.disk().append(&mut log, format!("{line}\n").as_bytes(), log_path)?;
                 }
-                (self.observe)(&RunEvent::Step { step: step.clone(), event });
+                (self.observe)(&RunEvent::Step { step: task.step.clone(), event });
             }
             anyhow::Ok(running.join())
         })?;
-        let reply = reply.map_err(|_| anyhow::anyhow!("the attempt at {step} panicked"))?;
+        let panicked = |_| anyhow::anyhow!("the attempt at {} panicked", task.step);
+        let reply = reply.map_err(panicked)?;
         // What cannot be removed now goes with the scratch store.
         let _ = store.disk().remove_dir_all(&dir);
-        Ok(match reply {
-            Reply::Failed(failure) => self.failed(&step, failure, Some(&log_path)),
-            made => {
-                let (Reply::Made { record, .. } | Reply::Taken { record }) = &made else {
-                    return Ok(made);
-                };
-                let (key, facts) = (record.key, record.facts.clone());
-                let (seconds, taken, differs) = (record.made.seconds, false, Vec::new());
-                (self.observe)(&RunEvent::Finished { step, key, seconds, facts, taken, differs });
-                made
-            }
-        })
+        Ok((reply, log_path))
     }
 
     fn failed(&mut self, step: &str, failure: Failure, log: Option<&Path>) -> Reply {

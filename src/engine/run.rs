@@ -13,6 +13,7 @@ use petgraph::graph::NodeIndex;
 use super::attempt::{Around, Failure, Reply, Said, Task, attempt, guarded, set};
 use super::bind::{Bound, Decision, bind, decide};
 use super::ended::{downstream, last_lines};
+use super::hands::{Ended, Hands};
 use super::pending::{Log, Queued, Running};
 use super::prepare::{Prepared, prepare};
 use super::ready::Ready;
@@ -23,10 +24,11 @@ use super::worker::{Program, attempt_in_worker};
 use super::{Outcome, RunEvent, Session, machine, outputs, scratch, unchanged};
 use crate::digest::Digest;
 use crate::lineage::{
-    Journal, Past, Record, Runs, State, Status, StepSummary, Summary, Why, unix_ms,
+    Journal, Made, Past, Record, Runs, State, Status, StepSummary, Summary, Why, unix_ms,
 };
 use crate::pipeline::{Instance, Plan};
-use crate::step::{CHECKPOINT_EVERY, Context, Event, Produced};
+use crate::step::{CHECKPOINT_EVERY, Context, Event, Produced, Step};
+use crate::store::Spares;
 
 /// Runs a plan.
 ///
@@ -45,15 +47,20 @@ pub fn run(
     let info = session.run_info(&plan.name, &plan.file, unix_ms())?;
     let journal = Runs::of(&session.store).begin(info)?;
     scratch::sweep(&session.store);
-    let program = session.options.worker.as_ref();
+    // What it is takes a reading of the whole program: only where it will be started.
+    let isolated = prepared.steps.values().any(|step| step.isolate());
+    let program = session.options.worker.as_ref().filter(|_| isolated);
     let program = program.map(|command| Program::of(command, &session.store)).transpose()?;
-    let spent = Spent::default();
+    let steps = std::mem::take(&mut prepared.steps);
+    let (spent, spares) = (Spent::default(), Spares::default());
     let mut runner = Runner {
         plan,
         spent: &spent,
+        spares: &spares,
         program: program.as_ref(),
         session,
         prepared: &prepared,
+        steps,
         past: Past::of(&session.store, &plan.name),
         journal,
         observe,
@@ -79,15 +86,18 @@ pub fn run(
 
 enum Message {
     Said(NodeIndex, Said),
-    Ended(NodeIndex, Reply),
+    Ended(NodeIndex, Box<Ended>),
 }
 
 struct Runner<'a, 's> {
     plan: &'a Plan,
     spent: &'a Spent,
+    spares: &'a Spares,
     program: Option<&'a Program<'a>>,
     session: &'a Session<'s>,
     prepared: &'a Prepared,
+    /// Those that have not been decided yet.
+    steps: BTreeMap<NodeIndex, Box<dyn Step>>,
     past: Past,
     journal: Journal,
     observe: &'a mut dyn FnMut(&RunEvent),
@@ -135,7 +145,8 @@ impl<'a> Runner<'a, '_> {
         })?;
         std::thread::scope(|scope| {
             let (send, receive) = channel();
-            let result = self.drive(scope, &send, &receive);
+            let mut hands = Hands::new();
+            let result = self.drive(scope, &mut hands, &send, &receive);
             if result.is_err() {
                 // The scope waits for them.
                 for running in self.running.values() {
@@ -157,6 +168,7 @@ impl<'a> Runner<'a, '_> {
     fn drive<'scope>(
         &mut self,
         scope: &'scope Scope<'scope, '_>,
+        hands: &mut Hands<'scope>,
         send: &Sender<Message>,
         receive: &Receiver<Message>,
     ) -> Result<()>
@@ -169,7 +181,7 @@ impl<'a> Runner<'a, '_> {
                 self.decide_ready()?;
             }
             if self.stop.is_none() {
-                self.start_queued(scope, send)?;
+                self.start_queued(scope, hands, send)?;
             }
             if self.stop.is_none() && self.ready.any() {
                 // A twin's result made others ready.
@@ -179,11 +191,11 @@ impl<'a> Runner<'a, '_> {
                 return Ok(());
             }
             match receive.recv_timeout(Duration::from_millis(20)) {
-                Ok(message) => self.take(message)?,
+                Ok(message) => self.take(message, hands)?,
                 Err(RecvTimeoutError::Timeout | RecvTimeoutError::Disconnected) => {}
             }
             while let Ok(message) = receive.try_recv() {
-                self.take(message)?;
+                self.take(message, hands)?;
             }
         }
     }
@@ -209,8 +221,9 @@ impl<'a> Runner<'a, '_> {
         let _shared = self.ready.any().then(|| store.lock_shared()).transpose()?;
         while let Some(position) = self.ready.next() {
             let node = self.prepared.order[position];
-            let step = self.prepared.steps[&node].as_ref();
-            match bind(self.plan, node, step, &self.records, &self.session.options) {
+            // Only now is it needed.
+            let Some(step) = self.steps.remove(&node) else { continue };
+            match bind(self.plan, node, step.as_ref(), &self.records, &self.session.options) {
                 Ok(bound) => self.decide(position, node, bound)?,
                 Err(e) => self.fail(node, None, None, Failure::of(&e))?,
             }
@@ -252,6 +265,8 @@ impl<'a> Runner<'a, '_> {
     fn keep(&mut self, node: NodeIndex, mut record: Record) {
         // Most of a record, and nobody asks for it again: the store has it.
         record.preimage = serde_json::Value::Null;
+        let Made { step, seconds, cpu_seconds, peak_rss_bytes, .. } = record.made;
+        record.made = Made { step, seconds, cpu_seconds, peak_rss_bytes, ..Made::default() };
         self.by_key.insert(record.key, node);
         self.records.insert(node, record);
         self.ready.produced(self.plan, node);
@@ -271,6 +286,7 @@ impl<'a> Runner<'a, '_> {
             key: bound.key,
             build: machine::BUILD.into(),
             checkpoint_every: CHECKPOINT_EVERY,
+            grace: self.session.options.grace,
             threads: self.session.options.jobs,
             device,
             compute: compute.to_owned(),
@@ -292,6 +308,7 @@ impl<'a> Runner<'a, '_> {
     fn start_queued<'scope>(
         &mut self,
         scope: &'scope Scope<'scope, '_>,
+        hands: &mut Hands<'scope>,
         send: &Sender<Message>,
     ) -> Result<()>
     where
@@ -319,7 +336,7 @@ impl<'a> Runner<'a, '_> {
             }
             let Some(grant) = self.slots.take(&needs) else { continue };
             let Some((_, queued)) = self.queue.remove(&position) else { continue };
-            self.start(node, queued, grant, scope, send)?;
+            self.start(node, queued, grant, scope, hands, send)?;
         }
         Ok(())
     }
@@ -330,6 +347,7 @@ impl<'a> Runner<'a, '_> {
         queued: Queued,
         grant: Grant,
         scope: &'scope Scope<'scope, '_>,
+        hands: &mut Hands<'scope>,
         send: &Sender<Message>,
     ) -> Result<()>
     where
@@ -347,7 +365,8 @@ impl<'a> Runner<'a, '_> {
         };
         let log_path = self.journal.log_path(&instance.id.0);
         let dir = scratch::path(store, &task.run, &task.key);
-        store.disk().create_dir_all(&dir)?;
+        // Nobody else has its name.
+        store.disk().create_new_dir(&dir)?;
         let cancel = Arc::new(AtomicBool::new(false));
         let bound = Arc::clone(&queued.bound);
         let (attempt_no, threads, gpus) = (queued.attempt, grant.threads, grant.gpus.clone());
@@ -361,11 +380,11 @@ impl<'a> Runner<'a, '_> {
             log: Log::at(log_path.clone()),
         };
         self.running.insert(node, running);
-        let (program, spent) = (self.program, self.spent);
+        let (program, spent, spares) = (self.program, self.spent, self.spares);
         let step = instance.id.0.clone();
         self.emit(RunEvent::Started { step, attempt: attempt_no, threads, gpus })?;
         let send = send.clone();
-        scope.spawn(move || {
+        hands.give(scope, move |hand| {
             let say = |said| {
                 // Nobody listens only when the run has given up.
                 let _ = send.send(Message::Said(node, said));
@@ -375,6 +394,8 @@ impl<'a> Runner<'a, '_> {
                 store,
                 hub: session.hub,
                 cancel: &cancel,
+                spares,
+                grace: options.grace,
                 say: &say,
                 secrets: task.secrets_in(options),
                 alone: false,
@@ -390,12 +411,12 @@ impl<'a> Runner<'a, '_> {
                 Reply::Failed(failure) if failure.keep => scratch::keep(&dir),
                 _ => spent.remove(store, dir),
             }
-            let _ = send.send(Message::Ended(node, reply));
+            let _ = send.send(Message::Ended(node, Box::new(Ended { reply, hand })));
         });
         Ok(())
     }
 
-    fn take(&mut self, message: Message) -> Result<()> {
+    fn take(&mut self, message: Message, hands: &mut Hands<'_>) -> Result<()> {
         match message {
             Message::Said(node, Said::Waiting(holder)) => {
                 let step = self.id(node);
@@ -413,7 +434,10 @@ impl<'a> Runner<'a, '_> {
                 let step = self.id(node);
                 self.emit(RunEvent::Step { step, event })
             }
-            Message::Ended(node, reply) => self.ended(node, reply),
+            Message::Ended(node, ended) => {
+                hands.rest(ended.hand);
+                self.ended(node, ended.reply)
+            }
         }
     }
 

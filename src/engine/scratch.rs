@@ -7,7 +7,7 @@ use anyhow::Result;
 
 use crate::digest::Digest;
 use crate::lineage::Runs;
-use crate::store::{KEPT_ATTEMPT, Lease, Origin, Store, unique};
+use crate::store::{KEPT_ATTEMPT, Lease, Origin, Store, is_within, unique};
 
 /// Separates the run's id from the rest of a name.
 const SEPARATOR: char = '.';
@@ -85,7 +85,7 @@ impl Spent {
 
     /// Has a folder removed, sooner or later.
     pub(super) fn remove(&self, store: &Store, dir: PathBuf) {
-        if is_within(&dir, &mut { Self::SMALL }) {
+        if is_within(&dir, Self::SMALL) {
             self.0.lock().unwrap_or_else(PoisonError::into_inner).push(dir);
         } else {
             let _ = store.disk().remove_dir_all(&dir);
@@ -100,20 +100,6 @@ impl Spent {
     }
 }
 
-/// Whether a folder has no more bytes than are left; every item counts for some.
-fn is_within(dir: &Path, left: &mut u64) -> bool {
-    const ITEM: u64 = 256;
-    let Ok(entries) = std::fs::read_dir(dir) else { return false };
-    entries.flatten().all(|entry| {
-        let ty = entry.file_type().ok();
-        let (is_dir, is_file) = (ty.is_some_and(|t| t.is_dir()), ty.is_some_and(|t| t.is_file()));
-        let size = if is_file { entry.metadata().map_or(u64::MAX, |meta| meta.len()) } else { 0 };
-        let fits = left.checked_sub(size.saturating_add(ITEM));
-        *left = fits.unwrap_or(0);
-        fits.is_some() && (!is_dir || is_within(&entry.path(), left))
-    })
-}
-
 /// Sets a folder aside, so that it is never swept.
 pub(super) fn keep(dir: &Path) {
     if let (Some(parent), Some(name)) = (dir.parent(), dir.file_name()) {
@@ -123,8 +109,10 @@ pub(super) fn keep(dir: &Path) {
 }
 
 /// Removes the folders of runs whose processes are gone. Only tidiness: what cannot be removed
-/// now is removed by a later run. A worker may outlive its runner for the grace that it has to
-/// keep a checkpoint in: while it holds the lease of its key, its folder stays.
+/// now is removed by a later run. A run of another host may be there although no lock of it is
+/// seen here: it counts as alive for a day after its last word. A worker may outlive its runner
+/// for the grace that it has to keep a checkpoint in: while it holds the lease of its key, its
+/// folder stays.
 pub(super) fn sweep(store: &Store) {
     let runs = Runs::of(store);
     let mut leased = None;
@@ -132,7 +120,7 @@ pub(super) fn sweep(store: &Store) {
         let name = entry.file_name();
         let Some(name) = name.to_str().filter(|n| !n.starts_with(KEPT_ATTEMPT)) else { continue };
         if let Some((run, rest)) = name.split_once(SEPARATOR)
-            && !runs.is_alive(run)
+            && !runs.may_be_alive(run)
             && let Some((key, _)) = rest.split_once('-')
             && !leased.get_or_insert_with(|| store.leased()).iter().any(|l| l.starts_with(key))
         {

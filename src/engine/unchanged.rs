@@ -13,6 +13,7 @@
 //! seconds of being looked at may change again and look the same, so no index is left then.
 
 use std::collections::BTreeMap;
+use std::ffi::OsString;
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::time::{Instant, SystemTime};
@@ -26,10 +27,10 @@ use super::{Outcome, RunEvent, Session, machine, outputs};
 use crate::digest::Digest;
 use crate::lineage::{Lock, LockMode, Record, RunInfo, Runs, Status, Unchanged, unix_ms};
 use crate::pipeline::Plan;
-use crate::store::{Entry, FileState, States, Store};
+use crate::store::{Entry, FileState, States, Store, states_in};
 
 /// Raised when the file changes its meaning.
-const FORMAT: u32 = 1;
+const FORMAT: u32 = 2;
 
 /// Bytes of an object in the index: digest and size.
 const OBJECT: usize = Digest::LENGTH + size_of::<u64>();
@@ -84,22 +85,17 @@ fn lock_digest(lock: &Lock) -> Result<Digest> {
     Ok(Digest::of_value("flow/lock/v1", &serde_json::to_value(lock.entries())?)?)
 }
 
-/// Folders whose entries are named by digests, by path below the store.
-fn folders(store: &Store) -> Vec<(PathBuf, FileState)> {
-    let mut found = Vec::new();
-    for kind in ["records", "trees"] {
-        for entry in fs::read_dir(store.root().join(kind)).into_iter().flatten().flatten() {
-            if let Ok(meta) = entry.metadata() {
-                found.push((Path::new(kind).join(entry.file_name()), FileState::of(&meta)));
-            }
-        }
-    }
-    found.sort_unstable();
-    found
+/// Folders whose entries are named by digests: those of records, and those of manifests.
+fn folders(store: &Store) -> [Vec<(OsString, FileState)>; 2] {
+    ["records", "trees"].map(|kind| states_in(&store.root().join(kind)))
 }
 
-fn folders_digest(folders: &[(PathBuf, FileState)]) -> Result<Digest> {
-    Ok(Digest::of(&serde_json::to_vec(folders)?))
+fn folders_digest(folders: &[Vec<(OsString, FileState)>; 2]) -> Result<Digest> {
+    let folders = folders.each_ref().map(|kind| {
+        let named = kind.iter().map(|(name, state)| (name.to_string_lossy(), state));
+        named.collect::<Vec<_>>()
+    });
+    Ok(Digest::of(&serde_json::to_vec(&folders)?))
 }
 
 /// Leaves an index for the runs to come, if all that this run looked at has settled.
@@ -121,8 +117,8 @@ pub(super) fn remember(
     // Warnings are to be shown every time.
     let quiet = plan.warnings.is_empty() && prepared.force.is_empty();
     let mut files = prepared.files.clone();
-    let all =
-        folders.iter().all(|(_, state)| state.settled(started)) && files.values().all(settled);
+    let all = folders.iter().flatten().all(|(_, state)| state.settled(started))
+        && files.values().all(settled);
     let (true, true, Some(program)) = (quiet, all, program()) else { return Ok(()) };
     let mut objects: BTreeMap<Digest, u64> = BTreeMap::new();
     for record in records.values() {

@@ -28,7 +28,7 @@ use crate::digest::Digest;
 use crate::hub::Hub;
 use crate::source::Fault;
 use crate::step::{Device, Kind};
-use crate::store::Store;
+use crate::store::{Spares, Store};
 
 /// Raised when the files in an attempt's directory change their meaning.
 const PROTOCOL: u32 = 1;
@@ -357,6 +357,8 @@ pub fn worker(
         store: &store,
         hub,
         cancel: &cancel,
+        spares: &Spares::default(),
+        grace: Duration::from_millis(grace_ms),
         say: &say,
         secrets: secrets.collect(),
         alone: true,

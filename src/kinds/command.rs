@@ -135,11 +135,15 @@ impl StepKind for Command {
                 .with_context(|| format!("staging `{name}`"))?;
         }
         for (name, path) in &self.outputs {
-            let to = if self.in_place { work.clone() } else { cx.out_dir(name)? }.join(path);
-            let message = format!("an input lies where output `{name}` is to be written: `{path}`");
-            ensure!(to.symlink_metadata().is_err(), Fault::new(message));
+            let out = if self.in_place { work.clone() } else { cx.out_dir(name)? };
+            let to = out.join(path);
+            if self.in_place && to.symlink_metadata().is_ok() {
+                let place = format!("where output `{name}` is to be written: `{path}`");
+                return Err(Fault::new(format!("an input lies {place}")).into());
+            }
             let folder = if path.ends_with('/') { Some(to.as_path()) } else { to.parent() };
-            folder.map(fs::create_dir_all).transpose().context("making an output's folder")?;
+            let new = folder.filter(|folder| *folder != out);
+            new.map(fs::create_dir_all).transpose().context("making an output's folder")?;
             environment.insert(format!("FLOW_OUT_{name}"), text(&to)?);
         }
         let mut script = String::new();
@@ -240,7 +244,7 @@ impl Command {
     }
 
     fn require(&self, cx: &Context<'_>, name: &str, path: &str) -> Result<()> {
-        let to = cx.out_dir(name)?.join(path);
+        let to = cx.attempt_dir.join("out").join(name).join(path);
         let missing = |what: &str| {
             let fault = Fault::new(format!("the command did not write output `{name}`: {what}"));
             fault.help(format!("write to `${{out.{name}}}`"))
@@ -296,7 +300,8 @@ fn lay_out(cx: &Context<'_>, binding: &Binding, to: &Path, how: Layout) -> Resul
         fs::create_dir_all(&folder)?;
         for (path, from) in view.files(port)? {
             let to = folder.join(&path);
-            to.parent().map(fs::create_dir_all).transpose()?;
+            let new = to.parent().filter(|parent| *parent != folder);
+            new.map(fs::create_dir_all).transpose()?;
             if how == Layout::InPlace {
                 let message = || Fault::new(format!("two inputs bring `{path}`"));
                 let help = "with `in_place` all inputs lie in one folder";

@@ -15,7 +15,7 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use anyhow::Result;
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 
 use super::record::RecordFile;
 use super::uses::{Use, Uses, newest, uses};
@@ -87,6 +87,8 @@ pub enum Class {
     Lease,
     /// What a run that does nothing is recognised by.
     Unchanged,
+    /// What was put at a place of an output where nothing lies any more.
+    Output,
     /// The journal of a run.
     Run,
 }
@@ -287,12 +289,18 @@ impl<'a> Survey<'a> {
         for item in temporary.iter().filter(|item| stale(item, budget.grace)) {
             self.litter.push(self.removal(Class::Temporary, item, None));
         }
+        for item in store.items("outputs")? {
+            if stale(&item, budget.grace) && is_of_nothing(&item.path) {
+                self.litter.push(self.removal(Class::Output, &item, None));
+            }
+        }
         for item in store.items("leases")? {
             let old = !item.name().starts_with('.') && stale(&item, budget.grace);
             if old && !store.is_leased(item.name()) {
                 self.litter.push(self.removal(Class::Lease, &item, None));
             }
         }
+        // A folder or a file without a readable beginning.
         let known: BTreeSet<&Path> = self
             .uses
             .runs
@@ -303,7 +311,7 @@ impl<'a> Survey<'a> {
         headless.retain(|item| {
             let alive = self.uses.alive.contains(item.name());
             let old = stale(item, budget.grace.max(HALF_MADE));
-            !known.contains(item.path.as_path()) && old && !alive && item.path.is_dir()
+            !known.contains(item.path.as_path()) && old && !alive
         });
         for item in &headless {
             self.litter.push(self.removal(Class::Run, item, None));
@@ -488,6 +496,18 @@ impl<'a> Attempt<'a> {
             None => Self::OfRun(name),
         }
     }
+}
+
+/// Whether a note about an output is of a place at which there is nothing. Not known of those that
+/// do not name it.
+fn is_of_nothing(note: &Path) -> bool {
+    #[derive(Deserialize)]
+    struct Note {
+        path: PathBuf,
+    }
+    let text = std::fs::read(note).unwrap_or_default();
+    let place = serde_json::from_slice(&text).ok().map(|Note { path }| path.symlink_metadata());
+    matches!(place, Some(Err(e)) if e.kind() == std::io::ErrorKind::NotFound)
 }
 
 fn is_temporary(name: &str) -> bool {

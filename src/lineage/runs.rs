@@ -1,7 +1,10 @@
-//! The journal of a run: `run.json`, `events.jsonl`, `summary.json`, `logs/`.
+//! The journal of a run: a folder with `run.json`, `events.jsonl`, `summary.json` and `logs/`; for
+//! a run in which nothing had changed, a file with what `run.json` would hold.
 
 use std::collections::BTreeMap;
+use std::io::ErrorKind;
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use anyhow::{Context as _, Result};
 use serde::{Deserialize, Serialize};
@@ -9,7 +12,7 @@ use serde::{Deserialize, Serialize};
 use super::Why;
 use crate::digest::Digest;
 use crate::source::{Fault, suggest};
-use crate::store::{Lease, Store};
+use crate::store::{Lease, Store, host};
 
 /// How a run ended, or that it has not.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
@@ -124,7 +127,17 @@ pub struct Run {
     pub dir: PathBuf,
 }
 
+/// A run of another host that wrote something this recently may be alive, although no lock of it
+/// is seen here: not every shared file system carries locks from host to host.
+const ELSEWHERE: Duration = Duration::from_secs(24 * 3600);
+
 impl Run {
+    /// Whether it may go on where its locks are not seen from this host, having said nothing for
+    /// so long.
+    pub(super) fn may_be_elsewhere(&self, here: &str, quiet: Duration) -> bool {
+        self.summary.is_none() && self.info.host != here && quiet < ELSEWHERE
+    }
+
     /// The log of an instance; there is none for a hit.
     pub fn log_path(&self, step: &str) -> PathBuf {
         log_path(&self.dir, step)
@@ -243,7 +256,11 @@ impl Runs {
     pub fn load(&self, id: &str) -> Result<Run> {
         let dir = self.dir().join(id);
         let path = dir.join("run.json");
-        let text = std::fs::read(&path).with_context(|| format!("reading {}", path.display()))?;
+        let text = match std::fs::read(&path) {
+            Err(e) if e.kind() == ErrorKind::NotADirectory => std::fs::read(&dir),
+            read => read,
+        };
+        let text = text.with_context(|| format!("reading {}", path.display()))?;
         let info: RunInfo =
             serde_json::from_slice(&text).with_context(|| path.display().to_string())?;
         let summary = match &info.unchanged {
@@ -279,6 +296,20 @@ impl Runs {
         self.store.is_leased(&lease_name(id))
     }
 
+    /// Whether the process of a run is there, or may be on another host.
+    pub fn may_be_alive(&self, id: &str) -> bool {
+        let last_word = |run: &Run| {
+            let events = std::fs::metadata(run.dir.join("events.jsonl"));
+            let quiet = events.and_then(|meta| meta.modified()).ok().map(|time| time.elapsed());
+            // In the future counts as just now.
+            quiet.map(Result::unwrap_or_default)
+        };
+        self.is_alive(id)
+            || self.load(id).is_ok_and(|run| {
+                last_word(&run).is_some_and(|quiet| run.may_be_elsewhere(&host(), quiet))
+            })
+    }
+
     /// Holds an id alive, so that [`Runs::is_alive`] says so and what lies under it is not swept:
     /// for work that keeps no journal.
     ///
@@ -295,11 +326,10 @@ impl Runs {
     /// # Errors
     /// When the disk refuses.
     pub fn begin(&self, mut info: RunInfo) -> Result<Journal> {
-        let (id, dir) = self.new_dir(info.started_unix_ms)?;
-        let lease = self.hold(&id)?;
-        info.id = id;
-        self.write_info(&dir, &info)?;
         let disk = self.store.disk();
+        let dir = self.new_place(&mut info, |place, _| Ok(disk.create_new_dir(place)?))?;
+        let lease = self.hold(&info.id)?;
+        self.store.unsynced().write_atomic(&dir.join("run.json"), &text_of(&info)?)?;
         disk.create_dir_all(&dir.join("logs"))?;
         let events = disk.open_append(&dir.join("events.jsonl"))?;
         Ok(Journal { store: self.store.clone(), info, dir, events, _lease: lease })
@@ -310,35 +340,40 @@ impl Runs {
     /// # Errors
     /// When the disk refuses.
     pub fn note(&self, mut info: RunInfo) -> Result<String> {
-        let (id, dir) = self.new_dir(info.started_unix_ms)?;
-        info.id.clone_from(&id);
-        self.write_info(&dir, &info)?;
-        Ok(id)
+        let store = self.store.unsynced();
+        self.new_place(&mut info, |place, info| {
+            Ok(store.disk().write_if_new(place, &text_of(info)?)?)
+        })?;
+        Ok(info.id)
     }
 
-    /// A folder that is nobody else's, named by the time.
-    fn new_dir(&self, started_unix_ms: u64) -> Result<(String, PathBuf)> {
-        let started = jiff::Timestamp::from_millisecond(i64::try_from(started_unix_ms)?)?;
+    /// Finds an id that is nobody else's, named by the time: that of the first place at which
+    /// `make` makes something. It says `false` where something is there already.
+    fn new_place(
+        &self,
+        info: &mut RunInfo,
+        mut make: impl FnMut(&Path, &RunInfo) -> Result<bool>,
+    ) -> Result<PathBuf> {
+        let started = jiff::Timestamp::from_millisecond(i64::try_from(info.started_unix_ms)?)?;
         let stamp = started.strftime("%Y%m%d-%H%M%S").to_string();
         // The fraction of the second in 4 digits, so that ids sort by time; the next one if taken.
-        let fraction = (started_unix_ms % 1000) * 65;
-        let disk = self.store.disk();
-        disk.create_dir_all(&self.dir())?;
+        let fraction = (info.started_unix_ms % 1000) * 65;
+        self.store.disk().create_dir_all(&self.dir())?;
         for n in 0..65_536 {
-            let id = format!("{stamp}-{:04x}", (fraction + n) % 65_536);
-            let dir = self.dir().join(&id);
-            if disk.create_new_dir(&dir)? {
-                return Ok((id, dir));
+            info.id = format!("{stamp}-{:04x}", (fraction + n) % 65_536);
+            let place = self.dir().join(&info.id);
+            if make(&place, info)? {
+                return Ok(place);
             }
         }
         anyhow::bail!("no free run id")
     }
+}
 
-    fn write_info(&self, dir: &Path, info: &RunInfo) -> Result<()> {
-        let mut text = serde_json::to_vec_pretty(info)?;
-        text.push(b'\n');
-        Ok(self.store.unsynced().write_atomic(&dir.join("run.json"), &text)?)
-    }
+fn text_of(info: &RunInfo) -> Result<Vec<u8>> {
+    let mut text = serde_json::to_vec_pretty(info)?;
+    text.push(b'\n');
+    Ok(text)
 }
 
 /// Begins the names of the leases of runs.

@@ -12,10 +12,6 @@ use super::{Loaded, Made, Pin, Run, Runs};
 use crate::digest::Digest;
 use crate::store::{Item, Store, host};
 
-/// A run of another host that wrote something this recently may be alive, although no lock of it
-/// is seen here: not every shared file system carries locks from host to host.
-const ELSEWHERE: Duration = Duration::from_secs(24 * 3600);
-
 /// A run, and what it uses.
 #[derive(Debug)]
 pub(super) struct Use {
@@ -92,9 +88,7 @@ pub(super) fn uses(
         let Ok(run) = runs.load(journal.name()) else { continue };
         unknown.remove(&run.info.id);
         let quiet = now_unix_ms.saturating_sub(journal.modified_unix_ms);
-        let elsewhere = run.summary.is_none()
-            && run.info.host != host
-            && u128::from(quiet) < ELSEWHERE.as_millis();
+        let elsewhere = run.may_be_elsewhere(&host, Duration::from_millis(quiet));
         let ended = run.summary.as_ref().map(|summary| summary.ended_unix_ms);
         let used = Use {
             keys: keys(&run)?,

@@ -97,6 +97,8 @@ pub struct Context<'a> {
     pub build: String,
     /// How often it keeps a checkpoint, if it can go on from one.
     pub checkpoint_every: Duration,
+    /// How long it may take to end once the run is being stopped.
+    pub grace: Duration,
     /// Threads it may use.
     pub threads: usize,
     /// Where models run.
@@ -141,8 +143,12 @@ impl Context<'_> {
         let mut parts = Path::new(port).components();
         let plain = matches!((parts.next(), parts.next()), (Some(Component::Normal(_)), None));
         ensure!(plain && !port.contains(['/', '\0']), "`{port}` cannot be the name of an output");
-        let dir = self.attempt_dir.join("out").join(port);
-        std::fs::create_dir_all(&dir).with_context(|| format!("making {}", dir.display()))?;
+        let out = self.attempt_dir.join("out");
+        let dir = out.join(port);
+        // The first of them makes both.
+        let made = std::fs::create_dir(&out).and_then(|()| std::fs::create_dir(&dir));
+        let made = made.or_else(|_| std::fs::create_dir_all(&dir));
+        made.with_context(|| format!("making {}", dir.display()))?;
         Ok(dir)
     }
 
@@ -273,6 +279,7 @@ mod tests {
             key: Digest::of(b"key"),
             build: String::new(),
             checkpoint_every: CHECKPOINT_EVERY,
+            grace: Duration::from_secs(30),
             threads: 1,
             device: Device::Cpu,
             compute: "f32".into(),

@@ -3,10 +3,12 @@
 use std::fs::{File, OpenOptions, Permissions};
 use std::io::{self, Write};
 use std::ops::Range;
-use std::os::unix::fs::{OpenOptionsExt, PermissionsExt};
+use std::os::unix::fs::{MetadataExt, OpenOptionsExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
+
+use super::folder;
 
 /// A disk that refused. The roof looks for it in an error's chain.
 #[derive(Debug, thiserror::Error)]
@@ -145,6 +147,18 @@ impl Disk {
         self.call("making", path, || std::fs::create_dir_all(path))
     }
 
+    /// Does something that makes a file or folder, after making the directory that it is in where
+    /// there is none.
+    pub(super) fn within<T>(&self, dir: &Path, mut make: impl FnMut() -> Done<T>) -> Done<T> {
+        match make() {
+            Err(StoreError::Io { source, .. }) if source.kind() == io::ErrorKind::NotFound => {
+                self.create_dir_all(dir)?;
+                make()
+            }
+            done => done,
+        }
+    }
+
     /// Makes a directory; `false` if something is there already.
     ///
     /// # Errors
@@ -170,6 +184,24 @@ impl Disk {
             return Ok(());
         }
         self.call("syncing", path, || file.sync_all())
+    }
+
+    /// Like [`Disk::write_new`], but `false` if something is there already; leaves nothing behind
+    /// if it fails.
+    ///
+    /// # Errors
+    /// When the disk refuses.
+    pub fn write_if_new(&self, path: &Path, bytes: &[u8]) -> Done<bool> {
+        match self.write_new(path, bytes) {
+            Ok(()) => Ok(true),
+            Err(StoreError::Io { source, .. }) if source.kind() == io::ErrorKind::AlreadyExists => {
+                Ok(false)
+            }
+            Err(e) => {
+                let _ = std::fs::remove_file(path);
+                Err(e)
+            }
+        }
     }
 
     /// Copies a file's content to a new file.
@@ -227,11 +259,10 @@ impl Disk {
     /// # Errors
     /// When the disk refuses.
     pub fn open_append(&self, path: &Path) -> Done<File> {
-        if let Some(parent) = path.parent() {
-            self.create_dir_all(parent)?;
-        }
-        self.call("opening", path, || {
-            OpenOptions::new().append(true).create(true).mode(0o644).open(path)
+        self.within(path.parent().unwrap_or(path), || {
+            self.call("opening", path, || {
+                OpenOptions::new().append(true).create(true).mode(0o644).open(path)
+            })
         })
     }
 
@@ -260,10 +291,10 @@ impl Disk {
     /// # Errors
     /// When the disk refuses.
     pub fn remove_dir_all(&self, path: &Path) -> Done<()> {
-        self.call("removing", path, || match std::fs::remove_dir_all(path) {
+        self.call("removing", path, || match folder::remove(path) {
             Err(e) if e.kind() == io::ErrorKind::PermissionDenied => {
                 open_folders(path)?;
-                std::fs::remove_dir_all(path)
+                folder::remove(path)
             }
             Err(e) if e.kind() != io::ErrorKind::NotFound => Err(e),
             _ => Ok(()),
@@ -281,9 +312,14 @@ impl Disk {
 
 fn open_folders(dir: &Path) -> io::Result<()> {
     const OWNER: u32 = 0o700;
-    let mode = std::fs::symlink_metadata(dir)?.permissions().mode();
+    let meta = std::fs::symlink_metadata(dir)?;
+    let mode = meta.permissions().mode();
     if mode & OWNER != OWNER {
         std::fs::set_permissions(dir, Permissions::from_mode(mode | OWNER))?;
+    }
+    // Where folders are counted, its own name and its `.` are all that lead to it.
+    if meta.nlink() == 2 {
+        return Ok(());
     }
     for entry in std::fs::read_dir(dir)? {
         let entry = entry?;

@@ -4,17 +4,45 @@ use std::fs::{File, OpenOptions};
 use std::io::{Read, Seek, Write};
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
+use std::sync::{Mutex, OnceLock, PoisonError};
 use std::time::Duration;
 
 use rustix::fs::{FlockOperation, flock};
 use serde::{Deserialize, Serialize};
 
-use super::Store;
+use super::{Store, StoreError};
 
 /// A lock held by this process; freed on drop, and by the kernel if the process dies.
 #[derive(Debug)]
 pub struct Lease {
     file: File,
+    name: String,
+}
+
+/// Files of leases that this process has given up, to be renamed for others: a new file for each
+/// of thousands of keys costs more than the trivial steps that they belong to. Nobody holds them;
+/// whoever asks for one of these keys finds it free.
+#[derive(Debug, Default)]
+pub struct Spares(Mutex<Vec<(String, File)>>);
+
+impl Spares {
+    /// More than a run has steps at a time are of no use.
+    const ENOUGH: usize = 64;
+
+    /// Gives up a lease and keeps its file.
+    pub fn rest(&self, lease: Lease) {
+        let Ok(file) = lease.file.try_clone() else { return };
+        let name = lease.name.clone();
+        drop(lease);
+        let mut spares = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        if spares.len() < Self::ENOUGH {
+            spares.push((name, file));
+        }
+    }
+
+    fn take(&self) -> Option<(String, File)> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner).pop()
+    }
 }
 
 impl Drop for Lease {
@@ -54,7 +82,8 @@ fn now_ms() -> u64 {
 
 /// The name of this host, as it stands in leases, journals and records.
 pub fn host() -> String {
-    rustix::system::uname().nodename().to_string_lossy().into_owned()
+    static HOST: OnceLock<String> = OnceLock::new();
+    HOST.get_or_init(|| rustix::system::uname().nodename().to_string_lossy().into_owned()).clone()
 }
 
 impl std::fmt::Display for Holder {
@@ -72,12 +101,10 @@ impl Store {
 
     fn open_lease(&self, name: &str) -> anyhow::Result<File> {
         let path = self.lease_path(name);
-        if let Some(parent) = path.parent() {
-            self.disk().create_dir_all(parent)?;
-        }
         let mut options = OpenOptions::new();
-        let file = options.read(true).write(true).create(true).truncate(false).open(&path);
-        file.map_err(|e| super::StoreError::from_io("opening", &path, e).into())
+        options.read(true).write(true).create(true).truncate(false);
+        let open = || options.open(&path).map_err(|e| StoreError::from_io("opening", &path, e));
+        Ok(self.disk().within(&self.root().join("leases"), open)?)
     }
 
     /// Takes a lease if it is free. `run` is written into it for those who wait.
@@ -85,7 +112,22 @@ impl Store {
     /// # Errors
     /// When the lease's file cannot be opened.
     pub fn try_lease(&self, name: &str, run: &str) -> anyhow::Result<Option<Lease>> {
-        let Some(lease) = self.try_lock(name)? else { return Ok(None) };
+        self.try_lease_with(name, run, &Spares::default())
+    }
+
+    /// Like [`Store::try_lease`], with the file of an earlier lease if one can be had.
+    ///
+    /// # Errors
+    /// When the lease's file cannot be opened.
+    pub fn try_lease_with(
+        &self,
+        name: &str,
+        run: &str,
+        spares: &Spares,
+    ) -> anyhow::Result<Option<Lease>> {
+        let spare = spares.take().and_then(|spare| self.renamed(spare, name));
+        let lease = if spare.is_some() { spare } else { self.try_lock(name)? };
+        let Some(lease) = lease else { return Ok(None) };
         let (pid, since_unix_ms) = (std::process::id(), now_ms());
         let holder = Holder { run: run.to_owned(), pid, host: host(), since_unix_ms };
         // Only for people: a lease whose note cannot be written still holds.
@@ -97,6 +139,18 @@ impl Store {
         Ok(Some(lease))
     }
 
+    /// The file of another lease under a new name, locked; `None` if it is in use or gone, or
+    /// there is a file of this name. Whoever waits for the old name opens its file anew each time.
+    fn renamed(&self, (old, file): (String, File), name: &str) -> Option<Lease> {
+        use rustix::fs::{CWD, RenameFlags, renameat_with};
+        flock(&file, FlockOperation::NonBlockingLockExclusive).ok()?;
+        let (from, to) = (self.lease_path(&old), self.lease_path(name));
+        let lease = Lease { file, name: name.to_owned() };
+        let ours = is_at(&lease.file, &from)
+            && renameat_with(CWD, &from, CWD, &to, RenameFlags::NOREPLACE).is_ok();
+        ours.then_some(lease)
+    }
+
     /// Locks a lease's file if nobody else has.
     fn try_lock(&self, name: &str) -> anyhow::Result<Option<Lease>> {
         let path = self.lease_path(name);
@@ -105,11 +159,13 @@ impl Store {
             match flock(&file, FlockOperation::NonBlockingLockExclusive) {
                 // A sweep may have removed the file after it was opened here; a lock on that one
                 // would keep nobody off.
-                Ok(()) if is_at(&file, &path) => return Ok(Some(Lease { file })),
+                Ok(()) if is_at(&file, &path) => {
+                    return Ok(Some(Lease { file, name: name.to_owned() }));
+                }
                 Ok(()) => {}
                 Err(rustix::io::Errno::WOULDBLOCK | rustix::io::Errno::INTR) => return Ok(None),
                 Err(e) => {
-                    return Err(super::StoreError::from_io("locking", &path, e.into()).into());
+                    return Err(StoreError::from_io("locking", &path, e.into()).into());
                 }
             }
         }
@@ -132,11 +188,11 @@ impl Store {
         let file = self.open_lease(SWEEP)?;
         loop {
             match flock(&file, FlockOperation::LockShared) {
-                Ok(()) => return Ok(Lease { file }),
+                Ok(()) => return Ok(Lease { file, name: SWEEP.to_owned() }),
                 Err(rustix::io::Errno::INTR) => {}
                 Err(e) => {
                     let path = self.lease_path(SWEEP);
-                    return Err(super::StoreError::from_io("locking", &path, e.into()).into());
+                    return Err(StoreError::from_io("locking", &path, e.into()).into());
                 }
             }
         }
@@ -200,6 +256,40 @@ mod tests {
         assert!(store.remove_lease("key").unwrap());
         assert!(!is_at(&stale, &store.lease_path("key")));
         assert!(store.try_lease("key", "run").unwrap().is_some());
+    }
+
+    #[test]
+    fn a_file_serves_one_key_after_the_other() {
+        let dir = tempfile::tempdir().unwrap();
+        let store = Store::open(&dir.path().join("store")).unwrap();
+        let (spares, other) = (Spares::default(), Spares::default());
+        let lease = |name: &str| store.try_lease_with(name, "run", &spares).unwrap();
+        let files = || {
+            let entries = std::fs::read_dir(store.root().join("leases")).unwrap();
+            let mut names: Vec<_> =
+                entries.map(|e| e.unwrap().file_name().into_string().unwrap()).collect();
+            names.sort_unstable();
+            names
+        };
+        spares.rest(lease("a").unwrap());
+        assert!(!store.is_leased("a"), "nobody holds it");
+        let b = lease("b").unwrap();
+        assert_eq!(files(), ["b"]);
+        assert!(store.is_leased("b") && store.holder("b").unwrap().run == "run");
+        assert!(store.try_lease("b", "other").unwrap().is_none());
+        // Another has the file's key meanwhile: it is theirs.
+        spares.rest(b);
+        let theirs = store.try_lease_with("b", "other", &other).unwrap().unwrap();
+        let c = lease("c").unwrap();
+        assert_eq!(files(), ["b", "c"]);
+        // A file of the wanted name is never replaced, and one that was removed serves nobody.
+        spares.rest(c);
+        assert!(lease("b").is_none() && spares.take().is_none());
+        drop(theirs);
+        spares.rest(lease("b").unwrap());
+        assert!(store.remove_lease("b").unwrap());
+        let _d = lease("d").unwrap();
+        assert_eq!(files(), ["c", "d"]);
     }
 
     #[test]

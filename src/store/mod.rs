@@ -6,12 +6,13 @@
 //! origins/ab/cdef…      where a blob that is referenced, not copied, lies outside the store
 //! records/ab/cdef….json one record per key (written by `lineage`)
 //! differing             keys that gave other bytes when made again (written by `lineage`)
-//! runs/<id>/            one journal per run (written by `lineage`)
+//! runs/<id>             one journal per run: a folder, or a file (written by `lineage`)
 //! leases/<key>          kernel-released locks
 //! checkpoints/<key>/    the newest checkpoint of a key without a result
 //! unchanged/…           what runs that would do nothing are recognised by; may be deleted too
 //! attempts/<name>/      private scratch of one attempt, removed after publishing
 //! stat/…                digests by (dev, ino, size, mtime, ctime); may be deleted at any time
+//! outputs/…             what was put at the places of outputs
 //! quarantine/…          damaged objects and manifests, kept for inspection
 //! tmp/…                 files on their way to `objects`
 //! pins/<name>           results that are never collected (written by `lineage`)
@@ -19,6 +20,7 @@
 
 mod checkpoint;
 mod disk;
+mod folder;
 mod gc;
 mod lease;
 mod objects;
@@ -32,8 +34,9 @@ use std::sync::Arc;
 use serde::{Deserialize, Serialize};
 
 pub use disk::{Disk, Faults, StoreError};
+pub use folder::{is_within, states_in};
 pub use gc::Item;
-pub use lease::{Holder, Lease, host};
+pub use lease::{Holder, Lease, Spares, host};
 use stat::StatTable;
 pub use stat::{FileState, States};
 
@@ -145,11 +148,10 @@ impl Store {
     /// When the disk refuses.
     pub fn write_atomic(&self, path: &Path, bytes: &[u8]) -> Result<(), StoreError> {
         let dir = path.parent().filter(|p| !p.as_os_str().is_empty()).unwrap_or(Path::new("."));
-        self.disk.create_dir_all(dir)?;
         let temp = dir.join(format!(".{}.tmp", unique()));
         let written = self
             .disk
-            .write_new(&temp, bytes)
+            .within(dir, || self.disk.write_new(&temp, bytes))
             .and_then(|()| self.disk.rename(&temp, path))
             .and_then(|()| self.disk.sync(dir));
         if written.is_err() {

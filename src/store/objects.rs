@@ -1,6 +1,7 @@
 //! Blobs: objects of the store, and files outside it that are referenced.
 
 use std::collections::BTreeSet;
+use std::fmt::Write as _;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
@@ -76,7 +77,6 @@ impl Store {
         let path = self.object_path(blob);
         let dir = path.parent().unwrap_or(&path).to_path_buf();
         let disk = self.disk();
-        disk.create_dir_all(&dir)?;
         let meta = std::fs::metadata(file).map_err(|e| StoreError::from_io("reading", file, e))?;
         // Another name of the same file could be used to write into the object.
         let temp = if take && meta.nlink() == 1 {
@@ -94,7 +94,7 @@ impl Store {
         };
         disk.set_mode(&temp, 0o444)?;
         disk.sync(&temp)?;
-        disk.rename(&temp, &path)?;
+        disk.within(&dir, || disk.rename(&temp, &path))?;
         dirty.insert(dir);
         Ok(())
     }
@@ -181,10 +181,15 @@ impl Store {
     /// When the disk refuses.
     pub fn verify(&self, blob: &Digest) -> anyhow::Result<bool> {
         let path = self.object_path(blob);
-        if !path.is_file() {
-            return Ok(false);
-        }
-        let (actual, _) = self.digest_of_file(&path)?;
+        let gone = |e: &StoreError| match e {
+            StoreError::Io { source, .. } => source.kind() == std::io::ErrorKind::NotFound,
+            StoreError::Full { .. } | StoreError::ReadOnly { .. } => false,
+        };
+        let actual = match self.digest_of_file(&path) {
+            Ok((actual, _)) => actual,
+            Err(e) if e.downcast_ref().is_some_and(gone) => return Ok(false),
+            Err(e) => return Err(e),
+        };
         if actual != *blob {
             self.quarantine(&path)?;
         }
@@ -216,10 +221,12 @@ fn stand_in(objects: &Path, share: &[(Digest, u64)]) -> bool {
     use rustix::fs::{AtFlags, CWD, FileType, Mode, OFlags, openat, statat};
     let flags = OFlags::DIRECTORY | OFlags::RDONLY | OFlags::CLOEXEC;
     let Ok(folder) = openat(CWD, objects, flags, Mode::empty()) else { return false };
+    let mut path = String::with_capacity(2 * Digest::LENGTH + 1);
     share.iter().all(|(digest, size)| {
-        let hex = digest.to_string();
-        let path = format!("{}/{}", &hex[..2], &hex[2..]);
-        statat(&folder, path, AtFlags::SYMLINK_NOFOLLOW).is_ok_and(|stat| {
+        path.clear();
+        let _ = write!(path, "{digest}");
+        path.insert(2, '/');
+        statat(&folder, path.as_str(), AtFlags::SYMLINK_NOFOLLOW).is_ok_and(|stat| {
             let is_file = FileType::from_raw_mode(stat.st_mode).is_file();
             is_file && u64::try_from(stat.st_size) == Ok(*size)
         })

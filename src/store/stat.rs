@@ -47,6 +47,20 @@ impl FileState {
         }
     }
 
+    /// The state that the system's own record of a file shows.
+    #[cfg(target_os = "linux")]
+    pub(super) fn of_stat(stat: &rustix::fs::Stat) -> Self {
+        let nanos = |nanos: u64| i64::try_from(nanos).unwrap_or(0);
+        let ns = |s: i64, ns: i64| s.saturating_mul(1_000_000_000).saturating_add(ns);
+        Self {
+            dev: stat.st_dev,
+            ino: stat.st_ino,
+            size: u64::try_from(stat.st_size).unwrap_or(0),
+            mtime_ns: ns(stat.st_mtime, nanos(stat.st_mtime_nsec)),
+            ctime_ns: ns(stat.st_ctime, nanos(stat.st_ctime_nsec)),
+        }
+    }
+
     /// Whether it was two seconds old at a time: a younger file may change again within the same
     /// clock tick of its file system, and look the same.
     pub fn settled(&self, now: SystemTime) -> bool {

@@ -1,6 +1,7 @@
 //! Trees: directories by content.
 
 use std::collections::BTreeMap;
+use std::fs::Metadata;
 use std::os::unix::fs::{MetadataExt, PermissionsExt};
 use std::path::{Component, Path, PathBuf};
 
@@ -66,6 +67,7 @@ struct Found {
     /// The file itself; for a link, what it leads to.
     file: PathBuf,
     executable: bool,
+    state: FileState,
     /// Whether it is a link or lies in a folder that is one.
     link: bool,
 }
@@ -75,27 +77,27 @@ fn walk(root: &Path) -> Result<Vec<Found>> {
     let mut found = Vec::new();
     let meta = std::fs::metadata(root).map_err(|e| StoreError::from_io("reading", root, e))?;
     if meta.is_dir() {
-        walk_dir(root, "", false, &mut Vec::new(), &mut found)?;
+        walk_dir(root, &meta, ("", false), &mut Vec::new(), &mut found)?;
     } else {
         let name = root.file_name().and_then(|n| n.to_str());
         let name = name.with_context(|| format!("{} is not a file name", root.display()))?;
         let executable = meta.permissions().mode() & 0o100 != 0;
-        let (path, file) = (name.to_owned(), root.to_path_buf());
-        found.push(Found { path, file, executable, link: false });
+        let (path, file, state) = (name.to_owned(), root.to_path_buf(), FileState::of(&meta));
+        found.push(Found { path, file, executable, state, link: false });
     }
     found.sort_by(|a, b| a.path.cmp(&b.path));
     Ok(found)
 }
 
+/// `prefix` is what the paths below it begin with, `linked` whether it lies behind a link.
 fn walk_dir(
     dir: &Path,
-    prefix: &str,
-    linked: bool,
+    meta: &Metadata,
+    (prefix, linked): (&str, bool),
     above: &mut Vec<(u64, u64)>,
     found: &mut Vec<Found>,
 ) -> Result<()> {
     let read = |e| StoreError::from_io("reading", dir, e);
-    let meta = std::fs::metadata(dir).map_err(read)?;
     let own = (meta.dev(), meta.ino());
     ensure!(!above.contains(&own), "{} is a link to a folder above it", dir.display());
     above.push(own);
@@ -105,14 +107,15 @@ fn walk_dir(
         let name = entry.file_name();
         let name = name.to_str().with_context(|| format!("{} is not UTF-8", file.display()))?;
         let path = format!("{prefix}{name}");
-        let link = linked || entry.file_type().map_err(read)?.is_symlink();
-        let meta =
-            std::fs::metadata(&file).map_err(|e| StoreError::from_io("reading", &file, e))?;
+        let symlink = entry.file_type().map_err(read)?.is_symlink();
+        let link = linked || symlink;
+        let meta = if symlink { std::fs::metadata(&file) } else { entry.metadata() };
+        let meta = meta.map_err(|e| StoreError::from_io("reading", &file, e))?;
         if meta.is_dir() {
-            walk_dir(&file, &format!("{path}/"), link, above, found)?;
+            walk_dir(&file, &meta, (&format!("{path}/"), link), above, found)?;
         } else if meta.is_file() {
             let executable = meta.permissions().mode() & 0o100 != 0;
-            found.push(Found { path, file, executable, link });
+            found.push(Found { path, file, executable, state: FileState::of(&meta), link });
         } else {
             bail!("{} is neither a file nor a folder", file.display());
         }
@@ -151,12 +154,18 @@ impl Store {
     /// # Errors
     /// When the disk refuses, or a link leads out of the directory.
     pub fn publish_tree_with(&self, dir: &Path, referenced: &[(Entry, Origin)]) -> Result<Digest> {
-        let found = if dir.exists() { walk(dir)? } else { Vec::new() };
+        let found = match walk(dir) {
+            Err(_) if !dir.exists() => Vec::new(),
+            found => found?,
+        };
         let take = dir.starts_with(self.root().join("attempts"));
-        let real = dir.canonicalize().unwrap_or_else(|_| dir.to_path_buf());
+        // What other names lead to is known by its real path.
+        let links = found.iter().any(|found| found.link);
+        let real = links.then(|| dir.canonicalize()).and_then(Result::ok);
+        let real = real.unwrap_or_else(|| dir.to_path_buf());
         let mut entries = Vec::new();
         let mut linked = std::collections::BTreeSet::new();
-        for Found { path, file, executable, link } in &found {
+        for Found { path, file, executable, link, .. } in &found {
             if *link {
                 let target = file.canonicalize()?;
                 let inside = target.starts_with(&real);
@@ -270,11 +279,6 @@ impl Store {
     /// # Errors
     /// When something in it cannot be read.
     pub fn states(&self, path: &Path) -> Result<BTreeMap<PathBuf, FileState>> {
-        let states = walk(path)?.into_iter().map(|found| {
-            let meta = std::fs::metadata(&found.file);
-            let meta = meta.map_err(|e| StoreError::from_io("reading", &found.file, e))?;
-            Ok((found.path.into(), FileState::of(&meta)))
-        });
-        states.collect()
+        Ok(walk(path)?.into_iter().map(|found| (found.path.into(), found.state)).collect())
     }
 }

@@ -34,7 +34,7 @@ pub(super) fn pipeline(name: &str, steps: &Steps, values: &Values, notes: &[Stri
         line(&mut out, 2, "grid:");
         for (axis, values) in &steps.sweep {
             let values: Vec<String> = values.iter().map(inline).collect();
-            line(&mut out, 4, &format!("{}: [{}]", scalar(axis), values.join(", ")));
+            pair(&mut out, 4, axis, &format!("[{}]", values.join(", ")));
         }
     }
     line(&mut out, 0, "steps:");
@@ -49,7 +49,7 @@ pub(super) fn pipeline(name: &str, steps: &Steps, values: &Values, notes: &[Stri
                 _ => format!("{}.{port}", step.name),
             };
             let reference = format!("${{steps.{}.{port}}}", step.name);
-            line(&mut out, 2, &format!("{}: {}", scalar(&name), scalar(&reference)));
+            pair(&mut out, 2, &name, &scalar(&reference));
         }
     }
     out
@@ -62,7 +62,7 @@ fn step(out: &mut String, step: &Step) {
     if let Some(stage) = &step.stage {
         comment(out, 2, &format!("DVC's `{stage}`"));
     }
-    line(out, 2, &format!("{}:", scalar(&step.name)));
+    pair(out, 2, &step.name, "");
     line(out, 4, "kind: command");
     if !step.env.is_empty() {
         line(
@@ -90,13 +90,25 @@ fn step(out: &mut String, step: &Step) {
             line(out, 6, &format!("{field}:"));
         }
         for (key, value) in pairs {
-            line(out, 8, &format!("{}: {}", scalar(key), scalar(value)));
+            pair(out, 8, key, &scalar(value));
         }
     }
 }
 
 fn line(out: &mut String, indent: usize, text: &str) {
     let _ = writeln!(out, "{:indent$}{text}", "");
+}
+
+/// A key with its value; without one, what follows is.
+fn pair(out: &mut String, indent: usize, key: &str, value: &str) {
+    // Longer ones have to say that they are keys.
+    const SIMPLE_KEY: usize = 1024;
+    let key = scalar(key);
+    if key.len() < SIMPLE_KEY {
+        return line(out, indent, format!("{key}: {value}").trim_end());
+    }
+    line(out, indent, &format!("? {key}"));
+    line(out, indent, format!(": {value}").trim_end());
 }
 
 fn comment(out: &mut String, indent: usize, text: &str) {
@@ -136,13 +148,12 @@ fn params(steps: &Steps, values: &Values) -> Vec<Entry> {
 
 fn map(out: &mut String, indent: usize, entries: &[Entry]) {
     for entry in entries {
-        let key = scalar(&entry.key);
         match &entry.value.shape {
             Shape::Map(inner) if !inner.is_empty() => {
-                line(out, indent, &format!("{key}:"));
+                pair(out, indent, &entry.key, "");
                 map(out, indent + 2, inner);
             }
-            _ => line(out, indent, &format!("{key}: {}", inline(&entry.value))),
+            _ => pair(out, indent, &entry.key, &inline(&entry.value)),
         }
     }
 }
@@ -241,8 +252,10 @@ mod tests {
             "- a",
             "\u{feff}x",
             "\0",
+            &"/ȑ".repeat(600),
         ] {
-            let yaml = format!("k: [{}]\n{}: 1\n", scalar(text), scalar(&format!("{text}key")));
+            let mut yaml = format!("k: [{}]\n", scalar(text));
+            pair(&mut yaml, 0, &format!("{text}key"), "1");
             let node = parse(&Source::new("t", yaml.as_str()));
             let node = node.unwrap_or_else(|d| panic!("{yaml:?}: {d:?}"));
             assert_eq!(

@@ -9,10 +9,10 @@ use std::fs::File;
 use std::io::Read as _;
 use std::os::fd::{AsFd as _, OwnedFd};
 use std::os::unix::fs::PermissionsExt as _;
-use std::os::unix::process::{CommandExt as _, ExitStatusExt as _};
+use std::os::unix::process::ExitStatusExt as _;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
-use std::sync::OnceLock;
+use std::sync::{Mutex, OnceLock, PoisonError};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, bail};
@@ -31,9 +31,6 @@ const TAIL: usize = 20;
 /// Longest line that is logged whole, in bytes.
 const LONGEST_LINE: usize = 64 << 10;
 
-/// How long a process may take to end after it was asked to.
-const GRACE: Duration = Duration::from_secs(10);
-
 /// How long its output is followed after it has ended: a process that left its group may hold the
 /// pipes open for ever.
 const LAST_WORDS: Duration = Duration::from_secs(3);
@@ -48,19 +45,19 @@ pub(super) struct Job<'a> {
 
 /// Runs it to its end.
 pub(super) fn run(job: &Job<'_>, cx: &Context<'_>) -> Result<()> {
-    let Some(shell) = on_path(job.shell, inherited()?) else {
+    let Some(shell) = shell(job.shell)? else {
         let fault = Fault::new(format!("the shell `{}` cannot be started", job.shell));
         return Err(fault.help("set `shell` to a program that is on the PATH").into());
     };
-    let mut command = watch::announcing(&shell, job.script);
-    command.current_dir(job.dir).env_clear();
-    for (name, value) in inherited()? {
-        command.env(name, value);
-    }
-    command.env("LANG", "C.UTF-8").env("LC_ALL", "C.UTF-8").envs(&job.environment);
-    command.stdout(Stdio::piped()).stderr(Stdio::piped()).process_group(0);
+    let inherited = inherited()?;
     let mark = mark(&cx.attempt_dir);
-    let (mut child, watch) = watch::ready(&mark)?.spawn(command).map_err(|e| {
+    let what = watch::Announcing { shell: &shell, script: job.script };
+    let set = |command: &mut Command| {
+        command.current_dir(job.dir).env_clear().envs(inherited.iter().map(|(n, v)| (n, v)));
+        command.env("LANG", "C.UTF-8").env("LC_ALL", "C.UTF-8").envs(&job.environment);
+        command.stdout(Stdio::piped()).stderr(Stdio::piped());
+    };
+    let (mut child, watch) = watch::ready(&mark)?.spawn(&what, set).map_err(|e| {
         let fault = Fault::new(format!("the shell `{}` cannot be started", job.shell));
         fault.help("set `shell` to a program that is on the PATH").cause(e)
     })?;
@@ -120,6 +117,18 @@ fn inherited() -> Result<&'static [(&'static str, String)]> {
     Ok(INHERITED.get_or_init(|| pairs.map(|(name, value)| (name, value.to_owned())).collect()))
 }
 
+/// Where a shell is, searched for once.
+fn shell(program: &str) -> Result<Option<PathBuf>> {
+    static FOUND: Mutex<BTreeMap<String, PathBuf>> = Mutex::new(BTreeMap::new());
+    let mut found = FOUND.lock().unwrap_or_else(PoisonError::into_inner);
+    if let Some(path) = found.get(program) {
+        return Ok(Some(path.clone()));
+    }
+    let path = on_path(program, inherited()?);
+    found.extend(path.clone().map(|path| (program.to_owned(), path)));
+    Ok(path)
+}
+
 /// Where a program is. Given by its path it can be started without a copy of this process, which
 /// a search on another `PATH` than its own would take.
 fn on_path(program: &str, environment: &[(&str, String)]) -> Option<PathBuf> {
@@ -157,7 +166,7 @@ fn wait(leader: Pid, cx: &Context<'_>, said: &mut Said) -> Result<()> {
                 send_to_strays(&cx.attempt_dir, Signal::TERM);
                 asked = Some(Instant::now());
             }
-            Some(since) if since.elapsed() > GRACE => send(leader, Signal::KILL),
+            Some(since) if since.elapsed() > cx.grace => send(leader, Signal::KILL),
             _ => {}
         }
         said.hear(cx, end.as_ref(), pause)?;
@@ -282,10 +291,12 @@ mod tests {
     fn what_a_command_started_is_known_whatever_its_group() {
         let dir = tempfile::tempdir().unwrap();
         let script = "sleep 61 & timeout 60 sh -c 'sleep 62 & sleep 63' & echo; wait";
-        let mut command = watch::announcing(Path::new("/bin/sh"), script);
-        command.env("TMPDIR", dir.path()).stdout(Stdio::piped()).process_group(0);
+        let what = watch::Announcing { shell: Path::new("/bin/sh"), script };
+        let set = |command: &mut Command| {
+            command.env("TMPDIR", dir.path()).stdout(Stdio::piped());
+        };
         let ready = watch::ready(&mark(dir.path())).unwrap();
-        let (mut child, watch) = ready.spawn(command).unwrap();
+        let (mut child, watch) = ready.spawn(&what, set).unwrap();
         let begun = Instant::now();
         while strays(dir.path()).len() < 5 {
             assert!(begun.elapsed() < Duration::from_secs(20), "{:?}", strays(dir.path()));

@@ -1,37 +1,40 @@
 //! What ends a command's processes when the runner itself is killed.
 
 use std::collections::BTreeSet;
+use std::fs::File;
 use std::io::{self, Write as _};
 use std::os::fd::AsFd as _;
 use std::os::unix::process::CommandExt as _;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::{Child, ChildStdin, Command, Stdio};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use anyhow::{Context as _, Result};
 use rustix::process::Pid;
 
-/// Told which groups run, and how variables of their processes begin; at the end of its input,
-/// which only this process can write, it ends the groups that still run and all that has such a
-/// variable (`timeout` and daemons leave their group). What is found may start another process
-/// meanwhile, so it looks three times. It heeds no signal: a key pressed at the terminal must not
-/// end it first.
+/// Waits for the end of its input, which only this process and commands that have not announced
+/// themselves yet hold open. Then it reads the notes that have been taken: which groups began and
+/// ended, and how variables of their processes begin. It ends the groups that still run and all
+/// that has such a variable (`timeout` and daemons leave their group). What is found may start
+/// another process meanwhile, so it looks three times. It heeds no signal: a key pressed at the
+/// terminal must not end it first.
 const SCRIPT: &str = r#"
 trap '' HUP INT TERM
 groups=' '
 marks=
 newline='
 '
+while read -r sign; do :; done
 while read -r sign what; do
   case $sign in
     +) groups="$groups$what " ;;
-    -) groups="${groups%% $what *} ${groups#* $what }" ;;
-    =) case $newline$marks$newline in
-         *"$newline$what$newline"*) ;;
-         *) marks="$marks${marks:+$newline}$what" ;;
+    -) case $groups in
+         *" $what "*) groups="${groups%% $what *} ${groups#* $what }" ;;
        esac ;;
+    =) marks="$marks${marks:+$newline}$what" ;;
   esac
-done
+done <"$1"
+rm "$1"
 for group in $groups; do kill -s KILL -- "-$group"; done
 [ -n "$marks" ] || exit 0
 for look in 1 2 3; do
@@ -42,34 +45,50 @@ for look in 1 2 3; do
 done
 "#;
 
-/// Begins a command's script: its shell tells the watcher of itself before it does anything, so
-/// that there is no moment at which the command runs and nobody watches. Its input is the
-/// watcher's until then.
-const ANNOUNCE: &str = r#"echo "+ $$" >&0; exec </dev/null; "#;
+/// For shells of another language: their script and the path of the notes.
+const ANNOUNCE_OTHER: &str = r#"echo "+ $$" >>"$2"; exec "$0" -c "$1" </dev/null"#;
 
-/// For shells of another language.
-const ANNOUNCE_OTHER: &str = r#"echo "+ $$" >&0; exec "$0" -c "$1" </dev/null"#;
+/// Begins a command's script: its shell takes a note of itself before it does anything, so that
+/// there is no moment at which the command runs and nobody watches. Its input is the watcher's
+/// until then.
+fn announce(notes: &Path) -> String {
+    let notes = notes.display().to_string().replace('\'', r"'\''");
+    format!(r#"echo "+ $$" >>'{notes}'; exec </dev/null; "#)
+}
+
+/// Notes of this size are written anew, without what is over.
+const MANY_NOTES: u64 = 32 << 10;
 
 /// Shells that understand [`ANNOUNCE`].
 const POSIX: [&str; 6] = ["sh", "dash", "bash", "ash", "ksh", "zsh"];
 
 /// A shell with a script, to be started by [`Ready::spawn`].
-pub(super) fn announcing(shell: &Path, script: &str) -> Command {
-    if shell.file_name().is_some_and(|name| POSIX.iter().any(|posix| name == *posix)) {
-        let mut command = Command::new(shell);
-        command.arg("-c").arg(format!("{ANNOUNCE}{script}"));
-        return command;
+#[derive(Debug)]
+pub(super) struct Announcing<'a> {
+    pub(super) shell: &'a Path,
+    pub(super) script: &'a str,
+}
+
+impl Announcing<'_> {
+    fn command(&self, notes: &Path) -> Command {
+        let Self { shell, script } = self;
+        if shell.file_name().is_some_and(|name| POSIX.iter().any(|posix| name == *posix)) {
+            let mut command = Command::new(shell);
+            command.arg("-c").arg(announce(notes) + script);
+            return command;
+        }
+        let mut command = Command::new("/bin/sh");
+        command.arg("-c").arg(ANNOUNCE_OTHER).arg(shell).arg(script).arg(notes);
+        command
     }
-    let mut command = Command::new("/bin/sh");
-    command.arg("-c").arg(ANNOUNCE_OTHER).arg(shell).arg(script);
-    command
 }
 
 /// Ends a process group if this process ends before this value is dropped.
 ///
-/// One small shell watches for all of them, from the first on, through a pipe that only this
-/// process holds. (The kernel's own parent-death signal reaches a command's shell but not what the
-/// shell has started, and asking for it takes a copy of this process for every command.)
+/// One small shell watches for all of them, from the first on. It sleeps until a pipe that only
+/// this process holds has ended, and finds in a file what there is to end. (The kernel's own
+/// parent-death signal reaches a command's shell but not what the shell has started, and asking
+/// for it takes a copy of this process for every command.)
 #[derive(Debug)]
 pub(super) struct Watch(Pid);
 
@@ -100,9 +119,13 @@ pub(super) fn ready(mark: &str) -> Result<Ready> {
 }
 
 impl Ready {
-    /// Starts an [announcing] command, in a group of its own, and watches over it.
-    pub(super) fn spawn(mut self, command: Command) -> io::Result<(Child, Watch)> {
-        let (child, leader) = self.0.spawn(command)?;
+    /// Starts a command, in a group of its own, and watches over it. `set` prepares it.
+    pub(super) fn spawn(
+        mut self,
+        what: &Announcing<'_>,
+        set: impl FnOnce(&mut Command),
+    ) -> io::Result<(Child, Watch)> {
+        let (child, leader) = self.0.spawn(what, set)?;
         Ok((child, Watch(leader)))
     }
 }
@@ -115,27 +138,84 @@ fn lock() -> MutexGuard<'static, Watcher> {
 #[derive(Debug)]
 struct Watcher {
     shell: Option<(Child, ChildStdin)>,
+    notes: Option<Notes>,
     groups: BTreeSet<i32>,
     marks: BTreeSet<String>,
 }
 
-impl Watcher {
-    const fn new() -> Self {
-        Self { shell: None, groups: BTreeSet::new(), marks: BTreeSet::new() }
+/// What the shell will read: lines of a sign and a word.
+#[derive(Debug)]
+struct Notes {
+    path: PathBuf,
+    file: File,
+    /// About so long, with what commands added.
+    bytes: u64,
+}
+
+impl Notes {
+    fn new() -> io::Result<Self> {
+        let file = tempfile::Builder::new().prefix("flow-watch-").append(true).tempfile()?;
+        // The shell removes it.
+        let (file, path) = file.keep().map_err(|e| e.error)?;
+        Ok(Self { path, file, bytes: 0 })
     }
 
-    /// Tells the shell of a mark; starts another if none listens.
+    fn take(&mut self, sign: char, what: &str) -> io::Result<()> {
+        let line = format!("{sign} {what}\n");
+        self.bytes += 2 * line.len() as u64;
+        self.file.write_all(line.as_bytes())
+    }
+}
+
+impl Watcher {
+    const fn new() -> Self {
+        Self { shell: None, notes: None, groups: BTreeSet::new(), marks: BTreeSet::new() }
+    }
+
+    /// Notes a mark; starts a shell if none is there.
     fn ready(&mut self, mark: &str) -> Result<()> {
         // A name with a line break cannot be told: then groups have to do.
         let new = !mark.contains('\n') && self.marks.insert(mark.to_owned());
-        let heard = if new { self.tell("=", mark) } else { self.tell("?", "") };
-        if heard { Ok(()) } else { self.start() }
+        match &mut self.notes {
+            Some(notes) if notes.bytes < MANY_NOTES => {
+                if new {
+                    notes.take('=', mark).context("taking notes of what runs")?;
+                }
+            }
+            _ => self.write_anew().context("taking notes of what runs")?,
+        }
+        let there =
+            self.shell.as_mut().is_some_and(|(shell, _)| matches!(shell.try_wait(), Ok(None)));
+        if there { Ok(()) } else { self.start() }
     }
 
-    fn spawn(&mut self, mut command: Command) -> io::Result<(Child, Pid)> {
-        let pipe = self.shell.as_ref().map(|(_, pipe)| pipe.as_fd().try_clone_to_owned());
-        let pipe = pipe.unwrap_or_else(|| Err(io::ErrorKind::BrokenPipe.into()))?;
-        let child = command.stdin(Stdio::from(pipe)).spawn()?;
+    /// Takes the notes anew, without groups that have ended. Whatever runs is among `groups`: what
+    /// it may still add to the old file is known.
+    fn write_anew(&mut self) -> io::Result<()> {
+        let mut notes = Notes::new()?;
+        self.marks.iter().try_for_each(|mark| notes.take('=', mark))?;
+        self.groups.iter().try_for_each(|group| notes.take('+', &group.to_string()))?;
+        if let Some(old) = &self.notes {
+            std::fs::rename(&notes.path, &old.path)?;
+            notes.path.clone_from(&old.path);
+        }
+        notes.bytes = 0;
+        self.notes = Some(notes);
+        Ok(())
+    }
+
+    fn spawn(
+        &mut self,
+        what: &Announcing<'_>,
+        set: impl FnOnce(&mut Command),
+    ) -> io::Result<(Child, Pid)> {
+        let (Some((_, pipe)), Some(notes)) = (&self.shell, &mut self.notes) else {
+            return Err(io::ErrorKind::BrokenPipe.into());
+        };
+        let mut command = what.command(&notes.path);
+        set(&mut command);
+        let pipe = pipe.as_fd().try_clone_to_owned()?;
+        let child = command.process_group(0).stdin(Stdio::from(pipe)).spawn()?;
         let number = i32::try_from(child.id()).ok();
         let leader = number.and_then(Pid::from_raw).ok_or(io::ErrorKind::Unsupported)?;
         self.groups.insert(leader.as_raw_nonzero().get());
@@ -144,32 +224,27 @@ impl Watcher {
 
     fn remove(&mut self, group: i32) {
         self.groups.remove(&group);
-        // If it is gone, the next one is told of those that are left.
-        self.tell("-", &group.to_string());
+        // If it cannot be noted now, the next command takes all notes anew.
+        if let Some(notes) = &mut self.notes
+            && notes.take('-', &group.to_string()).is_err()
+        {
+            notes.bytes = MANY_NOTES;
+        }
     }
 
-    /// Whether the shell is there to be told.
-    fn tell(&mut self, sign: &str, what: &str) -> bool {
-        let pipe = self.shell.as_mut().map(|(_, pipe)| pipe);
-        pipe.is_some_and(|pipe| pipe.write_all(format!("{sign} {what}\n").as_bytes()).is_ok())
-    }
-
-    /// Starts the shell and tells it all that there is.
+    /// Starts the shell.
     fn start(&mut self) -> Result<()> {
         if let Some((mut dead, pipe)) = self.shell.take() {
             drop(pipe);
             let _ = dead.wait();
         }
+        let notes = self.notes.as_ref().context("there are no notes to read")?;
         let mut command = Command::new("sh");
         // A run that a command of another run started ends with that one; its watcher must not.
-        command.args(["-c", SCRIPT]).process_group(0).env_remove("TMPDIR");
+        command.args(["-c", SCRIPT, "sh"]).arg(&notes.path).process_group(0).env_remove("TMPDIR");
         command.stdin(Stdio::piped()).stdout(Stdio::null()).stderr(Stdio::null());
         let mut child = command.spawn().context("starting `sh`")?;
-        let mut pipe = child.stdin.take().context("a process without its pipe")?;
-        let groups = self.groups.iter().map(|group| format!("+ {group}\n"));
-        let marks = self.marks.iter().map(|mark| format!("= {mark}\n"));
-        let all: String = groups.chain(marks).collect();
-        pipe.write_all(all.as_bytes()).context("telling `sh`")?;
+        let pipe = child.stdin.take().context("a process without its pipe")?;
         self.shell = Some((child, pipe));
         Ok(())
     }
@@ -182,9 +257,11 @@ mod tests {
 
     fn start(watcher: &mut Watcher, script: &str) -> Child {
         watcher.ready("TMPDIR=/is/not/there/").unwrap();
-        let mut command = announcing(Path::new("/bin/sh"), script);
-        command.process_group(0).stdout(Stdio::piped());
-        watcher.spawn(command).unwrap().0
+        let what = Announcing { shell: Path::new("/bin/sh"), script };
+        let set = |command: &mut Command| {
+            command.stdout(Stdio::piped());
+        };
+        watcher.spawn(&what, set).unwrap().0
     }
 
     /// Its first byte: then it has announced itself.
@@ -208,11 +285,15 @@ mod tests {
         watcher.shell.as_mut().unwrap().0.kill().unwrap();
         watcher.shell.as_mut().unwrap().0.wait().unwrap();
         children.push(sleeper(&mut watcher));
+        // So many notes that they are taken anew.
+        watcher.notes.as_mut().unwrap().bytes = MANY_NOTES;
+        watcher.ready("TMPDIR=/is/not/there/").unwrap();
         watcher.remove(id(&children[3]));
         // The end of a process closes its pipes, as this does.
         let (mut shell, pipe) = watcher.shell.take().unwrap();
         drop(pipe);
         shell.wait().unwrap();
+        assert!(!watcher.notes.as_ref().unwrap().path.exists());
         for (i, child) in children.iter_mut().enumerate() {
             let watched = [1, 4].contains(&i);
             if !watched {
@@ -230,10 +311,11 @@ mod tests {
         let mut watcher = Watcher::new();
         watcher.ready(&format!("TMPDIR={}/20261125.", dir.path().display())).unwrap();
         let script = "timeout 60 sh -c 'sleep 64 & setsid sleep 65 & echo; sleep 66' & wait";
-        let mut command = announcing(Path::new("/bin/sh"), script);
-        command.env("TMPDIR", dir.path().join("20261125.abc")).process_group(0);
-        command.stdout(Stdio::piped());
-        let mut child = watcher.spawn(command).unwrap().0;
+        let what = Announcing { shell: Path::new("/bin/sh"), script };
+        let set = |command: &mut Command| {
+            command.env("TMPDIR", dir.path().join("20261125.abc")).stdout(Stdio::piped());
+        };
+        let mut child = watcher.spawn(&what, set).unwrap().0;
         begun(&mut child);
         drop(watcher.shell.take().unwrap().1);
         // All of them hold this pipe: its end is theirs.
@@ -246,9 +328,11 @@ mod tests {
         let mut watcher = Watcher::new();
         watcher.ready("TMPDIR=/is/not/there/").unwrap();
         let mut said = |shell: &str, script: &str| {
-            let mut command = announcing(Path::new(shell), script);
-            command.process_group(0).stdout(Stdio::piped()).stderr(Stdio::piped());
-            let child = watcher.spawn(command).unwrap().0;
+            let what = Announcing { shell: Path::new(shell), script };
+            let set = |command: &mut Command| {
+                command.stdout(Stdio::piped()).stderr(Stdio::piped());
+            };
+            let child = watcher.spawn(&what, set).unwrap().0;
             watcher.remove(child.id() as i32);
             let output = child.wait_with_output().unwrap();
             String::from_utf8(output.stdout).unwrap() + &String::from_utf8_lossy(&output.stderr)
@@ -257,10 +341,11 @@ mod tests {
         assert_eq!(said("/bin/sh", "cat; echo end"), "end\n");
         assert_eq!(said("/bin/sh", "# what\ncat <<X\na b\nX"), "a b\n");
         assert!(said("/bin/sh", "true\nnone-such").contains(": 2: "));
-        // A shell of another language.
+        // A shell of another language. (No copy: a test beside this one that starts a process at
+        // that moment would hold it open for writing.)
         let dir = tempfile::tempdir().unwrap();
         let other = dir.path().join("other");
-        std::fs::copy("/bin/sh", &other).unwrap();
+        std::os::unix::fs::symlink("/bin/sh", &other).unwrap();
         assert_eq!(said(other.to_str().unwrap(), "cat; echo '$0'"), "$0\n");
     }
 }

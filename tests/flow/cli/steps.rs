@@ -154,6 +154,40 @@ steps:
     assert!(begun.elapsed() < Duration::from_secs(20));
     let left = Command::new("pgrep").args(["-f", "sleep 4218"]).output().unwrap();
     assert!(left.stdout.is_empty(), "its grandchildren outlived it");
+    // One that does not heed the request has as long as the user says.
+    let deaf = text.replace("sh -c", "trap '' TERM; sh -c");
+    let project = Project::new(&deaf);
+    let begun = Instant::now();
+    let output = project.flow(&["run", "p.yaml", "--grace", "1"]);
+    assert_eq!(output.status.code(), Some(1), "{}", err(&output));
+    let took = begun.elapsed();
+    assert!(took > Duration::from_millis(1500) && took < Duration::from_secs(9), "{took:?}");
+}
+
+#[cfg(target_os = "linux")]
+#[test]
+fn huge_pages_are_for_those_who_compute() {
+    // Of the run: it asks for none. Of what it starts: nothing is forbidden to it.
+    let text = r#"
+name: pages
+steps:
+  one:
+    kind: command
+    with:
+      run: |
+        grep -c '^VmFlags.* hg' /proc/$PPID/smaps > ${out.n}
+        grep THP_enabled /proc/self/status > ${out.t}
+      outputs: { n: n, t: t }
+outputs: { pages: "${steps.one}" }
+"#;
+    let project = Project::new(text);
+    let output = project.flow(&["run", "p.yaml"]);
+    assert!(output.status.success(), "{}", err(&output));
+    let read = |name: &str| {
+        std::fs::read_to_string(project.path(&format!("outputs/pages/pages/{name}"))).unwrap()
+    };
+    assert_eq!(read("n/n").trim(), "0");
+    assert_eq!(read("t/t").split_whitespace().last(), Some("1"));
 }
 
 #[test]

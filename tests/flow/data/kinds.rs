@@ -88,6 +88,7 @@ impl Room {
             key: flow::digest::Digest::of(b"key"),
             build: String::new(),
             checkpoint_every: flow::step::CHECKPOINT_EVERY,
+            grace: std::time::Duration::from_secs(30),
             threads: 1,
             device: Device::Cpu,
             compute: "f32".into(),

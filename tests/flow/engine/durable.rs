@@ -154,6 +154,30 @@ fn folders_of_dead_runs_are_swept() {
 }
 
 #[test]
+fn a_run_of_another_host_keeps_its_folders_while_it_may_be_alive() {
+    let bench = Bench::new();
+    let first = bench.run(STEPS).outcome.run;
+    let (run, folder) = (bench.path("store/runs/20200101-000000-0000"), "20200101-000000-0000.a-1");
+    std::fs::create_dir(&run).unwrap();
+    let info =
+        std::fs::read_to_string(bench.path(&format!("store/runs/{first}/run.json"))).unwrap();
+    let mut info: serde_json::Value = serde_json::from_str(&info).unwrap();
+    info["id"] = "20200101-000000-0000".into();
+    info["host"] = "elsewhere".into();
+    std::fs::write(run.join("run.json"), info.to_string()).unwrap();
+    std::fs::write(run.join("events.jsonl"), "").unwrap();
+    let folder = bench.path("store/attempts").join(folder);
+    std::fs::create_dir(&folder).unwrap();
+    bench.run(STEPS);
+    assert!(folder.is_dir());
+    let long_ago = std::time::SystemTime::now() - std::time::Duration::from_secs(48 * 3600);
+    let events = std::fs::File::options().append(true).open(run.join("events.jsonl")).unwrap();
+    events.set_modified(long_ago).unwrap();
+    bench.run(STEPS);
+    assert!(!folder.exists());
+}
+
+#[test]
 fn runs_at_once_publish_one_after_the_other() {
     let bench = Bench::new();
     let publish = |n: usize| {

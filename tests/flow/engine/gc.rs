@@ -105,13 +105,23 @@ fn without_a_budget_only_what_nothing_refers_to_goes() {
     let _reproduction = Runs::of(&store).hold("reproduce-1").unwrap();
     std::fs::create_dir(bench.path("store/attempts/reproduce-1.store")).unwrap();
     std::fs::create_dir(bench.path("store/runs/20200101-000000-0000")).unwrap();
+    std::fs::write(bench.path("store/runs/20200101-000000-0001"), "{\"id\": \"20").unwrap();
+    // What was put at two places, of which one is there, and at one that nobody knows.
+    std::fs::create_dir(bench.path("store/outputs")).unwrap();
+    for (name, place) in [("a", "made"), ("b", "gone"), ("c", "")] {
+        let path = (!place.is_empty()).then(|| bench.path(place));
+        let note = serde_json::json!({ "path": path }).to_string();
+        std::fs::write(bench.path(&format!("store/outputs/{name}.json")), note).unwrap();
+    }
     // All of it is young.
     assert_eq!(collect(&store, &Budget::none()).removals, []);
     let later = Budget { now_unix_ms: Budget::none().now_unix_ms + DAY_MS, ..Budget::none() };
     let done = collect(&store, &later);
     let n = |class| count(&done, class);
     assert_eq!((n(Class::Object), n(Class::Tree), n(Class::Temporary)), (1, 1, 2));
-    assert_eq!((n(Class::Attempt), n(Class::Run), n(Class::Record)), (1, 1, 0));
+    assert_eq!((n(Class::Attempt), n(Class::Run), n(Class::Record)), (1, 2, 0));
+    assert_eq!(n(Class::Output), 1);
+    assert!(!bench.path("store/outputs/b.json").exists());
     assert!(n(Class::Lease) > 0 && done.runs.is_empty());
     assert!(bench.path("store/attempts/kept-20200101-000000-0000.abcd-2").is_dir());
     assert!(bench.path("store/attempts/reproduce-1.store").is_dir());

@@ -164,6 +164,11 @@ fn a_step_that_fails_leaves_the_others_to_be_compared() {
         matches!(&reproduced[0].verdict, Verdict::Failed { message } if message.contains("flaky"));
     assert!(failed && !reproduced[0].verdict.holds(), "{reproduced:?}");
     assert_eq!(likenesses(&reproduced)[1], ("after", Some(Likeness::BitIdentical)));
+    // It is tried as often as in a run.
+    let often = steps.replace("kind: nap,", "kind: nap, retry: { times: 2, backoff: 1ms },");
+    std::fs::write(&flaky, "").unwrap();
+    let reproduced = again(&bench, &often, &recorded).unwrap();
+    assert!(reproduced.iter().all(|one| one.verdict.holds()), "{reproduced:?}");
 }
 
 #[test]

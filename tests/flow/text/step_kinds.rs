@@ -80,6 +80,7 @@ impl Bench {
             key: flow::digest::Digest::of(b"key"),
             build: String::new(),
             checkpoint_every: flow::step::CHECKPOINT_EVERY,
+            grace: std::time::Duration::from_secs(30),
             threads: 2,
             device: Device::Cpu,
             compute: "f32".into(),
