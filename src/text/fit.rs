@@ -4,7 +4,6 @@ use anyhow::Result;
 
 use super::encode::{Encoder, Run};
 use super::piece::Part;
-use super::tokenizer::wrong;
 
 /// An input that may be shortened.
 struct Input {
@@ -49,13 +48,12 @@ fn inputs(encoder: &Encoder, runs: &[Run]) -> Result<Vec<Input>> {
         if run.pieces.iter().all(|piece| piece.part != Part::Input) {
             continue;
         }
-        let encoding = encoder.tokenizer().inner.encode(run.text(), false);
-        let encoding = encoding.map_err(wrong("encoding"))?;
+        let places = encoder.tokenizer().places(&run.text())?;
         let mut start = 0;
         for (piece, of) in run.pieces.iter().enumerate() {
             let end = start + of.text.len();
             if of.part == Part::Input {
-                let inside = encoding.get_offsets().iter().filter(|(a, b)| *b > start && *a < end);
+                let inside = places.iter().filter(|(a, b)| *b > start && *a < end);
                 let ends: Vec<usize> = inside.map(|(_, to)| (*to).min(end) - start).collect();
                 let (whole, keep) = (of.text.clone(), ends.len());
                 found.push(Input { run: at, piece, whole, ends, keep });

@@ -7,6 +7,7 @@
 mod chat;
 mod columns;
 mod encode;
+mod fast;
 mod fit;
 mod labels;
 mod pattern;
