@@ -5,6 +5,7 @@
 //! labels follow the pieces; nothing is ever searched for among tokens.
 
 mod chat;
+mod classify;
 mod columns;
 mod encode;
 mod fast;

@@ -40,6 +40,8 @@ pub struct Tokenizer {
     chat_template: Option<String>,
     special_ids: BTreeSet<u32>,
     prefix: Vec<u32>,
+    /// What it puts after one, if that and the prefix are all that it does to a text.
+    suffix: Option<Vec<u32>>,
     vocab_size: usize,
 }
 
@@ -98,12 +100,19 @@ impl Tokenizer {
         let vocab_size = largest.map_or(0, |id| id as usize + 1);
         let probe = inner.encode("a", true).map_err(wrong("encoding"))?;
         let added = probe.get_special_tokens_mask().iter().take_while(|m| **m == 1).count();
-        let prefix = probe.get_ids()[..added].to_vec();
+        let (before, rest) = probe.get_ids().split_at(added);
+        let prefix = before.to_vec();
+        let bare = inner.encode("a", false).map_err(wrong("encoding"))?;
+        let special = inner
+            .get_post_processor()
+            .map_or(0, |p| tokenizers::PostProcessor::added_tokens(p, false));
+        let suffix = rest.strip_prefix(bare.get_ids()).filter(|s| added + s.len() == special);
+        let suffix = suffix.map(<[u32]>::to_vec);
         let inner = Arc::new(inner);
         let of = Arc::clone(&inner);
         let fast: LazyFast = LazyLock::new(Box::new(move || Fast::of(&of, &bytes)));
         let fast = Some(Arc::new(fast));
-        Ok(Self { inner, fast, specials, chat_template, special_ids, prefix, vocab_size })
+        Ok(Self { inner, fast, specials, chat_template, special_ids, prefix, suffix, vocab_size })
     }
 
     /// The same tokenizer as the `tokenizers` crate alone has it.
@@ -148,6 +157,11 @@ impl Tokenizer {
     /// What the tokenizer puts before a text.
     pub fn prefix(&self) -> &[u32] {
         &self.prefix
+    }
+
+    /// What the tokenizer puts after a text, if that and the prefix are all that it does to one.
+    pub(super) fn suffix(&self) -> Option<&[u32]> {
+        self.suffix.as_deref()
     }
 
     /// Whether a token is a special one.

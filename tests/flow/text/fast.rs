@@ -339,7 +339,7 @@ proptest! {
 
     #[test]
     fn so_are_rows(
-        input in mixed(),
+        input in prop_oneof![mixed(), "([a-z]{1,8} ){30}"],
         target in "[a-z\u{e9}\u{1f642} ]{1,12}",
         max_length in 12usize..80,
         repeat in 1usize..60,
@@ -392,7 +392,7 @@ fn what_is_not_known_is_left_to_the_crate() {
         ("/added_tokens/1/normalized", json!(true)),
         ("/added_tokens/1/content", json!("[a b]")),
     ];
-    let gpt2: [Edit; 14] = [
+    let gpt2: [Edit; 13] = [
         ("/normalizer", json!({ "type": "NFKC" })),
         ("/normalizer", json!({ "type": "Lowercase" })),
         ("/pre_tokenizer/add_prefix_space", json!(true)),
@@ -410,7 +410,6 @@ fn what_is_not_known_is_left_to_the_crate() {
         ("/model/byte_fallback", json!(true)),
         ("/model/unk_token", json!("<unk>")),
         ("/model/end_of_word_suffix", json!("</w>")),
-        ("/model/continuing_subword_prefix", json!("##")),
         (
             "/post_processor",
             json!({ "type": "TemplateProcessing", "single": [], "pair": [],
