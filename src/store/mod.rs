@@ -14,6 +14,8 @@
 //! stat/…                digests by (dev, ino, size, mtime, ctime); may be deleted at any time
 //! quarantine/…          damaged objects and manifests, kept for inspection
 //! tmp/…                 files on their way to `objects`
+//! memos/ab/cdef…        parts of results below a step; may be deleted at any time
+//! memo-uses/<key>       the memos that a key's result was made of
 //! pins/<name>           results that are never collected (written by `lineage`)
 //! ```
 
@@ -21,6 +23,7 @@ mod checkpoint;
 mod disk;
 mod gc;
 mod lease;
+mod memo;
 mod objects;
 mod place;
 mod stat;

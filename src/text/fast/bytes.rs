@@ -40,9 +40,9 @@ fn contraction(text: &[u8], at: usize, any_case: bool) -> usize {
     }
 }
 
-fn run(text: &[u8], mut at: usize, of: Class) -> usize {
+fn run(text: &[u8], mut at: usize, of: Class, digits: bool) -> usize {
     while at < text.len() {
-        let (class, length) = class_at(text, at);
+        let (class, length) = class_at(text, at, digits);
         if class != of {
             break;
         }
@@ -56,7 +56,7 @@ fn run(text: &[u8], mut at: usize, of: Class) -> usize {
 fn blanks(text: &[u8], at: usize) -> (usize, usize, usize) {
     let (mut end, mut last, mut line) = (at, at, 0);
     while end < text.len() {
-        let (class, length) = class_at(text, end);
+        let (class, length) = class_at(text, end, false);
         if class != Class::Blank {
             break;
         }
@@ -89,23 +89,24 @@ fn gpt2(text: &[u8], at: usize, digits: bool) -> usize {
             return at + length;
         }
     }
-    let (class, length) = class_at(text, at);
+    let (class, length) = class_at(text, at, digits);
     let next = at + length;
     match class {
         Class::Blank => {
             if byte == b' ' && next < text.len() {
-                let (class, length) = class_at(text, next);
+                let (class, length) = class_at(text, next, digits);
                 if class != Class::Blank && !(digits && class == Class::Number) {
-                    return run(text, next + length, class);
+                    return run(text, next + length, class, digits);
                 }
             }
             let (end, last, _) = blanks(text, at);
             // a digit is taken out before: the pattern sees an end
-            let ends = end == text.len() || digits && class_at(text, end).0 == Class::Number;
+            let ends =
+                end == text.len() || digits && class_at(text, end, digits).0 == Class::Number;
             if ends || last == at { end } else { last }
         }
         Class::Number if digits => next,
-        class => run(text, next, class),
+        class => run(text, next, class, digits),
     }
 }
 
@@ -119,26 +120,26 @@ fn llama3(text: &[u8], at: usize, digits: usize) -> usize {
             return at + length;
         }
     }
-    let (class, length) = class_at(text, at);
+    let (class, length) = class_at(text, at, false);
     let next = at + length;
-    let following = || (next < text.len()).then(|| class_at(text, next));
+    let following = || (next < text.len()).then(|| class_at(text, next, false));
     match class {
-        Class::Letter => run(text, next, Class::Letter),
+        Class::Letter => run(text, next, Class::Letter, false),
         Class::Number => {
             let mut end = next;
             for _ in 1..digits {
-                match (end < text.len()).then(|| class_at(text, end)) {
+                match (end < text.len()).then(|| class_at(text, end, false)) {
                     Some((Class::Number, length)) => end += length,
                     _ => break,
                 }
             }
             end
         }
-        Class::Other | Class::Blank => {
+        Class::Other | Class::NewNumber | Class::Blank => {
             let line_end = matches!(byte, b'\r' | b'\n');
             match following() {
                 Some((Class::Letter, length)) if !line_end => {
-                    return run(text, next + length, Class::Letter);
+                    return run(text, next + length, Class::Letter, false);
                 }
                 Some((Class::Other, _)) if byte == b' ' => return others(text, next),
                 _ => {}
@@ -160,7 +161,7 @@ fn llama3(text: &[u8], at: usize, digits: usize) -> usize {
 
 /// `[^\s\p{L}\p{N}]+[\r\n]*`
 fn others(text: &[u8], at: usize) -> usize {
-    let end = run(text, at, Class::Other);
+    let end = run(text, at, Class::Other, false);
     let lines = text[end..].iter().take_while(|b| matches!(b, b'\r' | b'\n')).count();
     end + lines
 }

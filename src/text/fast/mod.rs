@@ -344,7 +344,7 @@ fn next_cut(text: &[u8], from: usize) -> usize {
         while text[start] & 0xc0 == 0x80 {
             start -= 1;
         }
-        if tables::class_at(text, start).0 != tables::Class::Blank {
+        if tables::class_at(text, start, false).0 != tables::Class::Blank {
             return at;
         }
         at += 1;

@@ -194,7 +194,11 @@ fn trim(post_processor: &Value) -> Option<Trim> {
     };
     match post_processor.get("type").and_then(Value::as_str) {
         None => post_processor.is_null().then_some(Trim::None),
-        Some("TemplateProcessing" | "BertProcessing") => Some(Trim::None),
+        Some("BertProcessing") => Some(Trim::None),
+        // a template may leave a text out, or have it twice
+        Some("TemplateProcessing") => (sequences(&post_processor["single"])? == ["A"]
+            && sequences(&post_processor["pair"])? == ["A", "B"])
+        .then_some(Trim::None),
         Some("ByteLevel" | "RobertaProcessing") => {
             let (trims, prefix) = (flag("trim_offsets", None)?, flag("add_prefix_space", None)?);
             Some(if trims { Trim::Blanks { but_first: prefix } } else { Trim::None })
@@ -214,4 +218,10 @@ fn trim(post_processor: &Value) -> Option<Trim> {
         }
         Some(_) => None,
     }
+}
+
+/// The texts in a template, in order.
+fn sequences(template: &Value) -> Option<Vec<&str>> {
+    let pieces = template.as_array()?.iter();
+    pieces.filter_map(|piece| Some(piece.get("Sequence")?.get("id")?.as_str())).collect()
 }
