@@ -280,7 +280,11 @@ fn tokenizers(given: Vec<PathBuf>, dir: &Path) -> Vec<(String, PathBuf)> {
             all.push(("BPE GPT-2".into(), path.clone()));
             let regex = |digits: &str| {
                 let regex = format!(
-                    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{{L}}\p{{N}}]?\p{{L}}+|{digits}| ?[^\s\p{{L}}\p{{N}}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+                    concat!(
+                        r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{{L}}\p{{N}}]?\p{{L}}+|{digits}|",
+                        r" ?[^\s\p{{L}}\p{{N}}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+",
+                    ),
+                    digits = digits
                 );
                 json!({ "type": "Split", "pattern": { "Regex": regex }, "behavior": "Isolated",
                         "invert": false })

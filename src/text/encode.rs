@@ -307,8 +307,9 @@ impl Encoder {
         for run in &runs {
             row.input_ids.extend(&run.ids);
             if run.target {
-                let labels = run.ids.iter().map(|id| i32::try_from(*id));
-                row.labels.extend(labels.collect::<Result<Vec<_>, _>>()?);
+                let known = run.ids.iter().all(|id| *id <= i32::MAX as u32);
+                anyhow::ensure!(known, "a token's id is larger than labels are");
+                row.labels.extend(run.ids.iter().map(|id| id.cast_signed()));
             } else {
                 row.labels.resize(row.input_ids.len(), NO_LABEL);
             }

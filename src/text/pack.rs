@@ -6,10 +6,11 @@ use std::path::Path;
 use std::sync::Arc;
 
 use anyhow::{Context as _, Result, ensure};
-use arrow::array::{ArrayRef, Int32Array, ListArray, RecordBatch};
+use arrow::array::{ArrayRef, AsArray, Int32Array, ListArray, RecordBatch};
 use arrow::buffer::{OffsetBuffer, ScalarBuffer};
-use arrow::datatypes::{DataType, Field, Schema};
+use arrow::datatypes::{DataType, Field, Int32Type, Schema};
 use bytes::Bytes;
+use parquet::arrow::arrow_reader::ParquetRecordBatchReaderBuilder;
 use parquet::arrow::{ArrowSchemaConverter, ArrowWriter, add_encoded_arrow_schema_to_metadata};
 use parquet::basic::Compression;
 use parquet::column::writer::ColumnCloseResult;
@@ -20,7 +21,8 @@ use parquet::file::writer::SerializedFileWriter;
 use super::CREATED_BY;
 use super::chunk::{Chunk, RowReader};
 use super::encode::{Encoded, Encoder, Row};
-use super::tokens::{Task, Tokenized, sample};
+use super::tokenizer::Tokenizer;
+use super::tokens::{Task, TokenSample, Tokenized};
 use crate::source::Fault;
 
 /// One row in so many is encoded by the `tokenizers` crate, too.
@@ -69,6 +71,18 @@ struct Columns {
     labels: Vec<i32>,
     types: Vec<i32>,
     label: Vec<i32>,
+}
+
+impl Columns {
+    fn of(chunk: &Chunk, shape: &Shape) -> Self {
+        // a token has more than three bytes, most often
+        let tokens = || Vec::with_capacity(chunk.bytes().len() / 3);
+        let mut columns = Self { ids: tokens(), ..Self::default() };
+        if shape.task == Task::CausalLm {
+            columns.labels = tokens();
+        }
+        columns
+    }
 }
 
 fn signed(ids: &[u32]) -> impl Iterator<Item = i32> {
@@ -127,7 +141,7 @@ pub(super) fn pack(
     plain: Option<&Encoder>,
     shape: &Shape,
 ) -> Result<Vec<u8>> {
-    let (mut columns, mut made) = (Columns::default(), Tokenized::default());
+    let (mut columns, mut made) = (Columns::of(chunk, shape), Tokenized::default());
     let bos = encoder.tokenizer().bos_id();
     for (at, mut row) in chunk.rows().enumerate() {
         let number = chunk.first + at as u64;
@@ -147,10 +161,6 @@ pub(super) fn pack(
                 made.count(&row);
                 made.without_bos +=
                     u64::from(bos.is_some() && row.input_ids.first().copied() != bos);
-                if made.samples.len() < 3 {
-                    let label = shape.labelled.then_some(label);
-                    made.samples.push(sample(encoder.tokenizer(), &row, label));
-                }
                 columns.push(&row, label)?;
             }
             Row::TooLong(_) => made.too_long += 1,
@@ -158,16 +168,14 @@ pub(super) fn pack(
             Row::SecondBos(part) => *made.second_bos.entry(part.name().into()).or_default() += 1,
         }
     }
+    let batch = columns.batch(shape)?;
     let head = serde_json::to_vec(&made)?;
-    let mut packed = Vec::with_capacity(head.len() + columns.ids.len() * 4 + 4096);
+    let mut packed = Vec::with_capacity(head.len() + chunk.bytes().len() + 4096);
     packed.extend(u32::try_from(head.len())?.to_le_bytes());
     packed.extend(head);
-    let mut rows = Vec::new();
-    let batch = columns.batch(shape)?;
-    let mut writer = ArrowWriter::try_new(&mut rows, batch.schema(), Some(properties().build()))?;
+    let mut writer = ArrowWriter::try_new(&mut packed, batch.schema(), Some(properties().build()))?;
     writer.write(&batch)?;
     writer.close()?;
-    packed.append(&mut rows);
     Ok(packed)
 }
 
@@ -212,14 +220,19 @@ impl Assembly {
         Ok(Self { writer: SerializedFileWriter::new(file, schema, properties)? })
     }
 
-    /// Adds a chunk; returns what came of it.
-    pub(super) fn add(&mut self, packed: Vec<u8>) -> Result<Tokenized> {
+    /// Adds a chunk; returns what came of it, with its first `samples` rows as samples.
+    pub(super) fn add(
+        &mut self,
+        packed: Vec<u8>,
+        samples: usize,
+        tokenizer: &Tokenizer,
+    ) -> Result<Tokenized> {
         const CUT: &str = "a packed chunk is cut short";
         let packed = Bytes::from(packed);
         let (length, rest) = packed.split_first_chunk().context(CUT)?;
         let length = u32::from_le_bytes(*length) as usize;
         ensure!(length <= rest.len(), CUT);
-        let made: Tokenized = serde_json::from_slice(&rest[..length]).context(CUT)?;
+        let mut made: Tokenized = serde_json::from_slice(&rest[..length]).context(CUT)?;
         let rows = packed.slice(4 + length..);
         let metadata = ParquetMetaDataReader::new().parse_and_finish(&rows)?;
         for group in metadata.row_groups() {
@@ -237,11 +250,89 @@ impl Assembly {
             }
             out.close()?;
         }
+        if samples > 0 {
+            made.samples = first_rows(rows, samples, tokenizer)?;
+        }
         Ok(made)
     }
 
     pub(super) fn finish(self) -> Result<()> {
         self.writer.close()?;
         Ok(())
+    }
+}
+
+/// The first rows of packed ones, for people.
+fn first_rows(rows: Bytes, count: usize, tokenizer: &Tokenizer) -> Result<Vec<TokenSample>> {
+    let reader = ParquetRecordBatchReaderBuilder::try_new(rows)?.with_batch_size(count).build()?;
+    let mut samples = Vec::new();
+    for batch in reader.take(1) {
+        let batch = batch?;
+        let numbers = |array: &ArrayRef| array.as_primitive::<Int32Type>().values().to_vec();
+        let list = |name: &str, row: usize| {
+            let column = batch.column_by_name(name).map(|c| c.as_list::<i32>().value(row));
+            column.map(|values| numbers(&values)).unwrap_or_default()
+        };
+        let label = batch.column_by_name("label").map(numbers);
+        samples.extend((0..batch.num_rows()).map(|row| {
+            TokenSample {
+                tokens: list("input_ids", row)
+                    .into_iter()
+                    .map(|id| tokenizer.token(id.cast_unsigned()))
+                    .collect(),
+                target: list("labels", row).into_iter().map(|label| label >= 0).collect(),
+                label: label.as_ref().map(|label| label[row]),
+            }
+        }));
+    }
+    Ok(samples)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::chunk::Splitter;
+    use super::super::encode::{Limits, TooLong, Truncate};
+    use super::super::{Algorithm, TokenizerSource, TokenizerSpec, train_tokenizer};
+    use super::*;
+
+    fn encoder(max_length: usize) -> Encoder {
+        let dir = tempfile::tempdir().unwrap();
+        let spec = TokenizerSpec {
+            algorithm: Algorithm::Bpe,
+            vocab_size: 300,
+            min_frequency: 2,
+            max_length: 64,
+            chat_template: None,
+        };
+        train_tokenizer(&spec, |take| take("some words, some more words"), dir.path()).unwrap();
+        let tokenizer = dir.path().join("tokenizer.json");
+        let config = Some(dir.path().join("tokenizer_config.json"));
+        let source = TokenizerSource { tokenizer, config, ..Default::default() };
+        let limits = Limits {
+            max_length,
+            truncate: Some(Truncate::Right),
+            on_too_long: TooLong::Drop,
+            append_eos: false,
+            special_tokens: false,
+        };
+        Encoder::new(Tokenizer::load(&source).unwrap(), limits).unwrap()
+    }
+
+    #[test]
+    fn one_row_in_a_thousand_is_checked() {
+        let mut splitter = Splitter::new(1 << 30);
+        for row in 0..2500 {
+            let long = if row == 999 || row == 2000 { "a longer row" } else { "row" };
+            splitter.push(|to| to.text(long)).unwrap();
+        }
+        let chunk = splitter.finish().unwrap();
+        let shape = Shape::new(Task::SequenceClassification, false, false);
+        // the other one cuts long rows off: of the two it is told the one that is checked
+        let (whole, short) = (encoder(64), encoder(4));
+        assert!(pack(&chunk, &whole, None, &shape).is_ok());
+        assert!(pack(&chunk, &whole, Some(&whole.plain()), &shape).is_ok());
+        let error = pack(&chunk, &whole, Some(&short), &shape).unwrap_err();
+        let said = format!("{error:#}");
+        assert!(said.starts_with("row 2001: the fast path"), "{said}");
     }
 }

@@ -44,14 +44,14 @@ impl Task {
 }
 
 /// A row's tokens for people: what the vocabulary calls them, and which are learnt.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
 pub struct TokenSample {
     /// The tokens.
     pub tokens: Vec<String>,
     /// Whether each is learnt; empty for classification.
     pub target: Vec<bool>,
     /// The class, where there is one.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[serde(skip_serializing_if = "Option::is_none")]
     pub label: Option<i32>,
 }
 
@@ -79,6 +79,7 @@ pub struct Tokenized {
     /// Positions of the longest row, with room for the longest candidate answer.
     pub longest: u64,
     /// The first three rows.
+    #[serde(skip)]
     pub samples: Vec<TokenSample>,
     /// Chunks of rows.
     #[serde(skip)]
@@ -149,6 +150,7 @@ pub fn tokenize_file(
     let shape = Shape::new(task, has("label"), has("text_pair"));
     let mut out = Collected {
         assembly: Assembly::create(output, &shape)?,
+        tokenizer: encoder.tokenizer(),
         made: Tokenized::default(),
         done: 0,
         total: size.rows,
@@ -206,6 +208,7 @@ pub fn tokenize_file(
 /// Chunks that are done, in order.
 struct Collected<'a> {
     assembly: Assembly,
+    tokenizer: &'a Tokenizer,
     made: Tokenized,
     done: u64,
     total: u64,
@@ -231,7 +234,8 @@ impl Collected<'_> {
                 break packed?;
             }
         };
-        self.made.add(self.assembly.add(packed)?);
+        let samples = 3 - self.made.samples.len().min(3);
+        self.made.add(self.assembly.add(packed, samples, self.tokenizer)?);
         self.done += rows;
         (self.progress)(self.done, self.total)
     }
@@ -324,8 +328,7 @@ impl Tokenized {
         self.tokens += next.tokens;
         self.target_tokens += next.target_tokens;
         self.longest = self.longest.max(next.longest);
-        let room = 3 - self.samples.len().min(3);
-        self.samples.extend(next.samples.into_iter().take(room));
+        self.samples.extend(next.samples);
         self.chunks += 1;
     }
 
@@ -337,13 +340,5 @@ impl Tokenized {
         self.target_tokens += learnt as u64;
         self.longest = self.longest.max(row.positions as u64);
         self.ends.extend(row.end);
-    }
-}
-
-pub(super) fn sample(tokenizer: &Tokenizer, row: &Encoded, label: Option<i32>) -> TokenSample {
-    TokenSample {
-        tokens: row.input_ids.iter().map(|id| tokenizer.token(*id)).collect(),
-        target: row.labels.iter().map(|l| *l >= 0).collect(),
-        label,
     }
 }

@@ -1,6 +1,7 @@
 //! Templates, tokenization, and the kinds on them.
 #![allow(clippy::unwrap_used, reason = "a test fails by it")]
 
+mod chunks;
 mod encoding;
 mod fast;
 mod seams;

@@ -262,11 +262,14 @@ impl ByteLevel {
     #[cold]
     fn short(&self, key: Key, memo: &mut Memo, ids: &mut Vec<u32>) {
         let (bytes, length) = word(key);
-        let before = ids.len();
-        self.merge(&bytes[..length], memo, ids);
-        if ids.len() - before <= 3 {
-            memo.keep(key, &ids[before..]);
+        let bytes = &bytes[..length];
+        // one of many tokens
+        if memo.recall_long(bytes, ids) {
+            return;
         }
+        let before = ids.len();
+        self.merge(bytes, memo, ids);
+        memo.keep(key, &ids[before..]);
     }
 
     /// Merges the neighbours of the lowest rank, the leftmost first, until none is left. A byte

@@ -100,9 +100,13 @@ impl Memo {
         true
     }
 
-    /// Remembers the ids of a short word, in place of another one.
+    /// Remembers the ids of a short word, in place of another one; more than three as those of
+    /// anything else.
     pub(super) fn keep(&mut self, key: Key, ids: &[u32]) {
-        let Some(count) = u32::try_from(ids.len()).ok().filter(|n| *n <= 3) else { return };
+        let Some(count) = u32::try_from(ids.len()).ok().filter(|n| *n <= 3) else {
+            let (bytes, length) = word(key);
+            return self.keep_long(&bytes[..length], ids);
+        };
         let slot = &mut self.short[Self::slot(key)];
         slot.ids[..ids.len()].copy_from_slice(ids);
         (slot.key, slot.count) = (key, count);
@@ -165,6 +169,7 @@ mod tests {
         assert!(memo.recall(key(b"nothing", 0, 7), &mut ids) && ids == [1, 2]);
         memo.keep(key(b"many", 0, 4), &[1, 2, 3, 4]);
         assert!(!memo.recall(key(b"many", 0, 4), &mut ids));
+        assert!(memo.recall_long(b"many", &mut ids) && ids.split_off(2) == [1, 2, 3, 4]);
         memo.keep_long(b"a longer one than that", &[9]);
         assert!(memo.recall_long(b"a longer one than that", &mut ids) && ids == [1, 2, 9]);
     }

@@ -191,9 +191,14 @@ impl WordPiece {
 
     #[cold]
     fn short(&self, key: Key, memo: &mut Memo, ids: &mut Vec<u32>) {
-        let before = ids.len();
         let (bytes, length) = word(key);
-        self.pieces(&bytes[..length], ids);
+        let bytes = &bytes[..length];
+        // one of many tokens
+        if memo.recall_long(bytes, ids) {
+            return;
+        }
+        let before = ids.len();
+        self.pieces(bytes, ids);
         memo.keep(key, &ids[before..]);
     }
 

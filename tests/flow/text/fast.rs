@@ -9,13 +9,19 @@ use serde_json::{Value, json};
 use super::encoding::row;
 use super::{limits, spec, train_into};
 
-const LLAMA3: &str = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+";
+const LLAMA3: &str = concat!(
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}|",
+    r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+",
+);
 
 fn split(regex: &str) -> Value {
-    json!({ "type": "Sequence", "pretokenizers": [
-        { "type": "Split", "pattern": { "Regex": regex }, "behavior": "Isolated", "invert": false },
-        { "type": "ByteLevel", "add_prefix_space": false, "trim_offsets": true, "use_regex": false },
-    ] })
+    let split = json!({
+        "type": "Split", "pattern": { "Regex": regex }, "behavior": "Isolated", "invert": false,
+    });
+    let bytes = json!({
+        "type": "ByteLevel", "add_prefix_space": false, "trim_offsets": true, "use_regex": false,
+    });
+    json!({ "type": "Sequence", "pretokenizers": [split, bytes] })
 }
 
 /// A small tokenizer whose file was edited.
@@ -33,7 +39,8 @@ fn edited(algorithm: Algorithm, edit: impl Fn(&mut Value)) -> Tokenizer {
 fn small() -> Vec<(&'static str, Tokenizer)> {
     let trims = |prefix: bool| {
         json!({
-            "type": "ByteLevel", "add_prefix_space": prefix, "trim_offsets": true, "use_regex": true,
+            "type": "ByteLevel", "add_prefix_space": prefix, "trim_offsets": true,
+            "use_regex": true,
         })
     };
     let one_digit = LLAMA3.replace("{1,3}", "");
@@ -316,8 +323,11 @@ fn ids_and_places_are_those_of_the_crate() {
 fn mixed() -> impl Strategy<Value = String> {
     let ascii = "[ -~\t\n\r]{0,40}";
     let words = "([a-zA-Z]{1,9}[ .,'!-]{0,2}){0,12}";
-    let wild = "([a-zA-Z ]{1,6}|[0-9]{1,4}|'[a-zA-Z]{1,2}|[ \t\n\r]{1,4}|\\PC|\\p{M}|\\p{Z}|\\p{C}|\
-                [\u{400}-\u{4ff}]{1,5}|[\u{4e00}-\u{4e80}]{1,3}|[\u{1f600}-\u{1f640}]|<s>|</s>|\\[SEP\\]){0,30}";
+    let wild = concat!(
+        "([a-zA-Z ]{1,6}|[0-9]{1,4}|'[a-zA-Z]{1,2}|[ \t\n\r]{1,4}|\\PC|\\p{M}|\\p{Z}|\\p{C}|",
+        "[\u{400}-\u{4ff}]{1,5}|[\u{4e00}-\u{4e80}]{1,3}|[\u{1f600}-\u{1f640}]|",
+        "<s>|</s>|\\[SEP\\]){0,30}",
+    );
     prop_oneof![ascii, words, wild, ".{0,30}"]
 }
 
