@@ -389,6 +389,14 @@ fn main() {
         speed
     };
     let all = tokenizers(given, dir.path());
+    let mut edited = texts[0].1.clone();
+    let middle = edited.len() / 2;
+    edited[middle].push_str(" edited");
+    edited.extend(texts[0].1.iter().take(middle / 50).map(|row| format!("more {row}")));
+    write_rows(&edited, &at("edited.parquet"));
+    for form in ["classification", "completion"] {
+        render(&at("edited.parquet"), &at(&format!("edited-{form}.parquet")), form);
+    }
     for (text, rows) in &texts {
         let bytes = rows.iter().map(String::len).sum::<usize>();
         let raw = at(&format!("{text}.parquet"));
@@ -416,7 +424,8 @@ fn main() {
                 work["plain"] = json!(false);
                 line(name, &rows, "flow", bytes, &own(&work, times), Some(base));
                 if kind == "full" && *text == "prose" {
-                    kept(&work, &at("store"), bytes, times, &mut |who, m| {
+                    let edited = at(&format!("edited-{form}.parquet"));
+                    kept(&work, &edited, times, &mut |who, m| {
                         line(name, &rows, who, bytes, m, Some(base));
                     });
                 }
@@ -438,24 +447,35 @@ fn main() {
     }
 }
 
-/// With chunks that are kept: none yet, all, and after an edit of one row and 1 % more rows.
-fn kept(
-    work: &Value,
-    store: &Path,
-    _bytes: usize,
-    times: usize,
-    show: &mut dyn FnMut(&str, &Value),
-) {
+/// With chunks that are kept: none yet, all, and after one row was edited and 1 % were added.
+fn kept(work: &Value, edited: &Path, times: usize, show: &mut dyn FnMut(&str, &Value)) {
+    let dir = tempfile::tempdir().unwrap();
+    let (store, copy) = (dir.path().join("store"), dir.path().join("copy"));
+    let out = || fs::read(work["out"].as_str().unwrap()).unwrap();
     let mut work = work.clone();
     work["store"] = json!(store);
     let cold = best(times, || {
-        let _ = fs::remove_dir_all(store);
+        let _ = fs::remove_dir_all(&store);
         own(&work, 1)
     });
-    let file = || fs::read(work["out"].as_str().unwrap()).unwrap();
-    let first = file();
+    let first = out();
     show("flow, chunks kept", &cold);
+    let told = |m: &Value| format!("{} of {} chunks", m["encoded"], m["chunks"]);
     let warm = own(&work, times);
-    assert_eq!(first, file());
-    show(&format!("flow, again: {} of {} chunks", warm["encoded"], warm["chunks"]), &warm);
+    assert_eq!(first, out());
+    show(&format!("flow, again: {}", told(&warm)), &warm);
+    work["rows"] = json!(edited);
+    let warm = best(times, || {
+        // what one run adds, the next must not find
+        let _ = fs::remove_dir_all(&copy);
+        let status = Command::new("cp").arg("-r").arg(&store).arg(&copy).status();
+        assert!(status.unwrap().success());
+        work["store"] = json!(copy);
+        own(&work, 1)
+    });
+    let second = out();
+    show(&format!("flow, edited: {}", told(&warm)), &warm);
+    work["store"] = Value::Null;
+    own(&work, 1);
+    assert!(second == out(), "kept chunks change the result");
 }
