@@ -37,7 +37,12 @@ pub(super) fn why(stage: &Stage, options: &StepOptions) -> Result<Exit, Failure>
             }
             (Phase::Skipped, Some(message)) => format!("skipped: {message}"),
             (Phase::Waiting, _) if step.why.is_some() => format!("will run{because}"),
-            (state, _) => format!("{}{because}", state.word()),
+            (state, _) => {
+                let record = record_of(&store, step.key)?;
+                let chunks = record.as_ref().and_then(|r| r.facts.get("chunks")?.as_str());
+                let chunks = chunks.map(|n| format!("; chunks: {n}")).unwrap_or_default();
+                format!("{}{because}{chunks}", state.word())
+            }
         };
         outln!("{}  {text}", step.id)?;
     }

@@ -84,6 +84,7 @@ fn plural(class: Class) -> &'static str {
         Class::Tree => "manifests",
         Class::Object => "objects",
         Class::Origin => "references",
+        Class::Memo => "parts of results",
         Class::Checkpoint => "checkpoints",
         Class::Attempt => "attempts",
         Class::Quarantine => "damaged files",

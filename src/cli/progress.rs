@@ -246,9 +246,10 @@ fn precise(seconds: f64) -> String {
 
 /// The numbers of a record that say most, on one line.
 fn brief(facts: &Map<String, Value>) -> String {
-    const SHOWN: [&str; 9] = [
+    const SHOWN: [&str; 10] = [
         "rows",
         "tokens",
+        "chunks",
         "loss",
         "accuracy",
         "f1",

@@ -6,6 +6,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::io::ErrorKind;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::{Path, PathBuf};
+use std::sync::PoisonError;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
@@ -230,7 +231,7 @@ fn hold(task: &Task, step: &dyn Step, dir: &Path, around: &Around<'_>) -> Result
         env,
         cancel: around.cancel,
         emit: &|event| (around.say)(Said::Event(event)),
-        produced: Produced::default(),
+        produced: Produced { afresh: task.force, ..Produced::default() },
     };
     // A body that is stopped gives an error; one that came to its end is finished work.
     guarded(|| step.run(&mut cx))?;
@@ -242,6 +243,11 @@ fn hold(task: &Task, step: &dyn Step, dir: &Path, around: &Around<'_>) -> Result
     // is there too.
     let _shared = store.lock_shared()?;
     let ports = publish(&to, step, dir, &produced)?;
+    let memos = produced.memos.into_inner().unwrap_or_else(PoisonError::into_inner);
+    if !memos.is_empty() {
+        // Without it they go sooner than they might.
+        let _ = store.note_memos(&task.key, &memos);
+    }
     let record = Record {
         key: task.key,
         kind: task.kind.clone(),

@@ -3,12 +3,15 @@
 use anyhow::{Context as _, Result};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
+use serde_json::json;
 
 use crate::artifact::{Candidate, Prompts, PromptsInfo, ROWS, TokenizerFiles, TokensInfo, Type};
+use crate::digest::Digest;
 use crate::source::Fault;
 use crate::step::{Context, Input, Needs, Ports, Problem, StepKind};
 use crate::text::{
-    Encoder, Limits, Task, Tokenized, Tokenizer, TokenizerSource, TooLong, Truncate, tokenize_file,
+    Chunks, Encoder, Limits, Task, Tokenized, Tokenizer, TokenizerSource, TooLong, Truncate,
+    tokenize_file,
 };
 
 /// Turns rendered rows into token ids, in Parquet, with labels on the target only.
@@ -57,7 +60,7 @@ pub(super) fn load_tokenizer(files: &TokenizerFiles) -> Result<Tokenizer> {
 
 impl StepKind for Tokenize {
     const NAME: &'static str = "tokenize";
-    const VERSION: u32 = 1;
+    const VERSION: u32 = 2;
 
     fn ports(&self) -> Ports {
         Ports::like(Type::Tokens, self.data.names().as_deref())
@@ -90,6 +93,7 @@ impl StepKind for Tokenize {
         let tokenizer = load_tokenizer(&cx.open(&self.tokenizer)?)?;
         let pool = rayon::ThreadPoolBuilder::new().num_threads(cx.threads.max(1)).build()?;
         let splits: Vec<String> = data.splits().map(str::to_owned).collect();
+        let (mut chunks, mut encoded) = (0, 0);
         for name in &splits {
             let (rows, info) = data.split(name)?;
             let task = task_of(&info)?;
@@ -102,7 +106,11 @@ impl StepKind for Tokenize {
                     cx.stop()
                 };
                 let out = dir.join(ROWS);
-                pool.install(|| tokenize_file(&rows, &out, &encoder, task, &mut progress))
+                let keep = Chunks {
+                    salt: self.salt(&cx.open(&self.tokenizer)?, &info)?,
+                    keep: &|key, make| cx.memo(key, make),
+                };
+                pool.install(|| tokenize_file(&rows, &out, &encoder, task, &keep, &mut progress))
                     .with_context(|| format!("split `{name}`"))?
             };
             if made.rows == 0 && info.rows > 0 {
@@ -133,6 +141,7 @@ impl StepKind for Tokenize {
             cx.write_json(&dir, "tokens.json", &tokens)?;
             cx.write_json(&dir, "samples.json", &made.samples)?;
             report(cx, name, &made);
+            (chunks, encoded) = (chunks + made.chunks, encoded + made.encoded);
             if info.special_tokens && made.without_bos > 0 {
                 let bos = tokenizer.bos_id().map(|id| tokenizer.token(id)).unwrap_or_default();
                 cx.warn(format!(
@@ -142,11 +151,29 @@ impl StepKind for Tokenize {
                 ));
             }
         }
+        cx.fact("chunks", format!("{encoded} of {chunks} tokenized"));
         Ok(())
     }
 }
 
 impl Tokenize {
+    /// All that decides, beside the rows, what becomes of them.
+    fn salt(&self, tokenizer: &TokenizerFiles, info: &PromptsInfo) -> Result<Digest> {
+        let salt = json!({
+            "version": Self::VERSION,
+            "tokenizer": tokenizer.0.port("tokenizer")?,
+            "max_length": self.max_length,
+            "truncate": self.truncate,
+            "on_too_long": self.on_too_long,
+            "append_eos": self.append_eos,
+            "special_tokens": info.special_tokens,
+            "candidates": info.candidates,
+            "candidate_targets": info.candidate_targets,
+            "candidate_prompt": info.candidate_prompt,
+        });
+        Ok(Digest::of_value("flow/tokenize/chunk", &salt)?)
+    }
+
     fn encoder(&self, tokenizer: Tokenizer, info: &PromptsInfo) -> Result<Encoder> {
         let causal = task_of(info)? == Task::CausalLm;
         let limits = Limits {

@@ -75,6 +75,8 @@ pub enum Class {
     Object,
     /// Where a blob lies outside the store.
     Origin,
+    /// A part of a result, or the list of those that a result was made of.
+    Memo,
     /// A checkpoint.
     Checkpoint,
     /// The folder of an attempt.
@@ -163,6 +165,9 @@ struct Survey<'a> {
     blobs: BTreeMap<Digest, Vec<Digest>>,
     objects: BTreeMap<Digest, Item>,
     origins: BTreeMap<Digest, Item>,
+    memos: BTreeMap<Digest, Item>,
+    /// By key of the step whose result was made of them.
+    memo_uses: BTreeMap<Digest, (Item, Vec<Digest>)>,
     /// With whether an attempt at the key is under way.
     checkpoints: Vec<(Digest, Item, bool)>,
     unchanged: Vec<Item>,
@@ -220,6 +225,12 @@ impl<'a> Survey<'a> {
                 checkpoints.push((key, item, under_way));
             }
         }
+        let mut memo_uses = BTreeMap::new();
+        for item in store.items("memo-uses")? {
+            if let Ok(key) = item.name().parse() {
+                memo_uses.insert(key, (item, store.memos_of(&key)));
+            }
+        }
         let (litter, candidates, bytes) = (Vec::new(), Vec::new(), 0);
         let (objects, origins) = (store.by_digest("objects")?, store.by_digest("origins")?);
         let mut survey = Self {
@@ -233,6 +244,8 @@ impl<'a> Survey<'a> {
             blobs,
             objects,
             origins,
+            memos: store.by_digest("memos")?,
+            memo_uses,
             checkpoints,
             unchanged: store.items("unchanged")?,
             litter,
@@ -279,11 +292,11 @@ impl<'a> Survey<'a> {
             self.candidates.extend(inspection.map(|(class, i)| Candidate::Inspection(class, i)));
         }
         let mut temporary = store.items("tmp")?;
-        for folder in ["trees", "origins", "records"] {
+        for folder in ["trees", "origins", "records", "memos"] {
             let files = store.sharded(folder)?.into_iter().map(|(_, item)| item);
             temporary.extend(files.filter(|item| is_temporary(item.name())));
         }
-        for folder in ["pins", "outputs", "unchanged"] {
+        for folder in ["pins", "outputs", "unchanged", "memo-uses"] {
             temporary.extend(store.items(folder)?.into_iter().filter(|i| is_temporary(i.name())));
         }
         for item in temporary.iter().filter(|item| stale(item, budget.grace)) {
@@ -422,6 +435,7 @@ impl<'a> Survey<'a> {
                 }
             }
         }
+        self.memos_to_remove(&marked, &orphan, &mut removals);
         for (key, item, under_way) in &self.checkpoints {
             let finished = self.is_whole(key);
             let age = match finished {
@@ -477,6 +491,31 @@ impl<'a> Survey<'a> {
             over_budget: budget.max_bytes.map_or(0, |max| bytes_after.saturating_sub(max)),
             alive: alive.chain(&self.uses.unknown).cloned().collect(),
             damaged_records: self.records.values().filter(damaged).count(),
+        }
+    }
+}
+
+impl Survey<'_> {
+    /// Memos go with the keys whose results were made of them.
+    fn memos_to_remove(
+        &self,
+        marked: &Marked,
+        orphan: &dyn Fn(&Item) -> bool,
+        removals: &mut Vec<Removal>,
+    ) {
+        let (mut named, mut used) = (BTreeSet::<&Digest>::new(), BTreeSet::<&Digest>::new());
+        for (key, (item, memos)) in &self.memo_uses {
+            named.extend(memos);
+            if marked.keys.contains(key) {
+                used.extend(memos);
+            } else {
+                removals.push(self.removal(Class::Memo, item, None));
+            }
+        }
+        for (memo, item) in &self.memos {
+            if !used.contains(memo) && (named.contains(memo) || orphan(item)) {
+                removals.push(self.removal(Class::Memo, item, None));
+            }
         }
     }
 }

@@ -1,8 +1,9 @@
 //! What a running step may touch.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Component, Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Mutex, PoisonError};
 use std::time::Duration;
 
 use anyhow::{Context as _, Result, ensure};
@@ -80,6 +81,10 @@ pub struct Produced {
     pub facts: Facts,
     /// For the record.
     pub warnings: Vec<String>,
+    /// Keys of the memos that it was made of.
+    pub memos: Mutex<BTreeSet<Digest>>,
+    /// Whether all of it is made, memos that are kept or not: a run that was forced.
+    pub afresh: bool,
 }
 
 /// What a running step may touch: its inputs, its output directories, a scratch directory, the
@@ -186,6 +191,27 @@ impl Context<'_> {
                 None
             }
         }
+    }
+
+    /// A part of the result: what was kept under a key, else what `make` makes, which is kept.
+    /// Everything that decides the bytes must be in the key. May be called by several threads.
+    ///
+    /// # Errors
+    /// When `make` fails. What cannot be kept is made again another time.
+    pub fn memo(&self, key: &Digest, make: &mut dyn FnMut() -> Result<Vec<u8>>) -> Result<Vec<u8>> {
+        let kept = if self.produced.afresh { None } else { self.store.memo(key) };
+        let bytes = match kept {
+            Some(bytes) => bytes,
+            None => {
+                let bytes = make()?;
+                if self.store.keep_memo(key, &bytes).is_err() {
+                    return Ok(bytes);
+                }
+                bytes
+            }
+        };
+        self.produced.memos.lock().unwrap_or_else(PoisonError::into_inner).insert(*key);
+        Ok(bytes)
     }
 
     /// Makes an existing tree a port of this step's output.

@@ -15,6 +15,8 @@
 //! outputs/…             what was put at the places of outputs
 //! quarantine/…          damaged objects and manifests, kept for inspection
 //! tmp/…                 files on their way to `objects`
+//! memos/ab/cdef…        parts of results below a step; may be deleted at any time
+//! memo-uses/<key>       the memos that a key's result was made of
 //! pins/<name>           results that are never collected (written by `lineage`)
 //! ```
 
@@ -23,6 +25,7 @@ mod disk;
 mod folder;
 mod gc;
 mod lease;
+mod memo;
 mod objects;
 mod place;
 mod stat;

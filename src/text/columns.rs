@@ -58,6 +58,24 @@ pub(super) fn read(path: &Path, columns: &[&str]) -> Result<(u64, ParquetRecordB
     Ok((rows, builder.with_projection(mask).with_batch_size(BATCH).build()?))
 }
 
+/// How large a file is.
+pub(super) struct Size {
+    pub(super) rows: u64,
+    /// Of all columns, unpacked.
+    pub(super) bytes: u64,
+}
+
+/// A reader of all columns whose batches are of about so many bytes, however long the rows are.
+pub(super) fn read_within(path: &Path, batch: u64) -> Result<(Size, ParquetRecordBatchReader)> {
+    let builder = builder(path)?;
+    let groups = builder.metadata().row_groups().iter();
+    let bytes = groups.map(|g| u64::try_from(g.total_byte_size()).unwrap_or(0)).sum();
+    let rows = u64::try_from(builder.metadata().file_metadata().num_rows()).unwrap_or(0);
+    let row = bytes / rows.max(1) + 1;
+    let within = usize::try_from(batch / row).unwrap_or(usize::MAX).clamp(1, BATCH);
+    Ok((Size { rows, bytes }, builder.with_batch_size(within).build()?))
+}
+
 pub(super) fn no_column(name: &str, known: &[&str]) -> anyhow::Error {
     let fault = Fault::new(format!("there is no column `{name}`"));
     fault.help(suggest(name, known).unwrap_or_else(|| "there are no columns".into())).into()

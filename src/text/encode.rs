@@ -3,11 +3,10 @@
 use anyhow::{Context as _, Result};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
-use tokenizers::{TruncationDirection, TruncationParams, TruncationStrategy};
 
 use super::fit;
 use super::piece::{Part, Piece};
-use super::tokenizer::{Tokenizer, wrong};
+use super::tokenizer::Tokenizer;
 use crate::source::Fault;
 
 /// No loss is taken where a label is this; PyTorch's and transformers' value.
@@ -176,6 +175,18 @@ impl Encoder {
         Ok(ids)
     }
 
+    /// The limits.
+    pub(super) fn limits(&self) -> &Limits {
+        &self.limits
+    }
+
+    /// The same as the `tokenizers` crate alone encodes: what the fast path is checked against.
+    #[must_use]
+    pub fn plain(&self) -> Self {
+        let (limits, candidates) = (self.limits, self.candidates.clone());
+        Self { tokenizer: self.tokenizer.plain(), limits, candidates }
+    }
+
     fn prefix(&self) -> &[u32] {
         if self.limits.special_tokens { &[] } else { self.tokenizer.prefix() }
     }
@@ -249,18 +260,40 @@ impl Encoder {
         let Some(last) = last else { return Ok(Row::NoTarget) };
         let pieces = &pieces[..=last];
         let mut runs = runs(pieces);
-        self.encode_runs(&mut runs, 0)?;
         let max = self.limits.max_length;
-        let full = self.length(&runs);
         let usual = if runs.len() == 1 { Truncate::Right } else { Truncate::Input };
         let truncate = self.limits.truncate.unwrap_or(usual);
+        let abridged = match truncate {
+            Truncate::Input if self.tokenizer.is_fast() => fit::abridge(&mut runs, max),
+            _ => Vec::new(),
+        };
+        if truncate == Truncate::Right && self.is_cut_early(&runs) {
+            // two more than are kept tell all that is asked of the rest
+            let ids = self.tokenizer.encode_up_to(&runs[0].text(), max + 2)?.0;
+            runs[0].ids = self.ended(ids)?;
+        } else {
+            self.encode_runs(&mut runs, 0)?;
+        }
+        let mut full = self.length(&runs);
+        let mut short = false;
+        if !abridged.is_empty() {
+            short = full > max && fit::shorten(self, &mut runs, max, &abridged)?;
+        }
+        if !abridged.is_empty() && !short {
+            // there is not enough of the row to tell what is kept of it
+            fit::restore(&mut runs, abridged);
+            self.encode_runs(&mut runs, 0)?;
+            full = self.length(&runs);
+        }
         if full > max {
             match truncate {
                 Truncate::Error => return Err(self.too_long(full)),
                 Truncate::Drop => return Ok(Row::TooLong(full)),
                 Truncate::Right => {}
                 Truncate::Input => {
-                    fit::shorten(self, &mut runs, max)?;
+                    if !short {
+                        fit::shorten(self, &mut runs, max, &[])?;
+                    }
                     let left = self.length(&runs);
                     if left > max {
                         return self.left_over(left);
@@ -274,8 +307,9 @@ impl Encoder {
         for run in &runs {
             row.input_ids.extend(&run.ids);
             if run.target {
-                let labels = run.ids.iter().map(|id| i32::try_from(*id));
-                row.labels.extend(labels.collect::<Result<Vec<_>, _>>()?);
+                let known = run.ids.iter().all(|id| *id <= i32::MAX as u32);
+                anyhow::ensure!(known, "a token's id is larger than labels are");
+                row.labels.extend(run.ids.iter().map(|id| id.cast_signed()));
             } else {
                 row.labels.resize(row.input_ids.len(), NO_LABEL);
             }
@@ -313,6 +347,12 @@ impl Encoder {
         Ok(Row::Kept(row))
     }
 
+    /// Whether a row that is cut off at its end need not be encoded to its end.
+    fn is_cut_early(&self, runs: &[Run]) -> bool {
+        let ends = self.tokenizer.eos_id().is_some() || !self.limits.append_eos;
+        runs.len() == 1 && ends && self.candidates.is_empty()
+    }
+
     /// Tokens of a row, with room for the longest candidate as its last target.
     pub(super) fn length(&self, runs: &[Run]) -> usize {
         let reserve = self.candidates().map(<[u32]>::len).max().unwrap_or(0);
@@ -322,14 +362,14 @@ impl Encoder {
     }
 
     /// What becomes of a row that is too long and cannot be shortened.
-    fn left_over(&self, length: usize) -> Result<Row> {
+    pub(super) fn left_over(&self, length: usize) -> Result<Row> {
         match self.limits.on_too_long {
             TooLong::Drop => Ok(Row::TooLong(length)),
             TooLong::Fail => Err(self.too_long(length)),
         }
     }
 
-    fn too_long(&self, length: usize) -> anyhow::Error {
+    pub(super) fn too_long(&self, length: usize) -> anyhow::Error {
         let max = self.limits.max_length;
         let fault = Fault::new(format!("it has {length} tokens, more than `max_length: {max}`"));
         let help = "raise `max_length`; or `truncate: input` shortens inputs, `truncate: right` \
@@ -361,67 +401,6 @@ impl Encoder {
             ids.extend(&run.ids);
         }
         Ok(())
-    }
-
-    /// Encodes a text, or two, for sequence classification, with the tokenizer's special tokens.
-    ///
-    /// # Errors
-    /// When the tokenizer fails, or it is too long and that is to fail.
-    pub fn classification(&self, (text, pair): Pair<'_>) -> Result<Row> {
-        let inner = &self.tokenizer.inner;
-        let encoding = match pair {
-            Some(pair) => inner.encode_fast((text, pair), true),
-            None => inner.encode_fast(text, true),
-        };
-        let mut encoding = encoding.map_err(wrong("encoding"))?;
-        let (max, full) = (self.limits.max_length, encoding.len());
-        let truncated = full > max;
-        if truncated {
-            match self.limits.truncate.unwrap_or(Truncate::Right) {
-                Truncate::Error => return Err(self.too_long(full)),
-                Truncate::Drop => return Ok(Row::TooLong(full)),
-                Truncate::Right | Truncate::Input => {
-                    encoding = self.truncated(text, pair)?;
-                    if encoding.len() > max {
-                        return self.left_over(encoding.len());
-                    }
-                }
-            }
-        }
-        Ok(Row::Kept(Encoded {
-            input_ids: encoding.get_ids().to_vec(),
-            labels: Vec::new(),
-            type_ids: pair.map_or_else(Vec::new, |_| encoding.get_type_ids().to_vec()),
-            positions: encoding.len(),
-            truncated,
-            end: None,
-        }))
-    }
-
-    /// As transformers does with `truncation=True`: the longest text loses its end first, the
-    /// special tokens stay.
-    fn truncated(&self, text: &str, pair: Option<&str>) -> Result<tokenizers::Encoding> {
-        let inner = &self.tokenizer.inner;
-        let one = |text: &str| inner.encode_fast(text, false).map_err(wrong("encoding"));
-        let added = inner
-            .get_post_processor()
-            .map_or(0, |p| tokenizers::PostProcessor::added_tokens(p, pair.is_some()));
-        let room = self.limits.max_length.saturating_sub(added);
-        let params = TruncationParams {
-            direction: TruncationDirection::Right,
-            max_length: room,
-            strategy: TruncationStrategy::LongestFirst,
-            stride: 0,
-        };
-        let (first, second) = (one(text)?, pair.map(one).transpose()?);
-        let cut = tokenizers::utils::truncation::truncate_encodings(first, second, &params);
-        let (mut first, mut second) = cut.map_err(|e| anyhow::anyhow!("truncating: {e}"))?;
-        // what was cut off stays attached, and every two such parts would be joined to a row
-        first.take_overflowing();
-        if let Some(second) = &mut second {
-            second.take_overflowing();
-        }
-        inner.post_process(first, second, true).map_err(wrong("adding special tokens"))
     }
 }
 

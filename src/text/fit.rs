@@ -3,8 +3,8 @@
 use anyhow::Result;
 
 use super::encode::{Encoder, Run};
+use super::fast;
 use super::piece::Part;
-use super::tokenizer::wrong;
 
 /// An input that may be shortened.
 struct Input {
@@ -17,16 +17,75 @@ struct Input {
     keep: usize,
 }
 
+/// An input without its middle.
+pub(super) struct Abridged {
+    run: usize,
+    piece: usize,
+    whole: String,
+    /// Where its middle was.
+    head: usize,
+}
+
+/// Bytes that a token has, or less, as far as is hoped.
+const TOKEN: usize = 8;
+/// What is left of the end of an input: more than what tokens after it depend on.
+const TAIL: usize = 256;
+
+/// Takes the middles out of inputs that are much too long for a row of `max` tokens. What is kept
+/// of them is at their beginnings, and what their ends have a part in is the tokens after them.
+pub(super) fn abridge(runs: &mut [Run], max: usize) -> Vec<Abridged> {
+    let mut abridged = Vec::new();
+    for (run, of) in runs.iter_mut().enumerate() {
+        for (piece, of) in of.pieces.iter_mut().enumerate() {
+            if of.part != Part::Input || of.text.len() < 2 * (TOKEN * max + TAIL) {
+                continue;
+            }
+            let head = fast::joint(&of.text, TOKEN * max);
+            let tail = fast::joint(&of.text, of.text.len() - 2 * TAIL);
+            if let (Some(head), Some(tail)) = (head, tail)
+                && head < tail
+                && tail + TAIL <= of.text.len()
+            {
+                let short = [&of.text[..head], &of.text[tail..]].concat();
+                let whole = std::mem::replace(&mut of.text, short);
+                abridged.push(Abridged { run, piece, whole, head });
+            }
+        }
+    }
+    abridged
+}
+
+/// Puts them back.
+pub(super) fn restore(runs: &mut [Run], abridged: Vec<Abridged>) {
+    for Abridged { run, piece, whole, .. } in abridged {
+        runs[run].pieces[piece].text = whole;
+    }
+}
+
 /// Shortens inputs at their ends until the row is within the limit or all of them are empty. The
 /// longest lose first, down to a common length. Cuts are at the end of a token, on a character
-/// boundary; runs are encoded again as a whole, since tokens at a seam may differ.
-pub(super) fn shorten(encoder: &Encoder, runs: &mut [Run], max: usize) -> Result<()> {
+/// boundary; runs are encoded again as a whole, since tokens at a seam may differ. Other inputs
+/// must be whole; `false`, with nothing done, if so little is left of an abridged one that its
+/// length matters.
+pub(super) fn shorten(
+    encoder: &Encoder,
+    runs: &mut [Run],
+    max: usize,
+    abridged: &[Abridged],
+) -> Result<bool> {
     let mut inputs = inputs(encoder, runs)?;
+    for Abridged { run, piece, head, .. } in abridged {
+        let input = inputs.iter().find(|input| (input.run, input.piece) == (*run, *piece));
+        let sure = input.map_or(0, |input| input.ends.iter().filter(|end| *end <= head).count());
+        if sure <= max {
+            return Ok(false);
+        }
+    }
     loop {
         let over = encoder.length(runs).saturating_sub(max);
         let keeps: Vec<usize> = inputs.iter().map(|input| input.keep).collect();
         if over == 0 || keeps.iter().all(|keep| *keep == 0) {
-            return Ok(());
+            return Ok(true);
         }
         let mut first = runs.len();
         for (input, keep) in inputs.iter_mut().zip(levelled(&keeps, over)) {
@@ -49,13 +108,12 @@ fn inputs(encoder: &Encoder, runs: &[Run]) -> Result<Vec<Input>> {
         if run.pieces.iter().all(|piece| piece.part != Part::Input) {
             continue;
         }
-        let encoding = encoder.tokenizer().inner.encode(run.text(), false);
-        let encoding = encoding.map_err(wrong("encoding"))?;
+        let places = encoder.tokenizer().places(&run.text())?;
         let mut start = 0;
         for (piece, of) in run.pieces.iter().enumerate() {
             let end = start + of.text.len();
             if of.part == Part::Input {
-                let inside = encoding.get_offsets().iter().filter(|(a, b)| *b > start && *a < end);
+                let inside = places.iter().filter(|(a, b)| *b > start && *a < end);
                 let ends: Vec<usize> = inside.map(|(_, to)| (*to).min(end) - start).collect();
                 let (whole, keep) = (of.text.clone(), ends.len());
                 found.push(Input { run: at, piece, whole, ends, keep });

@@ -5,10 +5,14 @@
 //! labels follow the pieces; nothing is ever searched for among tokens.
 
 mod chat;
+mod chunk;
+mod classify;
 mod columns;
 mod encode;
+mod fast;
 mod fit;
 mod labels;
+mod pack;
 mod pattern;
 mod piece;
 mod prompts;
@@ -28,7 +32,7 @@ pub use prompts::{Conversation, Fields, Formatter, Rendered, Target};
 pub use render::{OnRefused, RenderedFile, render_file};
 pub use template::{Template, Wording};
 pub use tokenizer::{Tokenizer, TokenizerSource};
-pub use tokens::{Task, Tokenized, tokenize_file};
+pub use tokens::{Chunks, Keep, Task, Tokenized, tokenize_file};
 pub use train_tokenizer::{Algorithm, TokenizerSpec, train_tokenizer};
 
 /// File names and the writer's name are fixed, so that equal rows give equal bytes.

@@ -2,11 +2,13 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::PathBuf;
+use std::sync::{Arc, LazyLock};
 
 use anyhow::{Context as _, Result};
 use serde_json::Value;
 
 use super::chat::ChatTemplate;
+use super::fast::Fast;
 use crate::source::Fault;
 
 /// The files of a tokenizer; all but the first are optional.
@@ -22,16 +24,33 @@ pub struct TokenizerSource {
     pub chat_template: Option<PathBuf>,
 }
 
-/// A tokenizer, ready to encode.
-#[derive(Debug, Clone)]
+/// A fast path that is made when the first text is encoded.
+type LazyFast = LazyLock<Option<Fast>, Box<dyn FnOnce() -> Option<Fast> + Send>>;
+
+/// A tokenizer, ready to encode; cheap to clone.
+///
+/// For most tokenizers ids come from a path of its own, many times as fast as the `tokenizers`
+/// crate and with the same result; [`Tokenizer::plain`] is without it.
+#[derive(Clone)]
 pub struct Tokenizer {
-    pub(super) inner: tokenizers::Tokenizer,
+    pub(super) inner: Arc<tokenizers::Tokenizer>,
+    fast: Option<Arc<LazyFast>>,
     /// Named tokens: `bos_token`, `eos_token`, `pad_token`, ….
     specials: BTreeMap<String, String>,
     chat_template: Option<String>,
     special_ids: BTreeSet<u32>,
     prefix: Vec<u32>,
+    /// What it puts after one, if that and the prefix are all that it does to a text.
+    suffix: Option<Vec<u32>>,
     vocab_size: usize,
+}
+
+impl std::fmt::Debug for Tokenizer {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let (specials, vocab_size) = (&self.specials, self.vocab_size);
+        let mut shown = f.debug_struct("Tokenizer");
+        shown.field("specials", specials).field("vocab_size", &vocab_size).finish_non_exhaustive()
+    }
 }
 
 /// The library's errors are boxed; anyhow wants them named.
@@ -54,7 +73,7 @@ impl Tokenizer {
     pub fn load(source: &TokenizerSource) -> Result<Self> {
         let bytes = std::fs::read(&source.tokenizer)
             .with_context(|| format!("reading {}", source.tokenizer.display()))?;
-        let mut inner = tokenizers::Tokenizer::from_bytes(bytes)
+        let mut inner = tokenizers::Tokenizer::from_bytes(&bytes)
             .map_err(wrong("`tokenizer.json` is not a tokenizer"))?;
         inner.with_truncation(None).map_err(wrong("clearing truncation"))?;
         inner.with_padding(None);
@@ -81,8 +100,34 @@ impl Tokenizer {
         let vocab_size = largest.map_or(0, |id| id as usize + 1);
         let probe = inner.encode("a", true).map_err(wrong("encoding"))?;
         let added = probe.get_special_tokens_mask().iter().take_while(|m| **m == 1).count();
-        let prefix = probe.get_ids()[..added].to_vec();
-        Ok(Self { inner, specials, chat_template, special_ids, prefix, vocab_size })
+        let (before, rest) = probe.get_ids().split_at(added);
+        let prefix = before.to_vec();
+        let bare = inner.encode("a", false).map_err(wrong("encoding"))?;
+        let special = inner
+            .get_post_processor()
+            .map_or(0, |p| tokenizers::PostProcessor::added_tokens(p, false));
+        let suffix = rest.strip_prefix(bare.get_ids()).filter(|s| added + s.len() == special);
+        let suffix = suffix.map(<[u32]>::to_vec);
+        let inner = Arc::new(inner);
+        let of = Arc::clone(&inner);
+        let fast: LazyFast = LazyLock::new(Box::new(move || Fast::of(&of, &bytes)));
+        let fast = Some(Arc::new(fast));
+        Ok(Self { inner, fast, specials, chat_template, special_ids, prefix, suffix, vocab_size })
+    }
+
+    /// The same tokenizer as the `tokenizers` crate alone has it.
+    #[must_use]
+    pub fn plain(&self) -> Self {
+        Self { fast: None, ..self.clone() }
+    }
+
+    /// Whether it has the fast path.
+    pub fn is_fast(&self) -> bool {
+        self.fast().is_some()
+    }
+
+    fn fast(&self) -> Option<&Fast> {
+        self.fast.as_ref().and_then(|fast| LazyLock::force(fast).as_ref())
     }
 
     /// The text of a named token (`eos_token`).
@@ -114,6 +159,11 @@ impl Tokenizer {
         &self.prefix
     }
 
+    /// What the tokenizer puts after a text, if that and the prefix are all that it does to one.
+    pub(super) fn suffix(&self) -> Option<&[u32]> {
+        self.suffix.as_deref()
+    }
+
     /// Whether a token is a special one.
     pub fn is_special(&self, id: u32) -> bool {
         self.special_ids.contains(&id)
@@ -129,8 +179,33 @@ impl Tokenizer {
     /// # Errors
     /// When the tokenizer fails.
     pub fn encode(&self, text: &str) -> Result<Vec<u32>> {
+        Ok(self.encode_up_to(text, usize::MAX)?.0)
+    }
+
+    /// Token ids of a text, nothing added; if there are more than `limit`, that many or more of
+    /// the first of them. With the bytes that they are of.
+    pub(super) fn encode_up_to(&self, text: &str, limit: usize) -> Result<(Vec<u32>, usize)> {
+        if let Some(fast) = self.fast() {
+            let mut ids = Vec::with_capacity((text.len() / 3 + 4).min(limit.saturating_add(16)));
+            let done = fast.encode(&self.inner, text, limit, &mut ids)?;
+            return Ok((ids, done));
+        }
         let encoding = self.inner.encode_fast(text, false).map_err(wrong("encoding"))?;
-        Ok(encoding.get_ids().to_vec())
+        Ok((encoding.get_ids().to_vec(), text.len()))
+    }
+
+    /// Where the tokens of a text begin and end in it, in bytes.
+    ///
+    /// # Errors
+    /// When the tokenizer fails.
+    pub fn places(&self, text: &str) -> Result<Vec<(usize, usize)>> {
+        if let Some(fast) = self.fast()
+            && let Some(places) = fast.places(&self.inner, text)?
+        {
+            return Ok(places);
+        }
+        let encoding = self.inner.encode(text, false).map_err(wrong("encoding"))?;
+        Ok(encoding.get_offsets().to_vec())
     }
 
     /// Text of token ids.

@@ -1,7 +1,9 @@
 //! Templates, tokenization, and the kinds on them.
 #![allow(clippy::unwrap_used, reason = "a test fails by it")]
 
+mod chunks;
 mod encoding;
+mod fast;
 mod seams;
 mod step_kinds;
 mod templates;

@@ -84,6 +84,37 @@ fn damage(path: &Path, bytes: &str) {
 }
 
 #[test]
+fn parts_of_results_go_with_the_last_that_was_made_of_them() {
+    let bench = Bench::new();
+    let (one, two) = (bench.run(&steps("p", "one")), bench.run(&steps("p", "two")));
+    let store = bench.store();
+    let memo = |name: &str| Digest::of(name.as_bytes());
+    for name in ["of one", "of both", "of two", "of none", "of an unknown key"] {
+        store.keep_memo(&memo(name), name.as_bytes()).unwrap();
+    }
+    let note = |key: Digest, names: [&str; 2]| {
+        store.note_memos(&key, &names.map(memo).into_iter().collect()).unwrap();
+    };
+    note(key_of(&bench, &one, "b"), ["of one", "of both"]);
+    note(key_of(&bench, &two, "b"), ["of two", "of both"]);
+    note(memo("no step"), ["of an unknown key", "of both"]);
+    std::fs::write(bench.path("store/memo-uses/.1-2-3.tmp"), "half").unwrap();
+    let left = || {
+        let names = ["of one", "of both", "of two", "of none", "of an unknown key"];
+        names.map(|name| store.memo(&memo(name)).is_some())
+    };
+    // what is not noted yet may be of a step that is under way
+    let swept = collect(&store, &Budget::none());
+    assert_eq!((count(&swept, Class::Memo), left()), (2, [true, true, true, true, false]));
+    let swept = collect(&store, &strict());
+    assert_eq!((count(&swept, Class::Memo), left()), (1, [true, true, true, false, false]));
+    assert_eq!(count(&swept, Class::Temporary), 1);
+    let budget = Budget { keep_runs: Some(1), ..strict() };
+    let swept = collect(&store, &budget);
+    assert_eq!((count(&swept, Class::Memo), left()), (2, [false, true, true, false, false]));
+}
+
+#[test]
 fn without_a_budget_only_what_nothing_refers_to_goes() {
     let bench = Bench::new();
     bench.run(&steps("p", "one"));

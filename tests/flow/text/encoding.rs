@@ -3,8 +3,8 @@
 use std::path::Path;
 
 use flow::text::{
-    Algorithm, Encoded, Encoder, Fields, Formatter, LabelWords, Limits, OnRefused, Part, Piece,
-    Row, Target, Task, Template, TooLong, Truncate, render_file, tokenize_file,
+    Algorithm, Chunks, Encoded, Encoder, Fields, Formatter, LabelWords, Limits, OnRefused, Part,
+    Piece, Row, Target, Task, Template, TooLong, Truncate, render_file, tokenize_file,
 };
 use proptest::prelude::*;
 
@@ -266,7 +266,11 @@ fn tokenized(dir: &Path, threads: usize, out: &str) -> (Vec<u8>, flow::text::Tok
     let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap();
     let out = dir.join(out);
     let made = pool
-        .install(|| tokenize_file(&prompts, &out, &encoder, Task::CausalLm, &mut |_, _| Ok(())))
+        .install(|| {
+            tokenize_file(&prompts, &out, &encoder, Task::CausalLm, &Chunks::none(), &mut |_, _| {
+                Ok(())
+            })
+        })
         .unwrap();
     (std::fs::read(out).unwrap(), made)
 }
@@ -340,7 +344,9 @@ fn of_several_faults_the_first_row_is_told() {
     let out = dir.path().join("out.parquet");
     for _ in 0..3 {
         let made = pool.install(|| {
-            tokenize_file(&prompts, &out, &encoder, Task::CausalLm, &mut |_, _| Ok(()))
+            tokenize_file(&prompts, &out, &encoder, Task::CausalLm, &Chunks::none(), &mut |_, _| {
+                Ok(())
+            })
         });
         let said = chain(&made.unwrap_err());
         assert!(said.starts_with("row 4:"), "{said}");

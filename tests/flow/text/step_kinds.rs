@@ -28,6 +28,7 @@ type Ports = BTreeMap<String, Digest>;
 struct Ran {
     ports: Ports,
     warnings: Vec<String>,
+    facts: flow::step::Facts,
     log: Vec<String>,
 }
 
@@ -91,7 +92,7 @@ impl Bench {
         };
         step.check_inputs(&cx)?;
         step.run(&mut cx)?;
-        let warnings = cx.produced.warnings;
+        let (warnings, facts) = (cx.produced.warnings, cx.produced.facts);
         let mut ports = Ports::new();
         for port in std::fs::read_dir(attempt.join("out")).unwrap() {
             let port = port.unwrap();
@@ -100,7 +101,7 @@ impl Bench {
         }
         let names = step.ports().names.unwrap();
         assert!(ports.keys().eq(names.iter()), "{ports:?} are the ports {names:?}");
-        Ok(Ran { ports, warnings, log: log.into_inner().unwrap() })
+        Ok(Ran { ports, warnings, facts, log: log.into_inner().unwrap() })
     }
 
     fn file(&self, ports: &Ports, port: &str, name: &str) -> PathBuf {
@@ -215,6 +216,44 @@ fn from_rows_to_tokens() {
     });
     let said = chain(&bench.run("tokenize", &too_short).err().unwrap());
     assert!(said.contains("no row of `test` is left: 1 are too long"), "{said}");
+}
+
+#[test]
+fn chunks_that_are_known_are_not_encoded_again() {
+    let bench = Bench::new();
+    let blank = bench.blank(llama(), "bpe");
+    let texts: Vec<String> =
+        (0..2000).map(|i| format!("film {i} {}", "was good ".repeat(i % 23))).collect();
+    let tokens = |edited: bool, max_length: usize| {
+        let mut rows: Vec<(&str, i64)> = texts.iter().map(|t| (t.as_str(), 1)).collect();
+        if edited {
+            rows[1234] = ("another one", 0);
+        }
+        let data = bench.dataset(&[("train", &rows), ("test", &[("a bad one", 0)])], &[]);
+        let prompts = bench.run("format", &alpaca(&data)).unwrap();
+        let with = json!({
+            "data": edge("prompts", &prompts.ports), "tokenizer": edge("model", &blank.ports),
+            "max_length": max_length,
+        });
+        let ran = bench.run("tokenize", &with).unwrap();
+        let told = ran.facts["chunks"].as_str().unwrap().to_owned();
+        let mut numbers = told.split(' ').filter_map(|word| word.parse::<u32>().ok());
+        (ran.ports, numbers.next().unwrap(), numbers.next().unwrap())
+    };
+    let (first, made, all) = tokens(false, 512);
+    assert!(made == all && all > 10, "{made} of {all}");
+    let (again, made, _) = tokens(false, 512);
+    assert_eq!((&again, made), (&first, 0));
+    let (edited, made, _) = tokens(true, 512);
+    assert!((1..4).contains(&made), "{made} of {all}");
+    assert_eq!(edited["test"], first["test"]);
+    // with other limits nothing is known
+    let (_, made, all) = tokens(true, 256);
+    assert_eq!(made, all);
+    // with none of it known the result is the same
+    std::fs::remove_dir_all(bench.store.root().join("memos")).unwrap();
+    let (cold, made, all) = tokens(true, 512);
+    assert_eq!((cold, made), (edited, all));
 }
 
 #[test]
