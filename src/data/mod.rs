@@ -6,6 +6,7 @@
 
 mod card;
 mod delimited;
+pub mod doctor;
 mod format;
 mod json;
 mod labels;

@@ -8,6 +8,7 @@ mod evaluate;
 mod fetch;
 mod format;
 mod init_model;
+mod inspect;
 mod loading;
 mod merge;
 mod model;
@@ -29,6 +30,7 @@ pub const ALL: &[Kind] = &[
     Kind::of::<sample::Sample>(),
     Kind::of::<format::Format>(),
     Kind::of::<tokenize::Tokenize>(),
+    Kind::of::<inspect::Inspect>(),
     Kind::of::<train::Train>(),
     Kind::of::<evaluate::Evaluate>(),
     Kind::of::<select::Select>(),

@@ -3,6 +3,7 @@
 #![allow(clippy::unwrap_used, reason = "helpers of tests fail by panicking")]
 
 mod hub;
+mod inspect;
 mod kinds;
 
 use std::io::Write as _;

@@ -31,7 +31,7 @@ pub(super) struct Room {
 #[derive(Debug)]
 pub(super) struct Ran {
     pub(super) ports: BTreeMap<String, Digest>,
-    warnings: Vec<String>,
+    pub(super) warnings: Vec<String>,
     log: Vec<String>,
 }
 

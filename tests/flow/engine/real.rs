@@ -37,6 +37,9 @@ pub(crate) fn steps() -> Value {
         "tokens": { "kind": "tokenize", "with": {
             "data": "${steps.prompts}", "tokenizer": "${steps.base.tokenizer}", "max_length": 320,
         } },
+        "look": { "kind": "inspect", "with": {
+            "data": "${steps.tokens}", "model": "${steps.base}",
+        } },
         "train": { "kind": "train", "with": {
             "data": "${steps.tokens}", "model": "${steps.base}", "method": "lora",
             "lora": { "r": "${sweep.r}" }, "learning_rate": 1e-3, "max_steps": 2, "batch_size": 4,
