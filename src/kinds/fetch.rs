@@ -371,14 +371,23 @@ impl Fetch {
                 .with_context(|| format!("dataset {dataset}"))?;
         let splits =
             self.chosen(splits).with_context(|| format!("dataset {dataset}, config `{config}`"))?;
-        let mut parts = Parts::new();
-        for (split, files) in splits {
-            let mut here = Vec::with_capacity(files.len());
-            for name in files {
-                let file = tree.iter().find(|f| f.path == name).context("a file of the list")?;
-                here.push(Part { path: fetch(file, &name)?, name });
-            }
-            parts.insert(split, here);
+        let names: Vec<(&String, &String)> = splits
+            .iter()
+            .flat_map(|(split, files)| files.iter().map(move |f| (split, f)))
+            .collect();
+        let listed: BTreeMap<&str, &RepoFile> = tree.iter().map(|f| (f.path.as_str(), f)).collect();
+        let files = names.iter().map(|(_, name)| {
+            listed.get(name.as_str()).map(|f| (*f).clone()).context("a file of the list")
+        });
+        let files: Vec<RepoFile> = files.collect::<Result<_>>()?;
+        let progress = |have, all| {
+            cx.progress(have, all, "bytes", format!("{} files", files.len()));
+            cx.stop()
+        };
+        let paths = cx.hub.files(RepoType::Dataset, dataset, commit, &files, &progress)?;
+        let mut parts: Parts = splits.keys().map(|split| (split.clone(), Vec::new())).collect();
+        for ((split, name), path) in names.into_iter().zip(paths) {
+            parts.entry(split.clone()).or_default().push(Part { path, name: name.clone() });
         }
         warn_left_out(cx, &left_out);
         cx.fact("dataset", format!("{dataset}@{commit}"));
