@@ -113,12 +113,12 @@ impl Check {
             Self::LengthDrift => "draw the splits from one pool",
             Self::NoLabel => "give the rows a label, or leave them out",
             Self::LabelOutside => "see whether `classes` of the format step names all of them",
-            Self::Empty => "leave the rows out with `filter` of the sample step",
-            Self::Duplicates => "leave them out with `deduplicate` of the sample step",
+            Self::Empty => "leave the rows out with `filter` of a transform step",
+            Self::Duplicates => "leave them out with `deduplicate` of a transform step",
             Self::Conflicts => "look at the labels of these rows",
             Self::Overlap => {
-                "leave them out with `deduplicate` of the sample step: what was trained on says \
-                 nothing about what was learnt"
+                "leave them out with `deduplicate: { across: true }` of a transform step: what was \
+                 trained on says nothing about what was learnt"
             }
             Self::NoTarget => {
                 "check the target column of the format step, and `max_length` and `truncate` of \

@@ -5,14 +5,15 @@ use std::collections::BTreeMap;
 use std::path::PathBuf;
 
 use anyhow::{Context as _, Result, bail};
+use arrow::array::RecordBatch;
 use schemars::{JsonSchema, Schema, SchemaGenerator, json_schema};
 use serde::de::{DeserializeOwned, Error as _};
 use serde::{Deserialize, Deserializer, Serialize, Serializer};
 use serde_json::Value;
 
-use super::rows::write_split;
+use super::rows::{ClassNames, SplitWriter};
 use crate::artifact::Type;
-use crate::data::{self, Card, Format, Found, OnError, Quote, Reading, Table};
+use crate::data::{self, Card, Format, Found, OnError, Quote, Reading, Scan};
 use crate::hub::{RepoFile, RepoType};
 use crate::source::{Fault, suggest};
 use crate::step::{Context, FileInput, Outside, Ports, Problem, StepKind};
@@ -248,26 +249,7 @@ impl StepKind for Fetch {
         for (done, (split, parts)) in splits.into_iter().enumerate() {
             cx.stop()?;
             cx.progress(done as u64, total, "splits", format!("reading {split}"));
-            let mut table = self.read(&parts).with_context(|| format!("split `{split}`"))?;
-            std::mem::take(&mut table.notes).into_iter().for_each(|note| cx.warn(note));
-            for (column, names) in &classes {
-                if table.columns().contains(&column.as_str()) {
-                    table.classes.entry(column.clone()).or_insert_with(|| names.clone());
-                }
-            }
-            if table.skipped > 0 {
-                let skipped = table.skipped;
-                cx.warn(format!("{skipped} rows of `{split}` could not be read and were left out"));
-                cx.fact(&format!("skipped.{split}"), skipped);
-            }
-            if let Some(columns) = &self.columns {
-                table = table.select(columns).with_context(|| format!("split `{split}`"))?;
-            }
-            let table = table.rename(&self.rename)?;
-            if table.rows() == 0 {
-                cx.warn(format!("split `{split}` has no rows"));
-            }
-            write_split(cx, &split, &table)?;
+            self.split(cx, &split, &parts, &classes).with_context(|| format!("split `{split}`"))?;
         }
         Ok(())
     }
@@ -309,8 +291,14 @@ impl Fetch {
         problems
     }
 
-    /// Reads the files of a split as one table.
-    fn read(&self, parts: &[Part]) -> Result<Table> {
+    /// Reads the files of a split and writes their rows as they come.
+    fn split(
+        &self,
+        cx: &mut Context<'_>,
+        split: &str,
+        parts: &[Part],
+        classes: &ClassNames,
+    ) -> Result<()> {
         let reading = |name| {
             Reading::new(name, self.on_error)
                 .field(self.field.as_deref())
@@ -318,12 +306,44 @@ impl Fetch {
                 .columns(self.columns.as_deref())
         };
         let files = parts.iter().map(|part| (part.path.as_path(), reading(&part.name)));
-        let table = data::read_all(files.collect())?;
-        if table.columns().is_empty() {
+        let scan = Scan::of(files.collect())?;
+        let mut head = scan.head.clone();
+        std::mem::take(&mut head.notes).into_iter().for_each(|note| cx.warn(note));
+        if head.columns().is_empty() {
             let names: Vec<&str> = parts.iter().map(|p| p.name.as_str()).collect();
             bail!("there is no row with a field in {}", names.join(", "));
         }
-        Ok(table)
+        for (column, names) in classes {
+            if head.columns().contains(&column.as_str()) {
+                head.classes.entry(column.clone()).or_insert_with(|| names.clone());
+            }
+        }
+        if head.skipped > 0 {
+            let skipped = head.skipped;
+            cx.warn(format!("{skipped} rows of `{split}` could not be read and were left out"));
+            cx.fact(&format!("skipped.{split}"), skipped);
+        }
+        let places: Vec<usize> = match &self.columns {
+            Some(columns) => columns.iter().map(|c| head.index_of(c)).collect::<Result<_>>()?,
+            None => (0..head.columns().len()).collect(),
+        };
+        if let Some(columns) = &self.columns {
+            head = head.select(columns)?;
+        }
+        let head = head.rename(&self.rename)?;
+        let mut writer = SplitWriter::create(cx, split, head.schema.clone())?;
+        let mut done = 0;
+        scan.each(&mut |batch| {
+            let chosen = batch.project(&places)?;
+            writer.write(&RecordBatch::try_new(head.schema.clone(), chosen.columns().to_vec())?)?;
+            done += batch.num_rows() as u64;
+            cx.progress(done, 0, "rows", split);
+            cx.stop()
+        })?;
+        if writer.finish(cx, &head.classes)? == 0 {
+            cx.warn(format!("split `{split}` has no rows"));
+        }
+        Ok(())
     }
 
     /// The splits that were asked for, of those there are.

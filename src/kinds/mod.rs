@@ -2,6 +2,7 @@
 //! context, calls the room that does the work, and writes what comes out.
 
 mod benchmark;
+mod combine;
 mod command;
 pub(crate) mod compare;
 mod evaluate;
@@ -17,6 +18,7 @@ mod sample;
 mod select;
 mod tokenize;
 mod train;
+mod transform;
 
 pub(crate) use command::is_inside;
 
@@ -27,6 +29,8 @@ pub const ALL: &[Kind] = &[
     Kind::of::<fetch::Fetch>(),
     Kind::of::<model::Model>(),
     Kind::of::<init_model::InitModel>(),
+    Kind::of::<transform::Transform>(),
+    Kind::of::<combine::Combine>(),
     Kind::of::<sample::Sample>(),
     Kind::of::<format::Format>(),
     Kind::of::<tokenize::Tokenize>(),

@@ -6,8 +6,10 @@
 
 mod chat;
 mod columns;
+mod conversation;
 mod encode;
 mod fit;
+mod json;
 mod labels;
 mod pattern;
 mod piece;
@@ -20,11 +22,13 @@ mod train_tokenizer;
 
 pub use chat::{ChatTemplate, Message, Turns};
 pub use columns::{Columns, distinct, schema, texts};
+pub use conversation::{Conversation, tools};
 pub use encode::{Encoded, Encoder, Limits, Pair, Row, TooLong, Truncate};
+pub use json::parse;
 pub use labels::{Classes, LabelWords};
 pub use pattern::Pattern;
 pub use piece::{Part, Piece};
-pub use prompts::{Conversation, Fields, Formatter, Rendered, Target};
+pub use prompts::{Fields, Formatter, Rendered, Target};
 pub use render::{OnRefused, RenderedFile, render_file};
 pub use template::{Template, Wording};
 pub use tokenizer::{Tokenizer, TokenizerSource};

@@ -5,6 +5,7 @@
 mod hub;
 mod inspect;
 mod kinds;
+mod shape;
 
 use std::io::Write as _;
 use std::path::{Path, PathBuf};

@@ -2,6 +2,7 @@
 #![allow(clippy::unwrap_used, reason = "a test fails by it")]
 
 mod encoding;
+mod references;
 mod seams;
 mod step_kinds;
 mod templates;

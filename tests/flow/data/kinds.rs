@@ -32,7 +32,7 @@ pub(super) struct Room {
 pub(super) struct Ran {
     pub(super) ports: BTreeMap<String, Digest>,
     pub(super) warnings: Vec<String>,
-    log: Vec<String>,
+    pub(super) log: Vec<String>,
 }
 
 impl Room {
