@@ -18,10 +18,10 @@ use super::table::BATCH;
 use super::{RowStream, RowWriter};
 
 /// Bytes of rows that are held at once.
-pub const BUDGET: u64 = 96 << 20;
+pub const BUDGET: u64 = 64 << 20;
 
-/// Bytes of a scratch file that are held before they are written.
-const HELD: usize = 1 << 20;
+/// Bytes of a scratch file that are held before they are written, at most and at least.
+const HELD: std::ops::Range<u64> = 1 << 16..1 << 20;
 
 /// Where rows go: their number, and their place.
 type Places = Vec<(u64, u64)>;
@@ -52,8 +52,9 @@ pub fn gather(
         return in_order(stream, &places, writer, stop);
     }
     let stretch = (rows.len() as u64).div_ceil(stretches);
+    let held = (budget / stretches).clamp(HELD.start, HELD.end);
     let mut files: Vec<Scratch> = (0..stretches)
-        .map(|i| Scratch::create(scratch.join(format!("stretch-{i}")), &stream))
+        .map(|i| Scratch::create(scratch.join(format!("stretch-{i}")), &stream, held))
         .collect::<Result<_>>()?;
     let mut inner: Vec<Vec<u64>> = files.iter().map(|_| Vec::new()).collect();
     each(stream, &places, stop, &mut |batch, places| {
@@ -133,19 +134,20 @@ fn in_order(
 struct Scratch {
     path: PathBuf,
     inner: ArrowWriter<File>,
+    held: u64,
 }
 
 impl Scratch {
-    fn create(path: PathBuf, of: &RowStream) -> Result<Self> {
+    fn create(path: PathBuf, of: &RowStream, held: u64) -> Result<Self> {
         let properties = WriterProperties::builder().set_dictionary_enabled(false).build();
         let file = File::create(&path).with_context(|| format!("writing {}", path.display()))?;
         let inner = ArrowWriter::try_new(file, Arc::clone(of.schema()), Some(properties))?;
-        Ok(Self { path, inner })
+        Ok(Self { path, inner, held })
     }
 
     fn write(&mut self, batch: &RecordBatch) -> Result<()> {
         self.inner.write(batch)?;
-        if self.inner.in_progress_size() > HELD {
+        if self.inner.in_progress_size() as u64 > self.held {
             self.inner.flush()?;
         }
         Ok(())

@@ -33,6 +33,9 @@ use crate::step::{Context, FileInput, Outside, Ports, Problem, StepKind};
 /// the split (a shard's name, as in `train_sft-00000-of-00004`, is taken whole), and without such
 /// words all is `train`. Files that are left out are named in a warning.
 ///
+/// Where a hub dataset is only a script, and no revision is asked for, the Parquet files are taken
+/// into which the hub has converted it (`refs/convert/parquet`).
+///
 /// A hub revision is pinned to a commit, a URL to a checksum, in the lock beside the pipeline.
 #[derive(Debug, Clone, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
@@ -46,7 +49,8 @@ pub(super) struct Fetch {
     /// Branch, tag or commit of the dataset; `main` by default.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     revision: Option<String>,
-    /// A local file or folder, or a map from split to a file, a folder or a list of them.
+    /// A local file or folder, or a map from split to a file, a folder or a list of them; a path
+    /// may be a pattern (`data/*.jsonl`, `**/train-*.csv`).
     #[serde(default, skip_serializing_if = "Option::is_none")]
     files: Option<Sources>,
     /// A file on the web, as one split (`train`, or the one that `splits` names).
@@ -81,6 +85,31 @@ pub(super) struct Fetch {
 enum Sources {
     One(FileInput),
     Splits(BTreeMap<String, Vec<FileInput>>),
+}
+
+impl Sources {
+    /// One path, or a pattern: then the files that it names, by the splits that their names say.
+    fn resolve_one(&mut self, outside: &mut Outside<'_>) -> Result<()> {
+        let Self::One(input) = self else { return Ok(()) };
+        let found = outside.files(input)?;
+        if let [(_, only)] = found.as_slice() {
+            *input = only.clone();
+            return Ok(());
+        }
+        let names: Vec<&str> = found.iter().map(|(name, _)| name.as_str()).collect();
+        let Found { splits, left_out } = data::of_names(&names)?;
+        if !left_out.is_empty() {
+            let message = format!("names do not say the split of {}", left_out.join(", "));
+            let help = "give a pattern for each split: `files: { train: …, test: … }`";
+            return Err(Fault::new(message).help(help).into());
+        }
+        let of = |names: Vec<String>| {
+            let file = |name: &String| found.iter().find(|(n, _)| n == name).map(|f| f.1.clone());
+            names.iter().filter_map(file).collect()
+        };
+        *self = Self::Splits(splits.into_iter().map(|(split, n)| (split, of(n))).collect());
+        Ok(())
+    }
 }
 
 impl<'de> Deserialize<'de> for Sources {
@@ -166,13 +195,14 @@ impl StepKind for Fetch {
     fn resolve(&mut self, outside: &mut Outside<'_>) -> Result<()> {
         if let Some(dataset) = &self.dataset {
             let revision = self.revision.as_deref();
-            self.revision = Some(outside.commit(RepoType::Dataset, dataset, revision)?);
+            self.revision = Some(outside.dataset(dataset, revision)?);
         }
         match &mut self.files {
-            Some(Sources::One(file)) => outside.file(file)?,
+            Some(files @ Sources::One(_)) => files.resolve_one(outside)?,
             Some(Sources::Splits(splits)) => {
-                for file in splits.values_mut().flatten() {
-                    outside.file(file)?;
+                for files in splits.values_mut() {
+                    let found: Result<Vec<_>> = files.iter().map(|f| outside.files(f)).collect();
+                    *files = found?.into_iter().flatten().map(|(_, file)| file).collect();
                 }
             }
             None => {}

@@ -28,6 +28,7 @@ fn pipeline() -> String {
     }
     steps["words"]["with"]["run"] = json!(words);
     steps["tokens"]["with"]["tokenizer"] = json!("${steps.blank.tokenizer}");
+    steps["look"]["with"]["model"] = json!("${steps.blank}");
     steps["train"] = json!({ "kind": "train", "checkpoint": "1ms", "with": {
         "data": "${steps.tokens}", "model": "${steps.blank}", "method": "lora",
         "lora": { "r": 2, "dropout": 0.1 }, "learning_rate": 1e-3, "max_steps": 6,

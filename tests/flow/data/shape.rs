@@ -25,6 +25,31 @@ fn extended(mut with: Value, more: Value) -> Value {
 }
 
 #[test]
+fn fetch_takes_patterns() {
+    let room = Room::new();
+    for name in ["a/train-0.csv", "a/train-1.csv", "b/test.csv", "b/.hidden.csv", "c/d/train-9.csv"]
+    {
+        room.file(name, format!("text,label\n{name},1\n"));
+    }
+    let fetch = |files: Value| room.run("fetch", json!({ "files": files }));
+    let rows = |ran: &Ran, split: &str| texts(&room.table(ran, split), "text");
+    let ran = fetch(json!("*/*.csv")).unwrap();
+    assert_eq!(rows(&ran, "train"), ["a/train-0.csv", "a/train-1.csv"]);
+    assert_eq!(rows(&ran, "test"), ["b/test.csv"]);
+    let ran = fetch(json!({ "train": ["**/train-*.csv"], "dev": "b/*.csv" })).unwrap();
+    assert_eq!(rows(&ran, "train"), ["a/train-0.csv", "a/train-1.csv", "c/d/train-9.csv"]);
+    assert_eq!(rows(&ran, "dev"), ["b/test.csv"]);
+    let ran = fetch(json!("a/train-[0-0].csv")).unwrap();
+    assert_eq!(rows(&ran, "train"), ["a/train-0.csv"]);
+    let e = fetch(json!("a/*.parquet")).unwrap_err().to_string();
+    assert_eq!(e, "no file matches `a/*.parquet`");
+    room.file("e/train.csv", "text\na\n");
+    room.file("e/other.csv", "text\na\n");
+    let e = fetch(json!("e/*.csv")).unwrap_err();
+    assert!(e.to_string().contains("other.csv"), "{e}");
+}
+
+#[test]
 fn transform_changes_names_types_columns_and_rows() {
     let room = Room::new();
     let data = reviews(&room);

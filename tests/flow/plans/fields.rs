@@ -86,6 +86,7 @@ fn others(value: &Value, words: &[String]) -> Vec<Value> {
     };
     all.extend(words.iter().flat_map(|w| [json!(w), json!([w])]));
     all.extend([json!(1), json!(0.5), json!(true), json!("x"), json!(["x"]), json!({ "x": "x" })]);
+    all.push(json!([0.5]));
     all.extend([json!({}), json!({ "x": 1 }), json!({ "x": 0.5 }), json!({ "prompt": "x" })]);
     all.extend([file.clone(), json!({ "x": file })]);
     for ty in types {
