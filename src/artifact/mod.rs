@@ -9,6 +9,7 @@ mod dataset;
 mod equal;
 mod model;
 mod report;
+mod rows;
 mod tokens;
 
 use std::collections::BTreeMap;
@@ -23,6 +24,7 @@ pub use dataset::{Dataset, Features, Prompts, PromptsInfo, ROWS, Segment, Segmen
 pub use equal::{Comparison, Likeness, Place, Tolerance, compare};
 pub use model::{AnyModel, Model, TokenizerFiles, TrainedInfo, TrainedModel};
 pub use report::{Report, ReportFile};
+pub use rows::AnyRows;
 pub use tokens::{Candidate, Tokens, TokensInfo, TokensSplit};
 
 use crate::digest::Digest;

@@ -8,7 +8,7 @@ use super::arguments::{RunsOptions, ShowOptions, StepOptions};
 use super::error::{Exit, Failure};
 use super::session::store_here;
 use super::steps::{Phase, StepStatus, steps_named, steps_of};
-use super::{Stage, out, shell, table};
+use super::{Stage, out, samples, shell, table};
 use crate::artifact::View;
 use crate::digest::Digest;
 use crate::lineage::{Loaded, Record, Run, Runs, is_measured};
@@ -207,6 +207,7 @@ fn show_files(view: &View, port: &str) -> std::io::Result<()> {
     for name in ["report.md", "samples.json", "report.json"] {
         let Ok(Some(path)) = view.find(port, name) else { continue };
         if let Ok(text) = std::fs::read_to_string(path) {
+            let text = samples::readable(&text).filter(|_| name == "samples.json").unwrap_or(text);
             outln!("  {port}/{name}")?;
             for line in text.lines().take(120) {
                 outln!("    {line}")?;

@@ -22,6 +22,7 @@ mod progress;
 mod project;
 mod reproduce;
 mod run;
+mod samples;
 mod session;
 mod shell;
 mod steps;

@@ -41,10 +41,37 @@ impl Ty {
 /// that is never closed is told from a field that ends with the file.
 const END: &[u8] = b"\nflow: end of file\n";
 
-pub(super) fn read(from: impl Read, delimiter: u8, reading: &mut Reading<'_>) -> Result<Table> {
+/// What a file was found to hold.
+pub(super) struct Found {
+    names: Vec<String>,
+    types: Vec<Ty>,
+    /// Rows that are left out, counted from 1, in order.
+    bad: Vec<usize>,
+}
+
+impl Found {
+    /// The columns, without rows.
+    pub(super) fn head(&self) -> Result<Table> {
+        let fields = self.names.iter().zip(&self.types);
+        let fields = fields.map(|(name, ty)| Field::new(name, ty.arrow(), true));
+        let mut table = Table::new(&Schema::new(fields.collect::<Vec<_>>()), Vec::new())?;
+        let empty = self.names.iter().zip(&self.types).filter(|(_, ty)| **ty == Ty::Empty);
+        table.untyped = empty.map(|(name, _)| name.clone()).collect();
+        Ok(table)
+    }
+}
+
+/// Hands out the header, and then every row with its number (from 1).
+fn records(
+    from: impl Read,
+    delimiter: u8,
+    (name, quote): (&str, Quote),
+    header: &mut dyn FnMut(Vec<String>) -> Result<()>,
+    each: &mut dyn FnMut(usize, &ByteRecord) -> Result<()>,
+) -> Result<()> {
     let mut reader = ReaderBuilder::new()
         .delimiter(delimiter)
-        .quoting(reading.quote == Quote::Double)
+        .quoting(quote == Quote::Double)
         .flexible(true)
         .from_reader(from.chain(END));
     let names: Vec<String> =
@@ -53,57 +80,95 @@ pub(super) fn read(from: impl Read, delimiter: u8, reading: &mut Reading<'_>) ->
     if !reader.read_byte_record(&mut record)? {
         // The header itself is what stands behind the last row, or has swallowed it.
         if is_end(reader.byte_headers()?) {
-            bail!("{} is empty; a header is expected", reading.name);
+            bail!("{name} is empty; a header is expected");
         }
-        return Err(never_closed(reading.name, "the header", 1));
+        return Err(never_closed(name, "the header", 1));
     }
-    for (i, name) in names.iter().enumerate() {
-        if names[..i].contains(name) {
-            bail!("{}: the header names column `{name}` twice", reading.name);
+    for (i, column) in names.iter().enumerate() {
+        if names[..i].contains(column) {
+            bail!("{name}: the header names column `{column}` twice");
         }
     }
-    let mut types = vec![Ty::Empty; names.len()];
-    let mut rows: Vec<StringRecord> = Vec::new();
+    header(names)?;
     let mut next = ByteRecord::new();
     let mut row = 0;
     // One record is read ahead: the last one is ours.
     while reader.read_byte_record(&mut next)? {
         row += 1;
         std::mem::swap(&mut record, &mut next);
-        let fields = &next;
+        each(row, &next)?;
+    }
+    if !is_end(&record) {
+        let line = record.position().map_or(0, csv::Position::line);
+        return Err(never_closed(name, &format!("row {}", row + 1), line));
+    }
+    Ok(())
+}
+
+/// Finds names, types and bad rows in a first pass.
+pub(super) fn scan(from: impl Read, delimiter: u8, reading: &mut Reading<'_>) -> Result<Found> {
+    let about = (reading.name, reading.quote);
+    let found = std::cell::RefCell::new(Found { names: vec![], types: vec![], bad: vec![] });
+    let mut header = |names: Vec<String>| {
+        let mut found = found.borrow_mut();
+        found.types = vec![Ty::Empty; names.len()];
+        found.names = names;
+        Ok(())
+    };
+    records(from, delimiter, about, &mut header, &mut |row, fields| {
+        let mut found = found.borrow_mut();
+        let Found { names, types, bad } = &mut *found;
         if fields.len() != names.len() {
             let missing = names.get(fields.len()).map(String::as_str);
             let (has, want) = (fields.len(), names.len());
             reading.bad(row, missing, &format!("it has {has} fields, the header has {want}"))?;
-            continue;
+            bad.push(row);
+            return Ok(());
         }
-        match StringRecord::from_byte_record(fields.clone()) {
-            Ok(fields) => {
-                for (ty, field) in types.iter_mut().zip(&fields) {
-                    *ty = merged(*ty, of_field(field));
-                }
-                rows.push(fields);
-            }
-            Err(e) => {
-                let column = names.get(e.utf8_error().field()).map(String::as_str);
+        // Nothing of a bad row may stay in the types.
+        for (column, field) in fields.iter().enumerate() {
+            if std::str::from_utf8(field).is_err() {
+                let column = names.get(column).map(String::as_str);
                 reading.bad(row, column, "it is not UTF-8")?;
+                bad.push(row);
+                return Ok(());
             }
         }
-    }
-    if !is_end(&record) {
-        let line = record.position().map_or(0, csv::Position::line);
-        return Err(never_closed(reading.name, &format!("row {}", row + 1), line));
-    }
-    let fields = names.iter().zip(&types).map(|(name, ty)| Field::new(name, ty.arrow(), true));
-    let schema = Arc::new(Schema::new(fields.collect::<Vec<_>>()));
-    let batches = rows.chunks(BATCH).map(|rows| {
-        let columns = types.iter().enumerate().map(|(i, ty)| column(rows, i, *ty)).collect();
-        RecordBatch::try_new(Arc::clone(&schema), columns)
-    });
-    let mut table = Table::new(&schema, batches.collect::<Result<_, _>>()?)?;
-    let empty = names.into_iter().zip(types).filter(|(_, ty)| *ty == Ty::Empty);
-    table.untyped = empty.map(|(name, _)| name).collect();
-    Ok(table)
+        for (ty, field) in types.iter_mut().zip(fields) {
+            *ty = merged(*ty, of_field(std::str::from_utf8(field).unwrap_or_default()));
+        }
+        Ok(())
+    })?;
+    Ok(found.into_inner())
+}
+
+/// Hands out the rows in batches, in a second pass.
+pub(super) fn batches(
+    from: impl Read,
+    delimiter: u8,
+    about: (&str, Quote),
+    found: &Found,
+    take: &mut dyn FnMut(RecordBatch) -> Result<()>,
+) -> Result<()> {
+    let schema = Arc::clone(&found.head()?.schema);
+    let mut bad = found.bad.iter().peekable();
+    let mut rows: Vec<StringRecord> = Vec::new();
+    let mut flush = |rows: &mut Vec<StringRecord>| {
+        let columns = found.types.iter().enumerate().map(|(i, ty)| column(rows, i, *ty));
+        let batch = RecordBatch::try_new(Arc::clone(&schema), columns.collect())?;
+        rows.clear();
+        take(batch)
+    };
+    records(from, delimiter, about, &mut |_| Ok(()), &mut |row, fields| {
+        if bad.next_if(|at| **at == row).is_none() {
+            rows.push(StringRecord::from_byte_record(fields.clone())?);
+            if rows.len() == BATCH {
+                flush(&mut rows)?;
+            }
+        }
+        Ok(())
+    })?;
+    if rows.is_empty() { Ok(()) } else { flush(&mut rows) }
 }
 
 fn is_end(record: &ByteRecord) -> bool {

@@ -6,6 +6,7 @@ use std::io::{BufRead, BufReader, Read};
 use std::sync::Arc;
 
 use anyhow::{Context as _, Result, bail};
+use arrow::array::RecordBatch;
 use arrow::datatypes::{DataType, Field, Schema};
 use serde::de::{Deserializer, MapAccess, SeqAccess, Visitor};
 use serde::ser::{SerializeMap as _, SerializeSeq as _, Serializer};
@@ -210,26 +211,35 @@ fn fields_of(columns: &[(String, Ty)]) -> Vec<Field> {
     columns.iter().map(|(name, ty)| Field::new(name, ty.arrow(), true)).collect()
 }
 
-/// Rows that fit together, of one file or of several.
+/// Columns of rows that fit together, of one file or of several.
 #[derive(Default)]
-pub(super) struct Rows {
+pub(super) struct Columns {
     columns: Vec<(String, Ty)>,
-    rows: Vec<Json>,
     notes: Vec<String>,
 }
 
-impl Rows {
-    fn add(&mut self, number: usize, value: Json, reading: &mut Reading<'_>) -> Result<()> {
-        let Json::Map(fields) = &value else {
-            let found = Ty::of(&value).map_or("a mixed list", |ty| ty.noun());
-            return reading.bad(number, None, &format!("expected an object, found {found}"));
+/// How the rows of a file are written, and which are left out.
+pub(super) struct Found {
+    lines: bool,
+    /// Counted from 1, in order.
+    bad: Vec<usize>,
+}
+
+impl Columns {
+    /// Takes a row's types; whether it is a good row.
+    fn add(&mut self, number: usize, value: &Json, reading: &mut Reading<'_>) -> Result<bool> {
+        let mut bad =
+            |column: Option<&str>, why: &str| reading.bad(number, column, why).map(|()| false);
+        let Json::Map(fields) = value else {
+            let found = Ty::of(value).map_or("a mixed list", |ty| ty.noun());
+            return bad(None, &format!("expected an object, found {found}"));
         };
         // Nothing of a bad row may stay in the types, so they change after the last check.
         let mut changed = Vec::new();
         for (name, value) in fields {
             let known = self.columns.iter().position(|(n, _)| n == name);
             let Some(ty) = Ty::of(value) else {
-                return reading.bad(number, Some(name), "items of a list are of different types");
+                return bad(Some(name), "items of a list are of different types");
             };
             let Some(known) = known else {
                 changed.push((None, name.clone(), ty));
@@ -243,7 +253,7 @@ impl Rows {
                 } else {
                     format!("expected {want} as in the rows before, found {found}")
                 };
-                return reading.bad(number, Some(name), &why);
+                return bad(Some(name), &why);
             };
             if merged != *held {
                 changed.push((Some(known), name.clone(), merged));
@@ -255,107 +265,185 @@ impl Rows {
                 None => self.columns.push((name, ty)),
             }
         }
-        self.rows.push(value);
-        Ok(())
+        Ok(true)
     }
 
-    /// All rows; a field that is absent is null.
-    pub(super) fn table(mut self) -> Result<Table> {
+    /// All columns, without rows.
+    pub(super) fn head(&mut self) -> Result<Table> {
+        let (columns, notes) = self.filled();
+        let schema = Schema::new(fields_of(&columns));
+        let mut table = Table::new(&schema, Vec::new())?;
+        let untyped = columns.into_iter().filter(|(_, ty)| *ty == Ty::Null);
+        table.untyped = untyped.map(|(name, _)| name).collect();
+        table.notes = std::mem::take(&mut self.notes);
+        table.notes.extend(notes);
+        Ok(table)
+    }
+
+    /// Columns that can be written, and what is said of the others.
+    fn filled(&self) -> (Vec<(String, Ty)>, Vec<String>) {
         let mut columns = Vec::with_capacity(self.columns.len());
+        let mut notes = Vec::new();
         for (name, ty) in &self.columns {
             match ty.filled() {
                 Some(ty) => columns.push((name.clone(), ty)),
-                None => self.notes.push(format!(
+                None => notes.push(format!(
                     "column `{name}` holds objects without any field in all rows; it was left out"
                 )),
             }
         }
+        (columns, notes)
+    }
+
+    /// Finds the columns of a file with an object per line.
+    pub(super) fn scan_lines(
+        &mut self,
+        from: impl Read,
+        reading: &mut Reading<'_>,
+    ) -> Result<Found> {
+        let mut bad = Vec::new();
+        lines(from, &mut |number, parsed| {
+            let good = match parsed {
+                Ok(value) => self.add(number, &value, reading)?,
+                Err(e) => reading.bad(number, None, &syntax(&e, number)).map(|()| false)?,
+            };
+            if !good {
+                bad.push(number);
+            }
+            Ok(())
+        })?;
+        Ok(Found { lines: true, bad })
+    }
+
+    /// Finds the columns of a document.
+    pub(super) fn scan_document(
+        &mut self,
+        from: impl Read,
+        reading: &mut Reading<'_>,
+    ) -> Result<Found> {
+        let items = match document(from, reading, &mut self.notes)? {
+            Document::Items(items) => items,
+            Document::Lines(whole, e) => {
+                return self.scan_lines(whole.as_slice(), reading).context(e);
+            }
+        };
+        let mut bad = Vec::new();
+        for (i, item) in items.iter().enumerate() {
+            if !self.add(i + 1, item, reading)? {
+                bad.push(i + 1);
+            }
+        }
+        Ok(Found { lines: false, bad })
+    }
+
+    /// Hands out the rows of a file in batches, in a second pass; a field that is absent is null.
+    pub(super) fn batches(
+        &self,
+        from: impl Read,
+        reading: &Reading<'_>,
+        found: &Found,
+        take: &mut dyn FnMut(RecordBatch) -> Result<()>,
+    ) -> Result<()> {
+        let (columns, _) = self.filled();
         if columns.is_empty() {
-            let mut table = Table::new(&Schema::empty(), Vec::new())?;
-            table.notes = self.notes;
-            return Ok(table);
+            return Ok(());
         }
         let schema = Arc::new(Schema::new(fields_of(&columns)));
-        let reader = arrow::json::ReaderBuilder::new(Arc::clone(&schema))
+        let reader = arrow::json::ReaderBuilder::new(schema)
             .with_batch_size(BATCH)
             // Whole numbers beside longer ones, see `Digits`; all else was checked.
             .with_coerce_primitive(true);
         let mut decoder = reader.build_decoder()?;
-        let mut batches = Vec::new();
-        for chunk in self.rows.chunks(BATCH) {
-            decoder.serialize(chunk)?;
-            batches.extend(decoder.flush()?);
-        }
-        let mut table = Table::new(&schema, batches)?;
-        let untyped = columns.into_iter().filter(|(_, ty)| *ty == Ty::Null);
-        table.untyped = untyped.map(|(name, _)| name).collect();
-        table.notes = self.notes;
-        Ok(table)
-    }
-
-    pub(super) fn read_lines(&mut self, from: impl Read, reading: &mut Reading<'_>) -> Result<()> {
-        let mut lines = BufReader::new(from);
-        let mut line = Vec::new();
-        let mut number = 0;
-        while lines.read_until(b'\n', &mut line)? > 0 {
-            number += 1;
-            let bytes = if number == 1 { unmarked(&line) } else { &line };
-            if !bytes.trim_ascii().is_empty() {
-                match serde_json::from_slice(bytes) {
-                    Ok(value) => self.add(number, value, reading)?,
-                    Err(e) => reading.bad(number, None, &syntax(&e, number))?,
-                }
-            }
-            line.clear();
-        }
-        Ok(())
-    }
-
-    pub(super) fn read_document(
-        &mut self,
-        mut from: impl Read,
-        reading: &mut Reading<'_>,
-    ) -> Result<()> {
-        let mut whole = Vec::new();
-        from.read_to_end(&mut whole)?;
-        // An empty file is a split's part without a row, as it is with a row a line.
-        if unmarked(&whole).trim_ascii().is_empty() {
-            return Ok(());
-        }
-        let one_line = !whole.trim_ascii().contains(&b'\n');
-        let items = match (serde_json::from_slice(unmarked(&whole)), reading.field) {
-            (Ok(Json::List(items)), None) => items,
-            (Ok(Json::List(_)), Some(field)) => {
-                let message = format!("{} is a list and has no field `{field}`", reading.name);
-                return Err(Fault::new(message).help("leave `field` out").into());
-            }
-            (Ok(Json::Map(fields)), None) if one_line => {
-                if let [field] = lists_of_rows(&fields).as_slice() {
-                    self.notes.push(format!(
-                        "{} is one line and was read as one row; if its rows are the list in \
-                         `{field}`, set `field: {field}`",
-                        reading.name
-                    ));
-                }
-                vec![Json::Map(fields)]
-            }
-            (Ok(Json::Map(fields)), _) => in_field(fields, reading)?,
-            (Ok(other), _) => {
-                let found = Ty::of(&other).map_or("a list", |ty| ty.noun());
-                bail!("{}: expected a list of objects, found {found}", reading.name)
-            }
-            // Many files named .json hold an object per line.
-            (Err(e), _) if !one_line && first_line_is_a_row(&whole) => {
-                return self.read_lines(whole.as_slice(), reading).context(e);
-            }
-            (Err(e), _) => return Err(e).with_context(|| format!("{} is not JSON", reading.name)),
+        let mut rows: Vec<Json> = Vec::new();
+        let mut flush = |rows: &mut Vec<Json>| {
+            decoder.serialize(rows)?;
+            rows.clear();
+            decoder.flush()?.map_or(Ok(()), &mut *take)
         };
-        drop(whole);
-        for (i, item) in items.into_iter().enumerate() {
-            self.add(i + 1, item, reading)?;
+        let mut bad = found.bad.iter().peekable();
+        let mut add = |number: usize, row: Json| {
+            if bad.next_if(|at| **at == number).is_none() {
+                rows.push(row);
+                if rows.len() == BATCH {
+                    flush(&mut rows)?;
+                }
+            }
+            Ok(())
+        };
+        if found.lines {
+            lines(from, &mut |number, parsed| add(number, parsed.unwrap_or(Json::Null)))?;
+        } else if let Document::Items(items) = document(from, reading, &mut Vec::new())? {
+            items.into_iter().enumerate().try_for_each(|(i, item)| add(i + 1, item))?;
         }
-        Ok(())
+        if rows.is_empty() { Ok(()) } else { flush(&mut rows) }
     }
+}
+
+/// Every line that is not blank, parsed, with its number (from 1).
+fn lines(
+    from: impl Read,
+    each: &mut dyn FnMut(usize, serde_json::Result<Json>) -> Result<()>,
+) -> Result<()> {
+    let mut lines = BufReader::new(from);
+    let mut line = Vec::new();
+    let mut number = 0;
+    while lines.read_until(b'\n', &mut line)? > 0 {
+        number += 1;
+        let bytes = if number == 1 { unmarked(&line) } else { &line };
+        if !bytes.trim_ascii().is_empty() {
+            each(number, serde_json::from_slice(bytes))?;
+        }
+        line.clear();
+    }
+    Ok(())
+}
+
+/// What a `.json` file is.
+enum Document {
+    /// One value, whose rows these are.
+    Items(Vec<Json>),
+    /// An object per line, as many files named .json are; and why it is no document.
+    Lines(Vec<u8>, serde_json::Error),
+}
+
+fn document(
+    mut from: impl Read,
+    reading: &Reading<'_>,
+    notes: &mut Vec<String>,
+) -> Result<Document> {
+    let mut whole = Vec::new();
+    from.read_to_end(&mut whole)?;
+    // An empty file is a split's part without a row, as it is with a row a line.
+    if unmarked(&whole).trim_ascii().is_empty() {
+        return Ok(Document::Items(Vec::new()));
+    }
+    let one_line = !whole.trim_ascii().contains(&b'\n');
+    Ok(Document::Items(match (serde_json::from_slice(unmarked(&whole)), reading.field) {
+        (Ok(Json::List(items)), None) => items,
+        (Ok(Json::List(_)), Some(field)) => {
+            let message = format!("{} is a list and has no field `{field}`", reading.name);
+            return Err(Fault::new(message).help("leave `field` out").into());
+        }
+        (Ok(Json::Map(fields)), None) if one_line => {
+            if let [field] = lists_of_rows(&fields).as_slice() {
+                notes.push(format!(
+                    "{} is one line and was read as one row; if its rows are the list in \
+                     `{field}`, set `field: {field}`",
+                    reading.name
+                ));
+            }
+            vec![Json::Map(fields)]
+        }
+        (Ok(Json::Map(fields)), _) => in_field(fields, reading)?,
+        (Ok(other), _) => {
+            let found = Ty::of(&other).map_or("a list", |ty| ty.noun());
+            bail!("{}: expected a list of objects, found {found}", reading.name)
+        }
+        (Err(e), _) if !one_line && first_line_is_a_row(&whole) => {
+            return Ok(Document::Lines(whole, e));
+        }
+        (Err(e), _) => return Err(e).with_context(|| format!("{} is not JSON", reading.name)),
+    }))
 }
 
 /// serde_json counts lines within what it was given; ours is one line of the file.

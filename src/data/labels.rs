@@ -28,6 +28,21 @@ impl Labels {
     /// # Errors
     /// When there is no such column, or nearly every row has a value of its own.
     pub fn of(table: &Table, column: &str) -> Result<Self> {
+        let labels = Self::any(table, column)?;
+        let (n, distinct) = (labels.rows.len(), labels.values.len());
+        if distinct > 100 && distinct > n / 2 {
+            let (n, distinct) = (grouped(n), grouped(distinct));
+            let message = format!("column `{column}` has {distinct} values in {n} rows");
+            return Err(Fault::new(message).help("name a column that holds classes").into());
+        }
+        Ok(labels)
+    }
+
+    /// The values of a column, however many they are.
+    ///
+    /// # Errors
+    /// When there is no such column.
+    pub fn any(table: &Table, column: &str) -> Result<Self> {
         let index = table.index_of(column)?;
         let mut seen: BTreeMap<String, u32> = BTreeMap::new();
         let mut rows = Vec::with_capacity(table.rows());
@@ -41,12 +56,7 @@ impl Labels {
                 rows.push(*seen.entry(value).or_insert(next));
             }
         }
-        let (n, distinct) = (rows.len(), seen.len());
-        if distinct > 100 && distinct > n / 2 {
-            let (n, distinct) = (grouped(n), grouped(distinct));
-            let message = format!("column `{column}` has {distinct} values in {n} rows");
-            return Err(Fault::new(message).help("name a column that holds classes").into());
-        }
+        let distinct = seen.len();
         // Numbered anew by value, so that nothing depends on which class comes first.
         let mut order = vec![0; distinct];
         for (new, old) in seen.values().enumerate() {

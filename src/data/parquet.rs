@@ -8,22 +8,32 @@ use std::path::Path;
 use std::sync::Arc;
 
 use anyhow::{Context as _, Result};
+use arrow::array::RecordBatch;
 use arrow::datatypes::Schema;
+use parquet::arrow::ProjectionMask;
 use parquet::arrow::arrow_reader::ParquetRecordBatchReaderBuilder;
-use parquet::arrow::{ArrowWriter, ProjectionMask};
 use parquet::basic::{Compression, ZstdLevel};
 use parquet::file::properties::WriterProperties;
 use serde_json::Value;
 
 use super::table::BATCH;
-use super::{Codec, Table, card};
+use super::{Codec, RowWriter, Table, card};
 use crate::source::Fault;
 
 /// Rows of a row group: small enough to stream, large enough to pack well.
 const ROW_GROUP: usize = 16 * BATCH;
 
+/// A file that was opened once; a packed one lies unpacked in a temporary file.
+pub(super) struct Opened {
+    file: File,
+    /// The columns, without rows.
+    pub(super) head: Table,
+    /// Places of the columns that are read.
+    places: Option<Vec<usize>>,
+}
+
 /// Only `columns` are read from the disk, if all of them are there.
-pub(super) fn read(path: &Path, codec: Codec, columns: Option<&[String]>) -> Result<Table> {
+pub(super) fn open(path: &Path, codec: Codec, columns: Option<&[String]>) -> Result<Opened> {
     let file = match codec {
         Codec::Plain => File::open(path).with_context(|| format!("opening {}", path.display()))?,
         // Parquet is read from its end, so a packed file is unpacked first.
@@ -33,32 +43,52 @@ pub(super) fn read(path: &Path, codec: Codec, columns: Option<&[String]>) -> Res
             whole
         }
     };
-    // On some damaged files the library panics, as on a length below zero.
-    catch_unwind(AssertUnwindSafe(|| read_file(file, columns))).unwrap_or_else(|_| {
-        let help = "fetch or write it again";
-        Err(Fault::new("the Parquet file is damaged").help(help).into())
+    undamaged(|| {
+        let reader = ParquetRecordBatchReaderBuilder::try_new(file.try_clone()?)?;
+        let notes = reader.metadata().file_metadata().key_value_metadata();
+        let note = notes.into_iter().flatten().find(|kv| kv.key == "huggingface");
+        let classes = note.and_then(|kv| kv.value.as_deref()).map(class_names);
+        let mut schema = Schema::clone(reader.schema());
+        let place = |name: &String| schema.index_of(name).ok();
+        let places: Option<Vec<usize>> =
+            columns.and_then(|names| names.iter().map(place).collect());
+        let places = places.map(|mut places| {
+            places.sort_unstable();
+            places
+        });
+        if let Some(places) = &places {
+            schema = schema.project(places)?;
+        }
+        let mut head = Table::new(&schema, Vec::new())?;
+        head.classes = classes.unwrap_or_default();
+        Ok(Opened { file, head, places })
     })
 }
 
-fn read_file(file: File, columns: Option<&[String]>) -> Result<Table> {
-    let reader = ParquetRecordBatchReaderBuilder::try_new(file)?;
-    let notes = reader.metadata().file_metadata().key_value_metadata();
-    let note = notes.into_iter().flatten().find(|kv| kv.key == "huggingface");
-    let classes = note.and_then(|kv| kv.value.as_deref()).map(class_names).unwrap_or_default();
-    let mut schema = Schema::clone(reader.schema());
-    let mut reader = reader.with_batch_size(BATCH);
-    let place = |name: &String| schema.index_of(name).ok();
-    let places: Option<Vec<usize>> = columns.and_then(|names| names.iter().map(place).collect());
-    if let Some(mut places) = places {
-        places.sort_unstable();
-        let mask = ProjectionMask::roots(reader.parquet_schema(), places.iter().copied());
-        reader = reader.with_projection(mask);
-        schema = schema.project(&places)?;
+impl Opened {
+    /// Hands out the rows in batches.
+    pub(super) fn batches(&self, take: &mut dyn FnMut(RecordBatch) -> Result<()>) -> Result<()> {
+        let mut reader = undamaged(|| {
+            let mut reader = ParquetRecordBatchReaderBuilder::try_new(self.file.try_clone()?)?;
+            if let Some(places) = &self.places {
+                let mask = ProjectionMask::roots(reader.parquet_schema(), places.iter().copied());
+                reader = reader.with_projection(mask);
+            }
+            Ok(reader.with_batch_size(BATCH).build()?)
+        })?;
+        while let Some(batch) = undamaged(|| Ok(reader.next().transpose()?))? {
+            take(batch)?;
+        }
+        Ok(())
     }
-    let batches = reader.build()?.collect::<Result<Vec<_>, _>>()?;
-    let mut table = Table::new(&schema, batches)?;
-    table.classes = classes;
-    Ok(table)
+}
+
+/// On some damaged files the library panics, as on a length below zero.
+fn undamaged<T>(read: impl FnOnce() -> Result<T>) -> Result<T> {
+    catch_unwind(AssertUnwindSafe(read)).unwrap_or_else(|_| {
+        let help = "fetch or write it again";
+        Err(Fault::new("the Parquet file is damaged").help(help).into())
+    })
 }
 
 /// Class names in the note that the `datasets` library leaves in its Parquet files.
@@ -72,29 +102,26 @@ fn class_names(note: &str) -> BTreeMap<String, Vec<String>> {
     named.collect()
 }
 
-/// Writes a table as Parquet. Equal rows give equal bytes: batches are cut anew, and the file
-/// names no time and no machine.
+/// How rows are laid out in a file: no time and no machine is named, so that equal rows give equal
+/// bytes.
+pub(super) fn properties() -> Result<WriterProperties> {
+    Ok(WriterProperties::builder()
+        .set_created_by("flow".to_owned())
+        .set_compression(Compression::ZSTD(ZstdLevel::try_new(1)?))
+        .set_max_row_group_row_count(Some(ROW_GROUP))
+        .build())
+}
+
+/// Writes a table as Parquet. Equal rows give equal bytes.
 ///
 /// # Errors
 /// When the disk refuses.
 pub fn write(table: &Table, path: &Path) -> Result<()> {
-    let canonical = table.batches.iter().rev().skip(1).all(|b| b.num_rows() == BATCH);
-    let canonical = canonical && table.batches.last().is_none_or(|b| b.num_rows() <= BATCH);
-    if !canonical {
-        let rows: Vec<u64> = (0..table.rows() as u64).collect();
-        return write(&table.take(&rows)?, path);
-    }
-    let properties = WriterProperties::builder()
-        .set_created_by("flow".to_owned())
-        .set_compression(Compression::ZSTD(ZstdLevel::try_new(1)?))
-        .set_max_row_group_row_count(Some(ROW_GROUP))
-        .build();
-    let file = File::create(path).with_context(|| format!("writing {}", path.display()))?;
-    let mut writer = ArrowWriter::try_new(file, Arc::clone(&table.schema), Some(properties))?;
+    let mut writer = RowWriter::create(path, Arc::clone(&table.schema))?;
     for batch in &table.batches {
         writer.write(batch)?;
     }
-    writer.close().with_context(|| format!("writing {}", path.display()))?;
+    writer.finish().with_context(|| format!("writing {}", path.display()))?;
     Ok(())
 }
 
@@ -115,7 +142,8 @@ mod tests {
             bad[at] ^= 0x01;
             std::fs::write(&path, bad).unwrap();
             // Some damage cannot be seen; none may panic.
-            refused += usize::from(read(&path, Codec::Plain, None).is_err());
+            let read = open(&path, Codec::Plain, None);
+            refused += usize::from(read.and_then(|f| f.batches(&mut |_| Ok(()))).is_err());
         }
         assert!(refused > 0, "no damage was seen");
     }

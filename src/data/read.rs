@@ -2,11 +2,11 @@
 
 use std::path::Path;
 
-use anyhow::{Context as _, Result};
+use anyhow::Result;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
-use super::{Codec, Format, Table, delimited, json, parquet, text};
+use super::{Scan, Table};
 use crate::source::Fault;
 
 /// What to do with a row that cannot be read.
@@ -44,7 +44,7 @@ pub struct Reading<'a> {
     pub quote: Quote,
     /// For Parquet: columns that are enough, where the file has all of them.
     pub columns: Option<&'a [String]>,
-    skipped: u64,
+    pub(super) skipped: u64,
 }
 
 impl<'a> Reading<'a> {
@@ -102,42 +102,12 @@ pub fn read(path: &Path, reading: Reading<'_>) -> Result<Table> {
 /// # Errors
 /// As [`read`], and when files do not go together.
 pub fn read_all(files: Vec<(&Path, Reading<'_>)>) -> Result<Table> {
-    let mut rows = json::Rows::default();
-    let mut first_json: Option<&str> = None;
-    let mut skipped = 0;
-    let mut whole: Option<(String, Table)> = None;
-    for (path, mut reading) in files {
-        let (format, codec) = Format::required(reading.name)?;
-        let name = reading.name;
-        let table = match format {
-            Format::Parquet => parquet::read(path, codec, reading.columns).map(Some),
-            Format::Csv => delimited::read(codec.open(path)?, b',', &mut reading).map(Some),
-            Format::Tsv => delimited::read(codec.open(path)?, b'\t', &mut reading).map(Some),
-            Format::Text => text::read(codec.open(path)?, &mut reading).map(Some),
-            Format::Json => rows.read_document(codec.open(path)?, &mut reading).map(|()| None),
-            Format::Jsonl => rows.read_lines(codec.open(path)?, &mut reading).map(|()| None),
-        }
-        .with_context(|| match codec {
-            Codec::Plain => format!("reading {name}"),
-            Codec::Gzip | Codec::Zstd => format!("reading {name} (packed)"),
-        })?;
-        skipped += reading.skipped;
-        match (&mut whole, table) {
-            (Some((first, all)), Some(table)) => all.append(table, first, name)?,
-            (None, Some(table)) => whole = Some((name.to_owned(), table)),
-            (_, None) => {
-                first_json.get_or_insert(name);
-            }
-        }
-    }
-    let mut table = match (whole, first_json) {
-        (Some((_, table)), None) => table,
-        (None, _) => rows.table()?,
-        (Some((first, mut table)), Some(name)) => {
-            table.append(rows.table()?, &first, name)?;
-            table
-        }
-    };
-    table.skipped = skipped;
-    Ok(table)
+    let mut scan = Scan::of(files)?;
+    let mut batches = Vec::new();
+    scan.each(&mut |batch| {
+        batches.push(batch);
+        Ok(())
+    })?;
+    scan.head.batches = batches;
+    Ok(scan.head)
 }

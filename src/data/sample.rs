@@ -33,17 +33,7 @@ impl Pool {
     /// A pool of `rows` rows. With labels every part holds the classes in the pool's own
     /// proportions; `shuffle` unset keeps the rows' order.
     pub fn new(name: &str, rows: usize, seed: u64, labels: Option<&Labels>, shuffle: bool) -> Self {
-        let mut order: Vec<u64> = (0..rows as u64).collect();
-        if shuffle {
-            let mut key = blake3::Hasher::new_derive_key("flow sample v1");
-            key.update(&seed.to_le_bytes());
-            key.update(name.as_bytes());
-            let key = *key.finalize().as_bytes();
-            order.sort_by_cached_key(|row| {
-                let hash = blake3::keyed_hash(&key, &row.to_le_bytes());
-                (*hash.as_bytes(), *row)
-            });
-        }
+        let order = order(name, rows, seed, shuffle);
         let classes = labels.map_or(1, |l| l.values.len());
         let mut strata = vec![Stratum::default(); classes];
         for (rank, row) in order.into_iter().enumerate() {
@@ -84,6 +74,42 @@ impl Pool {
         }
         Ok((in_order(rows), parts))
     }
+
+    /// The rows outside and inside of one of `k` folds. Rows of a stratum go to the folds in turn,
+    /// so that sizes, and the number of rows of a class, differ by one at most.
+    ///
+    /// # Errors
+    /// When there are fewer rows than folds.
+    pub fn folds(&self, k: usize, fold: usize) -> Result<(Draw, Draw)> {
+        if self.size < k {
+            let (size, name) = (self.size, &self.name);
+            let message = format!("`{name}` has {size} rows, which {k} folds cannot share");
+            return Err(Fault::new(message).help("ask for fewer folds").into());
+        }
+        let rows = self.strata.iter().flat_map(|stratum| &stratum.rows).copied().enumerate();
+        let (inside, outside): (Vec<_>, Vec<_>) = rows.partition(|(at, _)| at % k == fold);
+        let rows =
+            |part: Vec<(usize, (u64, u64))>| in_order(part.into_iter().map(|p| p.1).collect());
+        Ok((rows(outside), rows(inside)))
+    }
+}
+
+/// Row numbers in the order in which they are drawn.
+pub(super) fn order(name: &str, rows: usize, seed: u64, shuffle: bool) -> Vec<u64> {
+    let mut order: Vec<u64> = (0..rows as u64).collect();
+    if shuffle {
+        let mut key = blake3::Hasher::new_derive_key("flow sample v1");
+        key.update(&seed.to_le_bytes());
+        key.update(name.as_bytes());
+        let key = *key.finalize().as_bytes();
+        // Half of the hash, for memory; the sort is stable, so rows stay in order if two agree.
+        order.sort_by_cached_key(|row| {
+            let mut half = [0; 16];
+            half.copy_from_slice(&blake3::keyed_hash(&key, &row.to_le_bytes()).as_bytes()[..16]);
+            half
+        });
+    }
+    order
 }
 
 fn in_order(mut rows: Vec<(u64, u64)>) -> Draw {
@@ -197,6 +223,31 @@ mod tests {
             prop_assert_eq!(x, y);
             let (_, more) = pool.draw(80, &[a, b]).unwrap();
             prop_assert_eq!(&parts[0], &more[0]);
+        }
+    }
+
+    proptest! {
+        #[test]
+        fn folds_are_a_partition_in_proportion(
+            classes in prop::collection::vec(0i64..3, 20..200),
+            k in 2usize..8,
+            seed: u64,
+        ) {
+            let labels = labels(&classes);
+            let pool = Pool::new("train", classes.len(), seed, Some(&labels), true);
+            let everything: Vec<u64> = (0..classes.len() as u64).collect();
+            let mut seen = BTreeSet::new();
+            for fold in 0..k {
+                let (outside, inside) = pool.folds(k, fold).unwrap();
+                prop_assert_eq!(outside.len() + inside.len(), classes.len());
+                let counts = labels.counts(&inside);
+                for (class, of) in labels.counts(&everything) {
+                    let got = counts.get(&class).copied().unwrap_or(0);
+                    prop_assert!(got.abs_diff(of / k) <= 1, "class {class}: {got} of {of}");
+                }
+                prop_assert!(inside.iter().all(|row| seen.insert(*row)));
+            }
+            prop_assert_eq!(seen.len(), classes.len());
         }
     }
 

@@ -41,7 +41,8 @@ pub fn of_config(card: &Card, paths: &[&str], config: Option<&str>) -> Result<(S
     let chosen = match config {
         Some(name) => {
             let found = card.configs.iter().find(|c| c.name == name);
-            if found.is_none() && !(names.is_empty() && name == "default") {
+            let converted = names.is_empty() && paths.iter().any(|p| converted(p).is_some());
+            if found.is_none() && !(names.is_empty() && name == "default") && !converted {
                 let message = format!("the dataset has no config `{name}`");
                 let help = suggest(name, &names)
                     .unwrap_or_else(|| "its card names none: leave `config` out".into());
@@ -51,6 +52,9 @@ pub fn of_config(card: &Card, paths: &[&str], config: Option<&str>) -> Result<(S
         }
         None => default_config(&card.configs)?,
     };
+    if let (None, Some(found)) = (chosen, of_converted(paths, config)?) {
+        return Ok(found);
+    }
     let Some(config) = chosen else {
         return Ok(("default".to_owned(), of_names(paths)?));
     };
@@ -92,6 +96,47 @@ pub fn of_config(card: &Card, paths: &[&str], config: Option<&str>) -> Result<(S
         files.dedup();
     }
     Ok((config.name.clone(), Found { splits, left_out: Vec::new() }))
+}
+
+/// Config and split of a file that the hub has converted: `plain_text/train/0000.parquet`, and
+/// `partial-train` where it has stopped early.
+fn converted(path: &str) -> Option<(&str, &str)> {
+    let mut parts = path.split('/');
+    let (config, split, name) = (parts.next()?, parts.next()?, parts.next()?);
+    let number = name.strip_suffix(".parquet")?;
+    let digits = number.len() == 4 && number.bytes().all(|b| b.is_ascii_digit());
+    let split = split.strip_prefix("partial-").unwrap_or(split);
+    (digits && parts.next().is_none() && is_split_name(split)).then_some((config, split))
+}
+
+/// Files by split in the branch of converted files, which has a folder for each config; `None`
+/// where the files lie otherwise.
+fn of_converted(paths: &[&str], config: Option<&str>) -> Result<Option<(String, Found)>> {
+    let data: Vec<&str> = paths.iter().copied().filter(|p| is_data(p)).collect();
+    let mut configs: BTreeMap<&str, Found> = BTreeMap::new();
+    for path in &data {
+        let Some((config, split)) = converted(path) else { return Ok(None) };
+        let splits = &mut configs.entry(config).or_default().splits;
+        splits.entry(split.to_owned()).or_default().push((*path).to_owned());
+    }
+    let names: Vec<&str> = configs.keys().copied().collect();
+    let name = match (config, names.as_slice()) {
+        (_, []) => return Ok(None),
+        (Some(name), _) => name,
+        (None, [only]) => only,
+        (None, names) if names.contains(&"default") => "default",
+        (None, names) => {
+            let fault = Fault::new("the dataset has several configs and none is the default");
+            let help = format!("set `config` to one of `{}`", names.join("`, `"));
+            return Err(fault.help(help).into());
+        }
+    };
+    let Some(mut found) = configs.remove(name) else {
+        let fault = Fault::new(format!("the dataset has no config `{name}`"));
+        return Err(fault.help(suggest(name, &names).unwrap_or_default()).into());
+    };
+    found.splits.values_mut().for_each(|files| files.sort_unstable());
+    Ok(Some((name.to_owned(), found)))
 }
 
 fn default_config(configs: &[Config]) -> Result<Option<&Config>> {
@@ -327,6 +372,24 @@ mod tests {
         assert!(e.contains("train.csv") && e.contains("test.jsonl"), "{e}");
         let found = of_names(&["test.csv", "a.json", "b.json"]).unwrap();
         assert_eq!((found.splits["test"].len(), found.left_out.len()), (1, 2));
+    }
+
+    #[test]
+    fn converted_files_lie_by_config_and_split() {
+        let paths = ["b/train/0001.parquet", "b/train/0000.parquet", "b/test/0000.parquet"];
+        let card = Card::default();
+        let (name, found) = of_config(&card, &paths, None).unwrap();
+        assert_eq!((name.as_str(), found.splits["train"].len()), ("b", 2));
+        assert_eq!(found.splits["train"][0], "b/train/0000.parquet");
+        let two = [&paths[..], &["a/partial-train/0000.parquet", "x.py"]].concat();
+        let e = of_config(&card, &two, None).unwrap_err();
+        assert!(crate::source::advice(&e)[0].contains("`a`, `b`"), "{e:?}");
+        let (_, found) = of_config(&card, &two, Some("a")).unwrap();
+        assert_eq!(found.splits["train"], ["a/partial-train/0000.parquet"]);
+        assert!(of_config(&card, &two, Some("c")).is_err());
+        // Another layout is read by the words in it.
+        let (_, found) = of_config(&card, &["b/train/x.parquet"], None).unwrap();
+        assert_eq!(found.splits.keys().collect::<Vec<_>>(), ["train"]);
     }
 
     #[test]

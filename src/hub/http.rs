@@ -1,6 +1,7 @@
 //! Requests with retries, and what can go wrong with them.
 
 use std::fmt::Write as _;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use serde_json::Value;
@@ -11,8 +12,15 @@ use super::Token;
 /// Tries of one request before giving up.
 pub(super) const TRIES: u32 = 4;
 
-/// Longest pause that a `Retry-After` header can ask for.
+/// Longest pause of our own.
 const LONGEST_PAUSE: Duration = Duration::from_secs(20);
+
+/// Longest pause that a server can ask for; the public hub counts requests in windows of five
+/// minutes.
+const LONGEST_ASKED: Duration = Duration::from_secs(300);
+
+/// The same where nobody can be asked whether to go on.
+const LONGEST_BLIND: Duration = Duration::from_secs(60);
 
 /// Longest answer of an API route, in bytes.
 const LONGEST_JSON: u64 = 256 << 20;
@@ -35,17 +43,6 @@ pub(super) enum Failure {
     Broken(String),
 }
 
-impl Failure {
-    /// Whether asking again may help.
-    pub(super) fn passes(&self) -> bool {
-        match self {
-            Self::Unreachable(_) => false,
-            Self::Status { code, .. } => *code == 408 || *code == 429 || *code >= 500,
-            Self::Broken(_) => true,
-        }
-    }
-}
-
 /// An answer of an API route.
 pub(super) struct Page {
     /// The body.
@@ -63,6 +60,9 @@ pub(super) struct Http {
     endpoint: String,
     token: Option<Token>,
     backoff: Duration,
+    /// Whether anything was answered yet: then a lost connection is a passing fault, else it is
+    /// a wrong address or a machine without a network.
+    reached: AtomicBool,
 }
 
 impl Http {
@@ -76,7 +76,8 @@ impl Http {
             .timeout_per_read(Some(Duration::from_secs(60)))
             .build()
             .into();
-        Self { agent, endpoint: endpoint.to_owned(), token, backoff }
+        let reached = AtomicBool::new(false);
+        Self { agent, endpoint: endpoint.to_owned(), token, backoff, reached }
     }
 
     pub(super) fn has_token(&self) -> bool {
@@ -92,7 +93,17 @@ impl Http {
     /// asked for.
     pub(super) fn pause(&self, n: u32, asked: Option<Duration>) -> Duration {
         let own = self.backoff * 3u32.pow(n.min(TRIES).saturating_sub(1));
-        asked.map_or(own, |d| d.max(own)).min(LONGEST_PAUSE)
+        let own = own.min(LONGEST_PAUSE);
+        asked.map_or(own, |d| d.max(own)).min(LONGEST_ASKED)
+    }
+
+    /// Whether asking again may help.
+    pub(super) fn passes(&self, failure: &Failure) -> bool {
+        match failure {
+            Failure::Unreachable(_) => self.reached.load(Ordering::Relaxed),
+            Failure::Status { code, .. } => *code == 408 || *code == 429 || *code >= 500,
+            Failure::Broken(_) => true,
+        }
     }
 
     /// One GET, of the bytes from `start` on, or of all of them if what is there is not what
@@ -117,15 +128,18 @@ impl Http {
             }
         }
         let response = request.call().map_err(|e| (classify(e), None))?;
+        self.reached.store(true, Ordering::Relaxed);
         let code = response.status().as_u16();
         if code < 400 {
             return Ok(response);
         }
         let error = header(&response, "x-error-code").unwrap_or_default();
         let reason = header(&response, "x-error-message").map(|m| format!(" ({m})"));
-        let wait = header(&response, "retry-after").and_then(|s| s.trim().parse().ok());
+        let after = header(&response, "retry-after").and_then(|text| after(&text));
+        let window = || header(&response, "ratelimit").and_then(|text| window(&text));
+        let wait = after.or_else(|| (code == 429).then(window).flatten());
         let reason = reason.unwrap_or_default();
-        Err((Failure::Status { code, error, reason }, wait.map(Duration::from_secs)))
+        Err((Failure::Status { code, error, reason }, wait))
     }
 
     /// An API route.
@@ -136,10 +150,10 @@ impl Http {
                 Ok(page) => return Ok(page),
                 Err(failed) => failed,
             };
-            if !failure.passes() || tried >= TRIES {
+            if !self.passes(&failure) || tried >= TRIES {
                 return Err(failure);
             }
-            std::thread::sleep(self.pause(tried, wait));
+            std::thread::sleep(self.pause(tried, wait).min(LONGEST_BLIND));
             tried += 1;
         }
     }
@@ -167,6 +181,23 @@ impl Http {
 /// A header's text.
 pub(super) fn header(response: &Response, name: &str) -> Option<String> {
     response.headers().get(name).and_then(|v| v.to_str().ok()).map(str::to_owned)
+}
+
+/// `Retry-After`: seconds, or the time of day from which on to ask again.
+fn after(text: &str) -> Option<Duration> {
+    let text = text.trim();
+    if let Ok(seconds) = text.parse() {
+        return Some(Duration::from_secs(seconds));
+    }
+    let then = jiff::fmt::rfc2822::parse(text).ok()?.timestamp();
+    // A time that has passed means at once.
+    Some(Duration::try_from(then.duration_since(jiff::Timestamp::now())).unwrap_or_default())
+}
+
+/// Seconds until the window of `RateLimit: "api";r=0;t=55` ends.
+fn window(text: &str) -> Option<Duration> {
+    let seconds = text.split(';').find_map(|part| part.trim().strip_prefix("t="))?;
+    seconds.parse().ok().map(Duration::from_secs)
 }
 
 fn next_page(link: &str) -> Option<String> {
@@ -208,4 +239,25 @@ pub(super) fn encode(segment: &str) -> String {
         }
     }
     out
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn pauses_are_what_the_server_asks_for() {
+        assert_eq!(after(" 7 "), Some(Duration::from_secs(7)));
+        assert_eq!(after("Sun, 06 Nov 1994 08:49:37 GMT"), Some(Duration::ZERO));
+        let soon = jiff::Timestamp::now() + jiff::SignedDuration::from_secs(100);
+        let soon = soon.strftime("%a, %d %b %Y %H:%M:%S GMT").to_string();
+        let asked = after(&soon).unwrap();
+        assert!((90..=100).contains(&asked.as_secs()), "{asked:?} for {soon}");
+        assert_eq!(after("tomorrow"), None);
+        assert_eq!(window("\"api\";r=0;t=55"), Some(Duration::from_secs(55)));
+        let http = Http::new("http://x", None, Duration::from_millis(300));
+        assert_eq!(http.pause(2, None), Duration::from_millis(900));
+        assert_eq!(http.pause(1, Some(Duration::from_secs(55))), Duration::from_secs(55));
+        assert_eq!(http.pause(1, Some(Duration::from_secs(9999))), LONGEST_ASKED);
+    }
 }

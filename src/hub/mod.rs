@@ -16,6 +16,7 @@
 
 mod cache;
 mod http;
+mod parallel;
 mod transfer;
 mod url;
 
@@ -305,6 +306,20 @@ impl Hub {
                     .cause(anyhow::anyhow!(cause))
                     .into()
             }
+            Failure::Status { code: 401 | 403, error, reason } if error == "GatedRepo" => {
+                let page = match noun {
+                    "dataset" => format!("{endpoint}/datasets/{repo}"),
+                    _ => format!("{endpoint}/{repo}"),
+                };
+                let token = if self.http.has_token() {
+                    "with the account that the token belongs to"
+                } else {
+                    "and set HF_TOKEN to a token of that account"
+                };
+                Fault::new(format!("{what} is gated: its terms have not been accepted{reason}"))
+                    .help(format!("accept them on {page} {token}"))
+                    .into()
+            }
             Failure::Status { code: 401 | 403, reason, .. } => {
                 let has = self.http.has_token();
                 let help = if has {
@@ -328,6 +343,17 @@ impl Hub {
                     .help("check the name; it is written `organisation/name`")
                     .into(),
             },
+            Failure::Status { code: 429, reason, .. } => {
+                let help = if self.http.has_token() {
+                    "try again in some minutes: what has been fetched is kept"
+                } else {
+                    "try again in some minutes, or set HF_TOKEN: without one few requests are \
+                     answered"
+                };
+                Fault::new(format!("the hub at {endpoint} answers no more requests{reason}"))
+                    .help(help)
+                    .into()
+            }
             Failure::Status { code, reason, .. } => {
                 Fault::new(format!("the hub at {endpoint} answered {code} for {what}{reason}"))
                     .help("try again later")

@@ -15,11 +15,17 @@ use crate::source::advice;
 const COMMIT: &str = "0123456789abcdef0123456789abcdef01234567";
 const BODY: &[u8] = b"some rows of text\nand some more\n";
 
+mod refusals;
+
 /// What the server does with the next requests for files, first to last; then it behaves.
 #[derive(Debug, Clone, Copy)]
 enum Fault {
     /// Answers this status.
     Status(u16),
+    /// Answers this status with a header line.
+    With(u16, &'static str),
+    /// Sends the client to the same path of the server in `State::elsewhere`.
+    Redirect,
     /// Sends so many bytes of the body and hangs up.
     Cut(usize),
     /// Changes a byte of the body.
@@ -37,8 +43,14 @@ struct State {
     /// Names in the list of files that are not those of `files`.
     listed: Vec<String>,
     token: Option<String>,
+    /// Whether a refusal is for terms that were not accepted.
+    gated: bool,
     /// Whether files have an `ETag`, and `If-Range` is obeyed.
     tags: bool,
+    /// Where [`Fault::Redirect`] sends.
+    elsewhere: String,
+    /// `Authorization` of each request for a file; empty if there is none.
+    tokens: Vec<String>,
 }
 
 struct Server {
@@ -114,7 +126,8 @@ fn serve(mut stream: TcpStream, shared: &Mutex<State>) {
     };
     let wanted = state.token.as_ref().map(|t| format!("Bearer {t}"));
     if wanted.is_some() && headers.get("authorization") != wanted.as_ref() {
-        return send(401, "X-Error-Code: GatedRepo\r\n", b"no", 2);
+        let error = if state.gated { "GatedRepo" } else { "RepoNotFound" };
+        return send(401, &format!("X-Error-Code: {error}\r\n"), b"no", 2);
     }
     if path.contains("/revision/") {
         if path.contains("absent") {
@@ -147,6 +160,7 @@ fn serve(mut stream: TcpStream, shared: &Mutex<State>) {
         let body = serde_json::to_vec(&items[page..(page + 1).min(items.len())]).unwrap();
         return send(200, more, &body, usize::MAX);
     }
+    state.tokens.push(headers.get("authorization").cloned().unwrap_or_default());
     let name = path.rsplit(&format!("/{COMMIT}/")).next().unwrap();
     let name = name.replace("%20", " ").replace("%23", "#");
     let Some(mut body) = state.files.get(name.trim_start_matches('/')).cloned() else {
@@ -172,6 +186,11 @@ fn serve(mut stream: TcpStream, shared: &Mutex<State>) {
     }
     match fault {
         Some(Fault::Status(code)) => send(code, "", b"an error page", 99),
+        Some(Fault::With(code, header)) => send(code, &format!("{header}\r\n"), b"", 0),
+        Some(Fault::Redirect) => {
+            let to = format!("Location: {}{path}\r\n", state.elsewhere);
+            send(302, &to, b"", 0);
+        }
         Some(Fault::Cut(n) | Fault::Replace(n, _)) => send(code, &more, &body, n),
         Some(Fault::Flip) => {
             body[0] ^= 1;

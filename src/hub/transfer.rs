@@ -204,11 +204,27 @@ fn complete(
             }
         };
         tried += 1;
-        if !failure.passes() || tried >= TRIES {
+        if !http.passes(&failure) || tried >= TRIES {
             return Err(Stopped::Http(failure));
         }
-        std::thread::sleep(http.pause(tried, wait));
+        pause(http.pause(tried, wait), want, part, progress)?;
     }
+}
+
+/// Waits, and asks now and then whether to go on.
+fn pause(
+    time: Duration,
+    want: &Want<'_>,
+    part: &Path,
+    progress: Progress<'_>,
+) -> Result<(), Stopped> {
+    let start = Instant::now();
+    let have = std::fs::metadata(part).map_or(0, |stat| stat.len());
+    while let Some(left) = time.checked_sub(start.elapsed()).filter(|left| !left.is_zero()) {
+        progress(have, want.size.unwrap_or(0))?;
+        std::thread::sleep(left.min(BETWEEN));
+    }
+    Ok(())
 }
 
 /// The first byte's position that `Content-Range: bytes A-B/N` names.

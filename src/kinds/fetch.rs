@@ -5,14 +5,15 @@ use std::collections::BTreeMap;
 use std::path::PathBuf;
 
 use anyhow::{Context as _, Result, bail};
+use arrow::array::RecordBatch;
 use schemars::{JsonSchema, Schema, SchemaGenerator, json_schema};
 use serde::de::{DeserializeOwned, Error as _};
 use serde::{Deserialize, Deserializer, Serialize, Serializer};
 use serde_json::Value;
 
-use super::rows::write_split;
+use super::rows::{ClassNames, SplitWriter};
 use crate::artifact::Type;
-use crate::data::{self, Card, Format, Found, OnError, Quote, Reading, Table};
+use crate::data::{self, Card, Format, Found, OnError, Quote, Reading, Scan};
 use crate::hub::{RepoFile, RepoType};
 use crate::source::{Fault, suggest};
 use crate::step::{Context, FileInput, Outside, Ports, Problem, StepKind};
@@ -32,6 +33,9 @@ use crate::step::{Context, FileInput, Outside, Ports, Problem, StepKind};
 /// the split (a shard's name, as in `train_sft-00000-of-00004`, is taken whole), and without such
 /// words all is `train`. Files that are left out are named in a warning.
 ///
+/// Where a hub dataset is only a script, and no revision is asked for, the Parquet files are taken
+/// into which the hub has converted it (`refs/convert/parquet`).
+///
 /// A hub revision is pinned to a commit, a URL to a checksum, in the lock beside the pipeline.
 #[derive(Debug, Clone, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
@@ -45,7 +49,8 @@ pub(super) struct Fetch {
     /// Branch, tag or commit of the dataset; `main` by default.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     revision: Option<String>,
-    /// A local file or folder, or a map from split to a file, a folder or a list of them.
+    /// A local file or folder, or a map from split to a file, a folder or a list of them; a path
+    /// may be a pattern (`data/*.jsonl`, `**/train-*.csv`).
     #[serde(default, skip_serializing_if = "Option::is_none")]
     files: Option<Sources>,
     /// A file on the web, as one split (`train`, or the one that `splits` names).
@@ -80,6 +85,31 @@ pub(super) struct Fetch {
 enum Sources {
     One(FileInput),
     Splits(BTreeMap<String, Vec<FileInput>>),
+}
+
+impl Sources {
+    /// One path, or a pattern: then the files that it names, by the splits that their names say.
+    fn resolve_one(&mut self, outside: &mut Outside<'_>) -> Result<()> {
+        let Self::One(input) = self else { return Ok(()) };
+        let found = outside.files(input)?;
+        if let [(_, only)] = found.as_slice() {
+            *input = only.clone();
+            return Ok(());
+        }
+        let names: Vec<&str> = found.iter().map(|(name, _)| name.as_str()).collect();
+        let Found { splits, left_out } = data::of_names(&names)?;
+        if !left_out.is_empty() {
+            let message = format!("names do not say the split of {}", left_out.join(", "));
+            let help = "give a pattern for each split: `files: { train: …, test: … }`";
+            return Err(Fault::new(message).help(help).into());
+        }
+        let of = |names: Vec<String>| {
+            let file = |name: &String| found.iter().find(|(n, _)| n == name).map(|f| f.1.clone());
+            names.iter().filter_map(file).collect()
+        };
+        *self = Self::Splits(splits.into_iter().map(|(split, n)| (split, of(n))).collect());
+        Ok(())
+    }
 }
 
 impl<'de> Deserialize<'de> for Sources {
@@ -165,13 +195,14 @@ impl StepKind for Fetch {
     fn resolve(&mut self, outside: &mut Outside<'_>) -> Result<()> {
         if let Some(dataset) = &self.dataset {
             let revision = self.revision.as_deref();
-            self.revision = Some(outside.commit(RepoType::Dataset, dataset, revision)?);
+            self.revision = Some(outside.dataset(dataset, revision)?);
         }
         match &mut self.files {
-            Some(Sources::One(file)) => outside.file(file)?,
+            Some(files @ Sources::One(_)) => files.resolve_one(outside)?,
             Some(Sources::Splits(splits)) => {
-                for file in splits.values_mut().flatten() {
-                    outside.file(file)?;
+                for files in splits.values_mut() {
+                    let found: Result<Vec<_>> = files.iter().map(|f| outside.files(f)).collect();
+                    *files = found?.into_iter().flatten().map(|(_, file)| file).collect();
                 }
             }
             None => {}
@@ -248,26 +279,7 @@ impl StepKind for Fetch {
         for (done, (split, parts)) in splits.into_iter().enumerate() {
             cx.stop()?;
             cx.progress(done as u64, total, "splits", format!("reading {split}"));
-            let mut table = self.read(&parts).with_context(|| format!("split `{split}`"))?;
-            std::mem::take(&mut table.notes).into_iter().for_each(|note| cx.warn(note));
-            for (column, names) in &classes {
-                if table.columns().contains(&column.as_str()) {
-                    table.classes.entry(column.clone()).or_insert_with(|| names.clone());
-                }
-            }
-            if table.skipped > 0 {
-                let skipped = table.skipped;
-                cx.warn(format!("{skipped} rows of `{split}` could not be read and were left out"));
-                cx.fact(&format!("skipped.{split}"), skipped);
-            }
-            if let Some(columns) = &self.columns {
-                table = table.select(columns).with_context(|| format!("split `{split}`"))?;
-            }
-            let table = table.rename(&self.rename)?;
-            if table.rows() == 0 {
-                cx.warn(format!("split `{split}` has no rows"));
-            }
-            write_split(cx, &split, &table)?;
+            self.split(cx, &split, &parts, &classes).with_context(|| format!("split `{split}`"))?;
         }
         Ok(())
     }
@@ -309,8 +321,14 @@ impl Fetch {
         problems
     }
 
-    /// Reads the files of a split as one table.
-    fn read(&self, parts: &[Part]) -> Result<Table> {
+    /// Reads the files of a split and writes their rows as they come.
+    fn split(
+        &self,
+        cx: &mut Context<'_>,
+        split: &str,
+        parts: &[Part],
+        classes: &ClassNames,
+    ) -> Result<()> {
         let reading = |name| {
             Reading::new(name, self.on_error)
                 .field(self.field.as_deref())
@@ -318,12 +336,44 @@ impl Fetch {
                 .columns(self.columns.as_deref())
         };
         let files = parts.iter().map(|part| (part.path.as_path(), reading(&part.name)));
-        let table = data::read_all(files.collect())?;
-        if table.columns().is_empty() {
+        let scan = Scan::of(files.collect())?;
+        let mut head = scan.head.clone();
+        std::mem::take(&mut head.notes).into_iter().for_each(|note| cx.warn(note));
+        if head.columns().is_empty() {
             let names: Vec<&str> = parts.iter().map(|p| p.name.as_str()).collect();
             bail!("there is no row with a field in {}", names.join(", "));
         }
-        Ok(table)
+        for (column, names) in classes {
+            if head.columns().contains(&column.as_str()) {
+                head.classes.entry(column.clone()).or_insert_with(|| names.clone());
+            }
+        }
+        if head.skipped > 0 {
+            let skipped = head.skipped;
+            cx.warn(format!("{skipped} rows of `{split}` could not be read and were left out"));
+            cx.fact(&format!("skipped.{split}"), skipped);
+        }
+        let places: Vec<usize> = match &self.columns {
+            Some(columns) => columns.iter().map(|c| head.index_of(c)).collect::<Result<_>>()?,
+            None => (0..head.columns().len()).collect(),
+        };
+        if let Some(columns) = &self.columns {
+            head = head.select(columns)?;
+        }
+        let head = head.rename(&self.rename)?;
+        let mut writer = SplitWriter::create(cx, split, head.schema.clone())?;
+        let mut done = 0;
+        scan.each(&mut |batch| {
+            let chosen = batch.project(&places)?;
+            writer.write(&RecordBatch::try_new(head.schema.clone(), chosen.columns().to_vec())?)?;
+            done += batch.num_rows() as u64;
+            cx.progress(done, 0, "rows", split);
+            cx.stop()
+        })?;
+        if writer.finish(cx, &head.classes)? == 0 {
+            cx.warn(format!("split `{split}` has no rows"));
+        }
+        Ok(())
     }
 
     /// The splits that were asked for, of those there are.
@@ -371,14 +421,23 @@ impl Fetch {
                 .with_context(|| format!("dataset {dataset}"))?;
         let splits =
             self.chosen(splits).with_context(|| format!("dataset {dataset}, config `{config}`"))?;
-        let mut parts = Parts::new();
-        for (split, files) in splits {
-            let mut here = Vec::with_capacity(files.len());
-            for name in files {
-                let file = tree.iter().find(|f| f.path == name).context("a file of the list")?;
-                here.push(Part { path: fetch(file, &name)?, name });
-            }
-            parts.insert(split, here);
+        let names: Vec<(&String, &String)> = splits
+            .iter()
+            .flat_map(|(split, files)| files.iter().map(move |f| (split, f)))
+            .collect();
+        let listed: BTreeMap<&str, &RepoFile> = tree.iter().map(|f| (f.path.as_str(), f)).collect();
+        let files = names.iter().map(|(_, name)| {
+            listed.get(name.as_str()).map(|f| (*f).clone()).context("a file of the list")
+        });
+        let files: Vec<RepoFile> = files.collect::<Result<_>>()?;
+        let progress = |have, all| {
+            cx.progress(have, all, "bytes", format!("{} files", files.len()));
+            cx.stop()
+        };
+        let paths = cx.hub.files(RepoType::Dataset, dataset, commit, &files, &progress)?;
+        let mut parts: Parts = splits.keys().map(|split| (split.clone(), Vec::new())).collect();
+        for ((split, name), path) in names.into_iter().zip(paths) {
+            parts.entry(split.clone()).or_default().push(Part { path, name: name.clone() });
         }
         warn_left_out(cx, &left_out);
         cx.fact("dataset", format!("{dataset}@{commit}"));

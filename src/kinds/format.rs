@@ -65,9 +65,14 @@ pub(super) struct Format {
     /// `alpaca-llamafactory`.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     system: Option<String>,
-    /// The column of whole conversations (chat): a list of `{role, content}`, or that as JSON.
+    /// The column of whole conversations (chat): a list of `{role, content}` (OpenAI) or of
+    /// `{from, value}` (ShareGPT), or that as JSON. Calls of tools are answers.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     messages: Option<String>,
+    /// The column of the tools that a conversation may call (with `messages`): a list of their
+    /// descriptions, or that as JSON.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    tools: Option<String>,
     /// Whose chat template is used (chat).
     #[serde(default, skip_serializing_if = "Option::is_none")]
     tokenizer: Option<Input<TokenizerFiles>>,
@@ -75,7 +80,7 @@ pub(super) struct Format {
     #[serde(default, skip_serializing_if = "Option::is_none")]
     date: Option<String>,
     /// What happens to a row whose conversation cannot be rendered (chat): the template refuses
-    /// it, it has no answer, a message calls a tool or has an unknown role.
+    /// it, it has no answer, a message has an unknown role, or the template leaves out tools.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     on_refused: Option<OnRefused>,
     /// Own wording (template `own`).
@@ -156,7 +161,8 @@ const MOST_LABELS: usize = 10_000;
 
 impl StepKind for Format {
     const NAME: &'static str = "format";
-    const VERSION: u32 = 1;
+    // 2: calls of tools are rendered, which were refused before.
+    const VERSION: u32 = 2;
 
     fn ports(&self) -> Ports {
         Ports::like(Type::Prompts, self.data.names().as_deref())
@@ -351,6 +357,7 @@ impl Format {
             ("classes", !self.classes.is_empty(), t == Classification),
             ("system", self.system.is_some(), system && self.messages.is_none()),
             ("messages", self.messages.is_some(), t == Chat),
+            ("tools", self.tools.is_some(), t == Chat && self.messages.is_some()),
             ("tokenizer", self.tokenizer.is_some(), t == Chat),
             ("date", self.date.is_some(), t == Chat),
             ("on_refused", self.on_refused.is_some(), t == Chat),
@@ -367,7 +374,7 @@ impl Format {
 
     /// Refuses a column whose values cannot be what they are read as.
     fn check_type(&self, split: &str, column: &str, held: &DataType) -> Result<()> {
-        let json = Some(column) == self.messages.as_deref();
+        let json = [self.messages.as_deref(), self.tools.as_deref()].contains(&Some(column));
         let text = matches!(held, DataType::Utf8 | DataType::LargeUtf8 | DataType::Utf8View);
         let lists = matches!(held, DataType::List(_) | DataType::LargeList(_));
         let bytes = matches!(
@@ -450,6 +457,7 @@ impl Format {
             pair: self.pair.clone(),
             target,
             messages: self.messages.clone(),
+            tools: self.tools.clone(),
         }
     }
 

@@ -2,12 +2,14 @@
 //! context, calls the room that does the work, and writes what comes out.
 
 mod benchmark;
+mod combine;
 mod command;
 pub(crate) mod compare;
 mod evaluate;
 mod fetch;
 mod format;
 mod init_model;
+mod inspect;
 mod loading;
 mod merge;
 mod model;
@@ -16,6 +18,7 @@ mod sample;
 mod select;
 mod tokenize;
 mod train;
+mod transform;
 
 pub(crate) use command::is_inside;
 
@@ -26,9 +29,12 @@ pub const ALL: &[Kind] = &[
     Kind::of::<fetch::Fetch>(),
     Kind::of::<model::Model>(),
     Kind::of::<init_model::InitModel>(),
+    Kind::of::<transform::Transform>(),
+    Kind::of::<combine::Combine>(),
     Kind::of::<sample::Sample>(),
     Kind::of::<format::Format>(),
     Kind::of::<tokenize::Tokenize>(),
+    Kind::of::<inspect::Inspect>(),
     Kind::of::<train::Train>(),
     Kind::of::<evaluate::Evaluate>(),
     Kind::of::<select::Select>(),

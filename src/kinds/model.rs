@@ -142,6 +142,17 @@ impl Source<'_> {
     fn has(&self, name: &str) -> bool {
         self.names.contains(name)
     }
+
+    /// Brings these files into the cache, several at once; [`Source::get`] then finds them there.
+    fn bring<'a>(&self, cx: &Context<'_>, names: impl Iterator<Item = &'a str>) -> Result<()> {
+        let Some((repo, commit, files)) = &self.hub else { return Ok(()) };
+        let files: Vec<RepoFile> = names.filter_map(|name| files.get(name).cloned()).collect();
+        let progress = |have, all| {
+            cx.progress(have, all, "bytes", format!("{} files", files.len()));
+            cx.stop()
+        };
+        cx.hub.files(RepoType::Model, repo, commit, &files, &progress).map(drop)
+    }
 }
 
 impl StepKind for Model {
@@ -316,6 +327,7 @@ fn weights(cx: &Context<'_>, source: &Source<'_>) -> Result<Vec<(String, Origin)
         let message = format!("{what} lacks shards that its index names: {}", gone.join(", "));
         return Err(Fault::new(message).help("fetch the whole model").into());
     }
+    source.bring(cx, shards.keys().copied())?;
     let mut all = vec![(INDEX.to_owned(), index)];
     for (shard, wanted) in shards {
         let origin = source.get(cx, shard)?;

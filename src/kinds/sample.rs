@@ -6,18 +6,22 @@ use anyhow::{Context as _, Result};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
-use super::rows::write_split;
-use crate::artifact::{Dataset, Type};
-use crate::data::{self, Labels, OnError, Pool, Reading, Table};
+use super::rows::SplitWriter;
+use crate::artifact::{Dataset, Split, Type};
+use crate::data::{self, Draw, Groups, Labels, Pool, RowStream, Table};
 use crate::source::{Fault, suggest};
 use crate::step::{Context, Input, Ports, Problem, StepKind};
 
-/// Draws rows: shuffled, stratified, some or all of each split.
+/// Draws rows: shuffled, stratified, in groups or folds, some or all of each split.
 ///
 /// `rows` (numbers) and `fraction` (shares between 0 and 1) name the splits that come out; with
 /// neither, every split comes out whole. A split that the data does not have is drawn from
 /// `train`, and no row is in both. What is drawn for one split does not depend on how many rows
 /// another one gets, as long as there are enough.
+///
+/// With `group`, rows of one group (of one film, one user) all go to the same split, so numbers of
+/// rows are upper bounds. With `folds`, `train` is cut into so many folds, of which `fold` becomes
+/// `validation` and all others `train`; a sweep over `fold` is a cross-validation.
 ///
 /// Slices of one class, and unshuffled slices sorted by class, are refused: a dataset that is
 /// stored class by class (IMDB is) gives them easily, and a model trained on them learns nothing.
@@ -35,6 +39,15 @@ pub(super) struct Sample {
     /// Share of the split (of `train` for one that is drawn from it), between 0 and 1.
     #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
     fraction: BTreeMap<String, f64>,
+    /// Column whose values say which rows belong together.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    group: Option<String>,
+    /// Number of folds of `train`, 2 or more.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    folds: Option<u64>,
+    /// The fold that becomes `validation`, counted from 0.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    fold: Option<u64>,
     /// Seed of the order.
     #[serde(default)]
     seed: u64,
@@ -55,6 +68,8 @@ fn yes() -> bool {
 
 /// The split that missing ones are drawn from.
 const SOURCE: &str = "train";
+/// The split that a fold becomes.
+const HELD_OUT: &str = "validation";
 
 impl StepKind for Sample {
     const NAME: &'static str = "sample";
@@ -62,6 +77,9 @@ impl StepKind for Sample {
 
     fn ports(&self) -> Ports {
         let names = self.asked();
+        if self.folds.is_some() {
+            return Ports::named(Type::Dataset, [SOURCE, HELD_OUT]);
+        }
         if names.is_empty() {
             return Ports::like(Type::Dataset, self.data.names().as_deref());
         }
@@ -88,6 +106,7 @@ impl StepKind for Sample {
                 problems.push(Problem::error(format!("fraction.{split}"), message));
             }
         }
+        self.check_folds(&mut problems);
         for (field, split) in self.fields() {
             if !data::is_split_name(split) {
                 let message = format!("`{split}` is not the name of a split");
@@ -102,6 +121,10 @@ impl StepKind for Sample {
     }
 
     fn narrow(&mut self) {
+        if self.folds.is_some() {
+            self.data.keep(&[SOURCE]);
+            return;
+        }
         let asked = self.asked();
         // What lacks a source is refused by name, for which all names are needed.
         if asked.is_empty() || asked.iter().any(|s| self.without_source(s).is_some()) {
@@ -120,13 +143,11 @@ impl StepKind for Sample {
         if let Some(fault) = self.asked().iter().find_map(|s| self.without_source(s)) {
             return Err(fault.into());
         }
-        let Some(column) = &self.stratify else {
-            return Ok(());
-        };
         for split in data.splits() {
             let features = data.split(split)?.features;
             let columns: Vec<&str> = features.columns.iter().map(|(n, _)| n.as_str()).collect();
-            if !columns.contains(&column.as_str()) {
+            let named = self.stratify.iter().chain(&self.group);
+            if let Some(column) = named.into_iter().find(|c| !columns.contains(&c.as_str())) {
                 let fault = Fault::new(format!("split `{split}` has no column `{column}`"));
                 return Err(fault.help(suggest(column, &columns).unwrap_or_default()).into());
             }
@@ -137,11 +158,16 @@ impl StepKind for Sample {
     fn run(&self, cx: &mut Context<'_>) -> Result<()> {
         let data = cx.open(&self.data)?;
         let have: Vec<String> = data.splits().map(str::to_owned).collect();
-        let asked = if self.asked().is_empty() { have.clone() } else { self.asked() };
+        let asked = match (self.folds, self.asked()) {
+            (Some(_), _) => vec![SOURCE.to_owned(), HELD_OUT.to_owned()],
+            (None, asked) if asked.is_empty() => have.clone(),
+            (None, asked) => asked,
+        };
         // By the split that is read: the split that is its own first, then those drawn from it.
         let mut plan: BTreeMap<String, Vec<String>> = BTreeMap::new();
         for split in asked {
-            let source = if have.contains(&split) { split.clone() } else { SOURCE.to_owned() };
+            let own = have.contains(&split) && self.folds.is_none();
+            let source = if own { split.clone() } else { SOURCE.to_owned() };
             plan.entry(source).or_default().push(split);
         }
         for (source, mut parts) in plan {
@@ -149,12 +175,8 @@ impl StepKind for Sample {
             // Validation comes first at the end of the pool, so that its rows do not depend on
             // how many a test split drawn from the same pool gets.
             parts.sort_by_key(|p| (*p != source, p != "validation", p.clone()));
-            let rows = data.split(&source)?.rows;
-            let reading = Reading::new(crate::artifact::ROWS, OnError::Fail);
-            let mut table =
-                data::read(&rows, reading).with_context(|| format!("reading split `{source}`"))?;
-            table.classes = data.split(&source)?.features.classes;
-            self.draw(cx, &source, &parts, &table)?;
+            let split = data.split(&source)?;
+            self.draw(cx, &source, &parts, &split)?;
         }
         Ok(())
     }
@@ -203,33 +225,95 @@ impl Sample {
         Ok(rows)
     }
 
+    fn check_folds(&self, problems: &mut Vec<Problem>) {
+        let mut wrong = |path: &str, message: String| problems.push(Problem::error(path, message));
+        if self.group.is_some() && self.stratify.is_some() {
+            wrong("group", "`group` and `stratify` exclude each other".into());
+        }
+        let Some(folds) = self.folds else {
+            if self.fold.is_some() {
+                wrong("fold", "`fold` belongs to `folds`".into());
+            }
+            return;
+        };
+        if folds < 2 {
+            wrong("folds", format!("expected 2 folds or more, found {folds}"));
+        }
+        match self.fold {
+            None => wrong("", "`folds` needs `fold`: the one that becomes `validation`".into()),
+            Some(fold) if fold >= folds => {
+                wrong("fold", format!("{folds} folds are counted from 0 to {}", folds - 1));
+            }
+            Some(_) => {}
+        }
+        if let Some((field, split)) = self.fields().next() {
+            let message = format!("`{field}` and `folds` exclude each other");
+            wrong(&format!("{field}.{split}"), message);
+        }
+    }
+
+    /// The columns by which rows are drawn or judged, of those there are.
+    fn read(&self, split: &Split) -> Result<Table> {
+        let features = &split.features;
+        let known = features.columns.iter().map(|(name, _)| name.as_str());
+        let used = |name: &&str| {
+            [self.stratify.as_deref(), self.group.as_deref()].contains(&Some(*name))
+                || features.classes.contains_key(*name)
+                || ["label", "labels"].contains(name)
+        };
+        let columns: Vec<&str> = known.filter(used).collect();
+        let rows = RowStream::open(&split.rows, Some(&columns))?;
+        let schema = rows.schema().clone();
+        let batches = if columns.is_empty() { Vec::new() } else { rows.collect::<Result<_>>()? };
+        let mut table = Table::new(&schema, batches)?;
+        table.classes = features.classes.clone();
+        Ok(table)
+    }
+
     fn draw(
         &self,
         cx: &mut Context<'_>,
         source: &str,
         parts: &[String],
-        table: &Table,
+        split: &Split,
     ) -> Result<()> {
+        let table = self.read(split)?;
+        let size = usize::try_from(split.features.rows)?;
         let labels = match &self.stratify {
             Some(column) => {
-                Some(Labels::of(table, column).with_context(|| format!("split `{source}`"))?)
+                let labels = Labels::of(&table, column);
+                Some(labels.with_context(|| format!("split `{source}`"))?)
             }
-            None => Labels::guess(table),
+            None => Labels::guess(&table),
         };
-        let strata = labels.as_ref().filter(|_| self.stratify.is_some());
-        let pool = Pool::new(source, table.rows(), self.seed, strata, self.shuffle);
-        let (own, others) = match parts.split_first() {
-            Some((first, others)) if first == source => (Some(first), others),
-            _ => (None, parts),
+        let drawn = match &self.group {
+            Some(column) => {
+                let of = Labels::any(&table, column)?.rows;
+                let groups = Groups::new(source, &of, self.seed, self.shuffle);
+                self.parts(
+                    source,
+                    parts,
+                    size,
+                    |k, i| groups.folds(k, i),
+                    |front, back| groups.draw(front, back),
+                )?
+            }
+            None => {
+                let strata = labels.as_ref().filter(|_| self.stratify.is_some());
+                let pool = Pool::new(source, size, self.seed, strata, self.shuffle);
+                self.parts(
+                    source,
+                    parts,
+                    size,
+                    |k, i| pool.folds(k, i),
+                    |front, back| pool.draw(front, back),
+                )?
+            }
         };
-        let back: Result<Vec<usize>> =
-            others.iter().map(|part| self.count(part, table.rows())).collect();
-        let front = own.map_or(Ok(0), |own| self.count(own, table.rows()))?;
-        let (first, rest) = pool.draw(front, &back?)?;
-        let drawn = own.into_iter().zip([first]).chain(others.iter().zip(rest));
-        for (split, rows) in drawn {
+        drop(table);
+        for (name, rows) in drawn {
             if let Some(labels) = &labels {
-                self.doubt(split, &rows, labels)?;
+                self.doubt(name, &rows, labels)?;
                 let counts: Vec<String> = labels
                     .counts(&rows)
                     .into_iter()
@@ -237,12 +321,48 @@ impl Sample {
                     .collect();
                 if counts.len() <= 20 {
                     let column = &labels.column;
-                    cx.log(format!("{split}: by `{column}` {}", counts.join(", ")));
+                    cx.log(format!("{name}: by `{column}` {}", counts.join(", ")));
                 }
             }
-            write_split(cx, split, &table.take(&rows)?)?;
+            if let (Some(_), Some(asked)) = (&self.group, self.rows.get(name))
+                && (rows.len() as u64) < *asked
+            {
+                let n = data::grouped(rows.len());
+                cx.warn(format!("`{name}` has {n} rows of {asked}: groups stay whole"));
+            }
+            let scratch = cx.scratch_dir()?;
+            let schema = RowStream::open(&split.rows, None)?.schema().clone();
+            let mut writer = SplitWriter::create(cx, name, schema)?;
+            let mut stop = || cx.stop();
+            let budget = data::BUDGET;
+            data::gather(&split.rows, &rows, writer.rows(), &scratch, budget, &mut stop)?;
+            writer.finish(cx, &split.features.classes)?;
         }
         Ok(())
+    }
+
+    /// The rows of each part that comes of one source.
+    fn parts<'a>(
+        &self,
+        source: &str,
+        parts: &'a [String],
+        size: usize,
+        folds: impl Fn(usize, usize) -> Result<(Draw, Draw)>,
+        draw: impl Fn(usize, &[usize]) -> Result<(Draw, Vec<Draw>)>,
+    ) -> Result<Vec<(&'a str, Draw)>> {
+        if let (Some(k), Some(fold)) = (self.folds, self.fold) {
+            let (outside, inside) = folds(usize::try_from(k)?, usize::try_from(fold)?)?;
+            return Ok(vec![(SOURCE, outside), (HELD_OUT, inside)]);
+        }
+        let (own, others) = match parts.split_first() {
+            Some((first, others)) if first == source => (Some(first), others),
+            _ => (None, parts),
+        };
+        let back: Result<Vec<usize>> = others.iter().map(|part| self.count(part, size)).collect();
+        let front = own.map_or(Ok(0), |own| self.count(own, size))?;
+        let (first, rest) = draw(front, &back?)?;
+        let drawn = own.into_iter().zip([first]).chain(others.iter().zip(rest));
+        Ok(drawn.map(|(name, rows)| (name.as_str(), rows)).collect())
     }
 
     /// Refuses slices that teach nothing.

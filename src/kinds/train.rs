@@ -8,8 +8,9 @@ use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
 use self::watch::Watch;
-use super::loading;
+use super::{inspect, loading};
 use crate::artifact::{Model, Tokens, TokensInfo, TokensSplit, TrainedInfo, Type};
+use crate::data::doctor::{Check, Doctor, Limits};
 use crate::learn::{
     self, AdamWConfig, Best, Counts, Duration, LoraConfig, Method, ModelConfig, Quantization,
     Schedule, Setup, TargetModules, TrainingArguments, Warmup,
@@ -25,8 +26,10 @@ use crate::step::{Added, Context, Input, Needs, Ports, Problem, StepKind};
 /// Loss is the sum over targets divided by all targets of an update, so gradient accumulation
 /// changes nothing but memory. Weight decay spares biases and norm weights, as transformers'
 /// Trainer does. The run fails by name if a trainable parameter gets no gradient or does not move,
-/// if a loss is not finite, or if all training rows are of one class. The result holds the base
-/// together with the adapter (a PEFT directory) or the full weights.
+/// if a loss is not finite, or if the training rows have nothing to teach (all of one class, rows
+/// without a target token or a label); what else is odd about them is a warning, and a step
+/// `inspect` looks closer. The result holds the base together with the adapter (a PEFT directory)
+/// or the full weights.
 #[derive(Debug, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub(super) struct Train {
@@ -393,11 +396,7 @@ impl StepKind for Train {
         let rows = learn::read_rows(&rows)?;
         let classes = class_names(&info, &rows);
         let task = loading::task(&info.task, classes.len())?;
-        let words: Vec<String> = info.candidates.iter().map(|c| c.word.clone()).collect();
-        let names = if words.is_empty() { &classes } else { &words };
-        for warning in learn::check_rows(&rows, &task, names, self.shuffle)? {
-            cx.warn(warning);
-        }
+        self.doubt(cx, &rows, &info)?;
         if let Some(warning) = loading::other_tokenizer(&base, &info) {
             cx.warn(warning);
         }
@@ -482,6 +481,26 @@ impl StepKind for Train {
 }
 
 impl Train {
+    /// What the data doctor says of the training rows alone. What leaves nothing to learn is
+    /// refused; the rest is for a step `inspect` to refuse.
+    fn doubt(&self, cx: &mut Context<'_>, rows: &[learn::Row], info: &TokensInfo) -> Result<()> {
+        let mut doctor = Doctor::new("tokens", Limits::default(), &[]);
+        let rows = rows.iter().cloned().map(Ok);
+        inspect::survey_tokens(&mut doctor, &self.split, rows, info, None)?;
+        for finding in doctor.findings() {
+            match finding.check {
+                Check::OneClass | Check::NoTarget | Check::NoLabel | Check::LabelOutside => {
+                    return Err(Fault::new(finding.line()).help(finding.help).into());
+                }
+                // Said where they were left out.
+                Check::Dropped => {}
+                Check::Sorted if self.shuffle => {}
+                _ => cx.warn(inspect::told(&finding)),
+            }
+        }
+        Ok(())
+    }
+
     fn check_lora(&self, p: &mut Vec<Problem>) {
         let Some(lora) = &self.lora else {
             if self.method != Method::Full {

@@ -60,6 +60,14 @@ impl Weights {
         self.index.get(name).map(|(_, info)| info.shape.as_slice())
     }
 
+    /// A tensor's bytes in the file, and what they are.
+    pub(crate) fn raw(&self, name: &str) -> Option<(&[u8], &TensorInfo)> {
+        let (file, info) = self.index.get(name)?;
+        let (map, start) = self.maps.get(*file)?;
+        let bytes = map.get(start + info.data_offsets.0..start + info.data_offsets.1)?;
+        Some((bytes, info))
+    }
+
     /// A copy of a tensor, as stored.
     ///
     /// # Errors

@@ -3,11 +3,12 @@
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
-use anyhow::Result;
+use anyhow::{Context as _, Result};
 
 use super::FileInput;
+use crate::data::{Format, glob_match, with_rows};
 use crate::digest::Digest;
-use crate::hub::{Hub, RepoType};
+use crate::hub::{Hub, RepoFile, RepoType};
 use crate::lineage::Lock;
 use crate::source::Fault;
 use crate::store::{States, Store};
@@ -26,6 +27,17 @@ pub struct Outside<'a> {
     pub files: &'a mut BTreeMap<PathBuf, States>,
 }
 
+/// Where the hub keeps what it has converted to Parquet.
+const CONVERTED: &str = "refs/convert/parquet";
+
+/// Whether a dataset has a script and no rows.
+fn is_script(files: &[RepoFile]) -> bool {
+    let names: Vec<&str> = files.iter().map(|f| f.path.as_str()).collect();
+    let (rows, _) = with_rows(&names);
+    let text = |name: &&str| matches!(Format::of_name(name), Some((Format::Text, _)));
+    rows.iter().all(text) && names.iter().any(|name| name.ends_with(".py") && !name.contains('/'))
+}
+
 impl Outside<'_> {
     /// The commit (40 hex digits) of a hub repository's revision (`main` if none is given).
     ///
@@ -39,6 +51,101 @@ impl Outside<'_> {
         let name = format!("hub:{}/{repo}@{revision}", ty.as_str());
         let hub = self.hub;
         self.lock.get_or_insert(&name, || hub.commit(ty, repo, revision))
+    }
+
+    /// The commit of a dataset's rows: where a dataset is only a script that makes them, and no
+    /// revision is asked for, that of the branch in which the hub keeps them as Parquet. A lock
+    /// that knows the dataset says which of the two it was.
+    ///
+    /// # Errors
+    /// As [`Outside::commit`].
+    pub fn dataset(&mut self, repo: &str, revision: Option<&str>) -> Result<String> {
+        let ty = RepoType::Dataset;
+        let knows = |lock: &Lock, revision: &str| {
+            lock.entries().contains_key(&format!("hub:{}/{repo}@{revision}", ty.as_str()))
+        };
+        let known = knows(self.lock, "main");
+        let commit = self.commit(ty, repo, revision)?;
+        if revision.is_some() {
+            return Ok(commit);
+        }
+        let script = match known {
+            true => knows(self.lock, CONVERTED),
+            // What is wrong with the list of files is said where they are read.
+            false => self.hub.tree(ty, repo, &commit).is_ok_and(|files| is_script(&files)),
+        };
+        if script { self.commit(ty, repo, Some(CONVERTED)) } else { Ok(commit) }
+    }
+
+    /// The files that a path with `*`, `?` or `[…]` in it names, resolved, each with its path
+    /// below the folder in which the pattern begins, sorted; `**` goes through folders. Hidden
+    /// files are passed over. A path that is there as it is written is that file.
+    ///
+    /// # Errors
+    /// When nothing matches or a file cannot be read.
+    pub fn files(&mut self, input: &FileInput) -> Result<Vec<(String, FileInput)>> {
+        let pattern = input.path.to_string_lossy().into_owned();
+        let wild = |text: &str| text.contains(['*', '?', '[']);
+        if !wild(&pattern) || self.dir.join(&input.path).exists() {
+            let mut file = input.clone();
+            self.file(&mut file)?;
+            let name = file.path.file_name().map(|n| n.to_string_lossy().into_owned());
+            return Ok(vec![(name.unwrap_or_default(), file)]);
+        }
+        let mut folder = self.dir.to_path_buf();
+        let mut parts = input.path.components().peekable();
+        while let Some(part) = parts.next_if(|part| !wild(&part.as_os_str().to_string_lossy())) {
+            folder.push(part);
+        }
+        let rest: PathBuf = parts.collect();
+        let rest = rest.to_string_lossy().into_owned();
+        let depth = if rest.contains("**") { usize::MAX } else { rest.split('/').count() };
+        let mut found = Vec::new();
+        self.below(&folder, "", depth, &mut |path| {
+            if glob_match(&rest, path) {
+                found.push(path.to_owned());
+            }
+        })?;
+        // Whether another file matches is seen only by looking again, so a run that reads a pattern
+        // is never taken for unchanged: there is no file of this name.
+        self.files.insert(self.dir.join(&input.path), States::new());
+        if found.is_empty() {
+            let fault = Fault::new(format!("no file matches `{pattern}`"));
+            let help = "paths in a pipeline are relative to the pipeline file";
+            return Err(fault.help(help).into());
+        }
+        found.sort_unstable();
+        let resolved = found.into_iter().map(|path| {
+            let mut file = FileInput { path: folder.join(&path), digest: None };
+            self.file(&mut file)?;
+            Ok((path, file))
+        });
+        resolved.collect()
+    }
+
+    fn below(
+        &self,
+        folder: &Path,
+        prefix: &str,
+        depth: usize,
+        each: &mut dyn FnMut(&str),
+    ) -> Result<()> {
+        let items = std::fs::read_dir(folder);
+        for item in items.with_context(|| format!("reading {}", folder.display()))? {
+            let item = item?;
+            let (path, name) = (item.path(), item.file_name().to_string_lossy().into_owned());
+            let hidden = name.starts_with('.') || path == *self.store.root();
+            if hidden {
+                continue;
+            }
+            let name = format!("{prefix}{name}");
+            if !path.is_dir() {
+                each(&name);
+            } else if depth > 1 {
+                self.below(&path, &format!("{name}/"), depth - 1, each)?;
+            }
+        }
+        Ok(())
     }
 
     /// The digest of what a URL gives, as the lock knows it; on first use it is fetched by `get`,

@@ -3,10 +3,10 @@
 use std::collections::BTreeMap;
 
 use anyhow::{Context as _, Result};
-use minijinja::value::{Kwargs, Value};
+use minijinja::value::Value;
 use minijinja::{Environment, Error, ErrorKind, context};
-use serde::Serialize;
 
+use super::json::{map, to_json};
 use super::piece::{Part, Piece, push};
 use crate::source::Fault;
 
@@ -19,12 +19,34 @@ pub struct Message {
     pub content: String,
     /// Byte offset from which the text is the row's own input (up to its end).
     pub input_from: Option<usize>,
+    /// What else it has (`tool_calls`, `name`, `reasoning_content`), as templates read it.
+    pub more: Vec<(String, Value)>,
 }
+
+/// The field that holds a message's calls of tools.
+const CALLS: &str = "tool_calls";
 
 impl Message {
     /// A message without input in it.
     pub fn new(role: impl Into<String>, content: impl Into<String>) -> Self {
-        Self { role: role.into(), content: content.into(), input_from: None }
+        let (role, content) = (role.into(), content.into());
+        Self { role, content, input_from: None, more: Vec::new() }
+    }
+
+    fn calls(&self) -> bool {
+        self.more.iter().any(|(name, _)| name == CALLS)
+    }
+
+    /// Whether there is anything in it.
+    fn says(&self) -> bool {
+        !self.content.trim().is_empty() || self.calls()
+    }
+
+    /// As a template reads it.
+    fn value(&self, content: &str) -> Value {
+        let own = [("role", self.role.as_str()), ("content", content)];
+        let own = own.into_iter().map(|(name, text)| (name, Value::from(text)));
+        map(own.chain(self.more.iter().map(|(name, value)| (name.as_str(), value.clone()))))
     }
 }
 
@@ -36,12 +58,6 @@ pub struct Turns {
     /// Whether only the last answer is learnt, since the template writes earlier ones otherwise
     /// once they are answered (Qwen3 leaves out what was thought).
     pub last_only: bool,
-}
-
-#[derive(Serialize)]
-struct Turn<'a> {
-    role: &'a str,
-    content: String,
 }
 
 /// A compiled chat template.
@@ -99,21 +115,34 @@ impl ChatTemplate {
     /// # Errors
     /// When the template fails or refuses the conversation.
     pub fn render(&self, messages: &[Message], add_generation_prompt: bool) -> Result<String> {
-        let turns = messages.iter().map(|m| (m.role.as_str(), m.content.clone()));
-        self.render_turns(turns, add_generation_prompt)
+        self.render_with(messages, &Value::from(()), add_generation_prompt)
     }
 
-    fn render_turns<'a>(
+    /// The same, with tools that may be called (`none` without any).
+    ///
+    /// # Errors
+    /// As [`ChatTemplate::render`].
+    pub fn render_with(
         &self,
-        turns: impl Iterator<Item = (&'a str, String)>,
+        messages: &[Message],
+        tools: &Value,
         add_generation_prompt: bool,
     ) -> Result<String> {
-        let messages: Vec<Turn<'_>> = turns.map(|(role, content)| Turn { role, content }).collect();
+        let turns = messages.iter().map(|m| m.value(&m.content)).collect();
+        self.render_turns(turns, tools, add_generation_prompt)
+    }
+
+    fn render_turns(
+        &self,
+        messages: Vec<Value>,
+        tools: &Value,
+        add_generation_prompt: bool,
+    ) -> Result<String> {
         let named = Value::from_serialize(&self.specials);
         let values = context! {
             messages => messages,
             add_generation_prompt => add_generation_prompt,
-            tools => (),
+            tools => tools,
             documents => (),
             ..named
         };
@@ -140,23 +169,33 @@ impl ChatTemplate {
     /// When there is no assistant message, the template fails, or even the last prompt is not
     /// the start of what is written with the answer.
     pub fn pieces(&self, messages: &[Message]) -> Result<Turns> {
+        self.pieces_with(messages, &Value::from(()))
+    }
+
+    /// The same, with tools that may be called. A call is an answer.
+    ///
+    /// # Errors
+    /// As [`ChatTemplate::pieces`], and when the template does not write the calls or the tools,
+    /// which would then be lost.
+    pub fn pieces_with(&self, messages: &[Message], tools: &Value) -> Result<Turns> {
+        self.check_tools(messages, tools)?;
         let answers = messages.iter().enumerate().filter(|(_, m)| m.role == "assistant");
         let Some((first, _)) = answers.clone().next() else {
             let fault = Fault::new("the conversation has no answer to learn");
             return Err(fault.help("one message needs the role `assistant`").into());
         };
-        let full = answers.filter(|(_, m)| !m.content.trim().is_empty());
+        let full = answers.filter(|(_, m)| m.says());
         let full: Vec<usize> = full.map(|(at, _)| at).collect();
         let Some(last) = full.last() else {
             // the bare end of a turn is nothing to learn
-            let prompt = self.render(&messages[..first], true)?;
+            let prompt = self.render_with(&messages[..first], tools, true)?;
             let pieces = vec![Piece::new(Part::Template, prompt), Piece::new(Part::Target, "")];
             return Ok(Turns { pieces, last_only: false });
         };
-        if let Ok(pieces) = self.learnt(messages, &full)? {
+        if let Ok(pieces) = self.learnt(messages, tools, &full)? {
             return Ok(Turns { pieces, last_only: false });
         }
-        match self.learnt(messages, &[*last])? {
+        match self.learnt(messages, tools, &[*last])? {
             Ok(pieces) => Ok(Turns { pieces, last_only: true }),
             Err(at) => Err(not_a_prefix(at)),
         }
@@ -167,17 +206,18 @@ impl ChatTemplate {
     fn learnt(
         &self,
         messages: &[Message],
+        tools: &Value,
         answers: &[usize],
     ) -> Result<std::result::Result<Vec<Piece>, usize>> {
         let mut pieces = Vec::new();
         let mut done = String::new();
         let mut marked_done = 0;
         for at in answers.iter().copied() {
-            let prompt = self.render(&messages[..at], true)?;
-            let full = self.render(&messages[..=at], false)?;
+            let prompt = self.render_with(&messages[..at], tools, true)?;
+            let full = self.render_with(&messages[..=at], tools, false)?;
             let Some(opening) = prompt.strip_prefix(done.as_str()) else { return Ok(Err(at)) };
             let Some(target) = full.strip_prefix(&prompt) else { return Ok(Err(at)) };
-            let marked = self.marked(&messages[..at])?;
+            let marked = self.marked(&messages[..at], tools)?;
             match marked.get(marked_done..) {
                 Some(marked) => mark(&mut pieces, opening, marked, messages),
                 None => push(&mut pieces, Piece::new(Part::Template, opening)),
@@ -192,14 +232,45 @@ impl ChatTemplate {
         Ok(Ok(pieces))
     }
 
+    /// Refuses calls and tools that the template leaves out.
+    fn check_tools(&self, messages: &[Message], tools: &Value) -> Result<()> {
+        let calls = messages.iter().any(Message::calls);
+        if !calls && tools.is_none() {
+            return Ok(());
+        }
+        let whole = self.render_with(messages, tools, false)?;
+        let silent = |messages: &[Message], tools: &Value| {
+            self.render_with(messages, tools, false).is_ok_and(|text| text == whole)
+        };
+        let lost = |what: &str| {
+            let fault = Fault::new(format!("the chat template does not write {what}"));
+            let help = "use the tokenizer of a model that calls tools, or leave such rows out with \
+                        `on_refused: drop`";
+            fault.help(help)
+        };
+        if calls {
+            let mut without = messages.to_vec();
+            without.iter_mut().for_each(|m| m.more.retain(|(name, _)| name != CALLS));
+            if silent(&without, tools) {
+                return Err(lost("calls of tools").into());
+            }
+        }
+        if !tools.is_none() && silent(messages, &Value::from(())) {
+            return Err(lost("which tools there are").into());
+        }
+        Ok(())
+    }
+
     /// The prompt with a mark in place of each input.
-    fn marked(&self, messages: &[Message]) -> Result<String> {
+    fn marked(&self, messages: &[Message], tools: &Value) -> Result<String> {
         let turns = messages.iter().enumerate().map(|(i, m)| {
             let from = m.input_from.and_then(|from| m.content.get(..from));
-            let content = from.map_or_else(|| m.content.clone(), |t| format!("{t}{}", mark_of(i)));
-            (m.role.as_str(), content)
+            match from {
+                Some(text) => m.value(&format!("{text}{}", mark_of(i))),
+                None => m.value(&m.content),
+            }
         });
-        self.render_turns(turns, true)
+        self.render_turns(turns.collect(), tools, true)
     }
 }
 
@@ -265,58 +336,4 @@ fn without_generation_tags(source: &str) -> String {
     }
     out.push_str(rest);
     out
-}
-
-/// Python's `json.dumps`, which Hugging Face's `tojson` is: `", "` and `": "`, nothing escaped
-/// for HTML.
-fn to_json(value: &Value, options: Kwargs) -> Result<Value, Error> {
-    let indent: Option<usize> = options.get("indent")?;
-    let _: Option<bool> = options.get("ensure_ascii")?;
-    options.assert_all_used()?;
-    let failed = |e: serde_json::Error| Error::new(ErrorKind::BadSerialization, e.to_string());
-    let value = serde_json::to_value(value).map_err(failed)?;
-    let mut out = String::new();
-    dump(&mut out, &value, indent, 0).map_err(failed)?;
-    Ok(Value::from_safe_string(out))
-}
-
-fn dump(
-    out: &mut String,
-    value: &serde_json::Value,
-    indent: Option<usize>,
-    depth: usize,
-) -> serde_json::Result<()> {
-    let line = |out: &mut String, depth: usize| {
-        if let Some(indent) = indent {
-            out.push('\n');
-            out.extend(std::iter::repeat_n(' ', indent * depth));
-        }
-    };
-    let comma = if indent.is_some() { "," } else { ", " };
-    match value {
-        serde_json::Value::Array(items) if !items.is_empty() => {
-            out.push('[');
-            for (i, item) in items.iter().enumerate() {
-                out.push_str(if i > 0 { comma } else { "" });
-                line(out, depth + 1);
-                dump(out, item, indent, depth + 1)?;
-            }
-            line(out, depth);
-            out.push(']');
-        }
-        serde_json::Value::Object(map) if !map.is_empty() => {
-            out.push('{');
-            for (i, (key, item)) in map.iter().enumerate() {
-                out.push_str(if i > 0 { comma } else { "" });
-                line(out, depth + 1);
-                out.push_str(&serde_json::to_string(key)?);
-                out.push_str(": ");
-                dump(out, item, indent, depth + 1)?;
-            }
-            line(out, depth);
-            out.push('}');
-        }
-        plain => out.push_str(&serde_json::to_string(plain)?),
-    }
-    Ok(())
 }

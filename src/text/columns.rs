@@ -1,6 +1,5 @@
 //! Columns of a Parquet file as text, and the writer that rendered rows go through.
 
-use std::borrow::Cow;
 use std::collections::BTreeSet;
 use std::fs::File;
 use std::path::Path;
@@ -10,13 +9,14 @@ use anyhow::{Context as _, Result};
 use arrow::array::{Array, AsArray, RecordBatch, StringArray};
 use arrow::compute::cast;
 use arrow::datatypes::{DataType, Schema};
+use minijinja::value::Value;
 use parquet::arrow::arrow_reader::{ParquetRecordBatchReader, ParquetRecordBatchReaderBuilder};
 use parquet::arrow::{ArrowWriter, ProjectionMask};
 use parquet::basic::{Compression, ZstdLevel};
 use parquet::file::properties::WriterProperties;
-use serde_json::Value;
 
 use super::CREATED_BY;
+use super::json::parse;
 use crate::source::{Fault, suggest};
 
 /// Rows that are held in memory at once.
@@ -86,7 +86,8 @@ pub(super) fn no_column(name: &str, known: &[&str]) -> anyhow::Error {
 pub struct Columns {
     names: Vec<String>,
     texts: Vec<Option<StringArray>>,
-    nested: Vec<Option<Vec<Value>>>,
+    /// JSON by row.
+    nested: Vec<Option<Vec<String>>>,
     rows: usize,
 }
 
@@ -139,17 +140,17 @@ impl Columns {
     ///
     /// # Errors
     /// When there is no such column, or its text is not JSON.
-    pub fn nested(&self, column: &str, row: usize) -> Result<Cow<'_, Value>> {
-        if let Some(values) = &self.nested[self.index(column)?] {
-            return Ok(Cow::Borrowed(&values[row]));
-        }
-        let text = self.text(column, row)?.unwrap_or("null");
-        let value = serde_json::from_str(text);
-        value.map(Cow::Owned).with_context(|| format!("column `{column}` does not hold JSON"))
+    pub fn nested(&self, column: &str, row: usize) -> Result<Value> {
+        let text = match &self.nested[self.index(column)?] {
+            Some(values) => values[row].as_str(),
+            None => self.text(column, row)?.filter(|text| !text.is_empty()).unwrap_or("null"),
+        };
+        parse(text).with_context(|| format!("column `{column}` does not hold JSON"))
     }
 }
 
-fn json_values(name: &str, array: Arc<dyn Array>) -> Result<Vec<Value>> {
+/// Each value as JSON; fields that are null are left out.
+fn json_values(name: &str, array: Arc<dyn Array>) -> Result<Vec<String>> {
     let rows = array.len();
     let batch = RecordBatch::try_from_iter_with_nullable([("v", array, true)])?;
     let mut writer = arrow::json::LineDelimitedWriter::new(Vec::new());
@@ -158,8 +159,9 @@ fn json_values(name: &str, array: Arc<dyn Array>) -> Result<Vec<Value>> {
     let bytes = writer.into_inner();
     let mut values = Vec::with_capacity(rows);
     for line in bytes.split(|b| *b == b'\n').filter(|l| !l.is_empty()) {
-        let mut row: Value = serde_json::from_slice(line)?;
-        values.push(row.get_mut("v").map_or(Value::Null, Value::take));
+        let value = line.strip_prefix(b"{\"v\":").and_then(|rest| rest.strip_suffix(b"}"));
+        // A null is left out with its name.
+        values.push(String::from_utf8(value.unwrap_or(b"null").to_vec())?);
     }
     anyhow::ensure!(values.len() == rows, "column `{name}` cannot be read row by row");
     Ok(values)

@@ -1,11 +1,12 @@
 //! From rows of a dataset to rendered rows.
 
 use anyhow::{Context as _, Result};
+use minijinja::value::Value;
 use serde::Serialize;
-use serde_json::Value;
 
 use super::chat::{ChatTemplate, Message};
 use super::columns::Columns;
+use super::conversation::{self, Conversation};
 use super::labels::{Classes, LabelWords};
 use super::pattern::Pattern;
 use super::piece::{Part, Piece};
@@ -49,6 +50,8 @@ pub struct Fields {
     pub target: Option<Target>,
     /// The column that holds whole conversations.
     pub messages: Option<String>,
+    /// The column that holds the tools of a conversation.
+    pub tools: Option<String>,
 }
 
 /// A rendered row.
@@ -97,64 +100,6 @@ enum Form {
 pub struct Formatter {
     form: Form,
     fields: Fields,
-}
-
-/// The roles that chat templates know.
-const ROLES: [&str; 5] = ["system", "developer", "user", "assistant", "tool"];
-const LEAVE_OUT: &str = "leave such rows out with `on_refused: drop`";
-
-/// Whether a field of a message holds a call.
-fn called(value: &Value) -> bool {
-    match value {
-        Value::Null => false,
-        Value::Array(items) => !items.is_empty(),
-        Value::Object(fields) => fields.values().any(|v| !v.is_null()),
-        Value::String(text) => !text.is_empty(),
-        _ => true,
-    }
-}
-
-/// A whole conversation: `{role, content}` (OpenAI) or `{from, value}` (ShareGPT) entries.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Conversation(pub Vec<Message>);
-
-impl Conversation {
-    /// Reads a cell.
-    ///
-    /// # Errors
-    /// When it is not a list of messages, or a message has no role or no text, a role that chat
-    /// templates do not write, or calls a tool (which would be lost: only text is rendered).
-    pub fn read(cell: &Value) -> Result<Self> {
-        let list = cell.as_array().context("a conversation is a list of messages")?;
-        let messages = list.iter().enumerate().map(|(i, m)| {
-            let get = |names: [&str; 2]| names.into_iter().find_map(|n| m.get(n)?.as_str());
-            let number = i + 1;
-            let role = get(["role", "from"]);
-            let role = role.with_context(|| format!("message {number} has no role"))?;
-            let role = match role {
-                "human" => "user",
-                "gpt" => "assistant",
-                "observation" => "tool",
-                same => same,
-            };
-            if !ROLES.contains(&role) {
-                let fault = Fault::new(format!("message {number} has the unknown role `{role}`"));
-                let help = format!("known are {}; {LEAVE_OUT}", ROLES.join(", "));
-                return Err(fault.help(help).into());
-            }
-            let call = ["tool_calls", "function_call"].into_iter().find(|key| called(&m[*key]));
-            if let Some(call) = call {
-                let fault = Fault::new(format!("message {number} calls a tool (`{call}`)"));
-                let help = format!("only the text of messages is rendered; {LEAVE_OUT}");
-                return Err(fault.help(help).into());
-            }
-            let text = get(["content", "value"]).or((role == "assistant").then_some(""));
-            let text = text.with_context(|| format!("message {number} has no text"))?;
-            let input_from = (role == "user").then_some(0);
-            Ok(Message { role: role.to_owned(), content: text.to_owned(), input_from })
-        });
-        messages.collect::<Result<_>>().map(Self)
-    }
 }
 
 impl Formatter {
@@ -208,7 +153,7 @@ impl Formatter {
             "output" if f.target.is_some() => None,
             column => Some(column),
         });
-        let named = [&f.instruction_column, &f.input, &f.pair, &f.messages];
+        let named = [&f.instruction_column, &f.input, &f.pair, &f.messages, &f.tools];
         let named = named.into_iter().flatten().map(String::as_str);
         for name in named.chain(f.target.as_ref().map(Target::column)).chain(roles) {
             if !columns.contains(&name) {
@@ -296,7 +241,7 @@ impl Formatter {
         let input_from = Some(asked.len());
         asked.push_str(input);
         let system = self.fields.system.as_ref().map(|text| Message::new("system", text));
-        let user = Message { role: "user".into(), content: asked, input_from };
+        let user = Message { input_from, ..Message::new("user", asked) };
         system.into_iter().chain([user, Message::new("assistant", output)]).collect()
     }
 
@@ -390,7 +335,16 @@ impl Formatter {
                     }
                     None => Ok(self.conversation(instruction, input, output)),
                 };
-                match messages.and_then(|messages| chat.pieces(&messages)) {
+                let tools = match &f.tools {
+                    Some(column) => {
+                        columns.nested(column, row).and_then(|cell| conversation::tools(&cell))
+                    }
+                    None => Ok(Value::from(())),
+                };
+                let written = messages
+                    .and_then(|messages| Ok((messages, tools?)))
+                    .and_then(|(messages, tools)| chat.pieces_with(&messages, &tools));
+                match written {
                     Ok(turns) => {
                         last_only = turns.last_only;
                         turns.pieces

@@ -3,7 +3,9 @@
 #![allow(clippy::unwrap_used, reason = "helpers of tests fail by panicking")]
 
 mod hub;
+mod inspect;
 mod kinds;
+mod shape;
 
 use std::io::Write as _;
 use std::path::{Path, PathBuf};

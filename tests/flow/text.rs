@@ -4,6 +4,7 @@
 mod chunks;
 mod encoding;
 mod fast;
+mod references;
 mod seams;
 mod step_kinds;
 mod templates;

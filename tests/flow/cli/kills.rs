@@ -23,7 +23,8 @@ fn pipeline() -> String {
     let words = "(sleep 0.05; true) & timeout 9 sh -c 'sleep 0.05 & wait'; \
                  tr a-z A-Z < ${files.corpus.txt} > ${out.upper}; wait";
     let mut steps = crate::engine::real::steps();
-    for name in ["base", "score", "best", "merged", "speed", "table"] {
+    let others = ["shaped", "twice", "look"];
+    for name in ["base", "score", "best", "merged", "speed", "table"].into_iter().chain(others) {
         steps.as_object_mut().unwrap().remove(name);
     }
     steps["words"]["with"]["run"] = json!(words);

@@ -13,6 +13,8 @@ use super::{CSV, ints};
 
 const COMMIT: &str = "0123456789abcdef0123456789abcdef01234567";
 
+const CONVERTED: &str = "fedcba9876543210fedcba9876543210fedcba98";
+
 type Files = BTreeMap<String, Vec<u8>>;
 
 /// Serves these files as those of every repository.
@@ -32,8 +34,16 @@ fn answer(mut stream: TcpStream, files: &Files) {
     let first = lines.next().unwrap();
     lines.take_while(|line| !line.is_empty()).for_each(drop);
     let path = first.split(' ').nth(1).unwrap();
+    // Files below `converted/` are those of the branch with what the hub has converted.
+    let converted = path.contains(CONVERTED) || path.contains("refs%2Fconvert%2Fparquet");
+    let files: Files = files
+        .iter()
+        .filter(|(name, _)| name.starts_with("converted/") == converted)
+        .map(|(name, body)| (name.trim_start_matches("converted/").to_owned(), body.clone()))
+        .collect();
     let body = if path.contains("/revision/") {
-        json!({ "sha": COMMIT }).to_string().into_bytes()
+        let sha = if converted { CONVERTED } else { COMMIT };
+        json!({ "sha": sha }).to_string().into_bytes()
     } else if path.contains("/tree/") {
         let listed = files.iter().map(|(name, body)| {
             let mut hasher = sha1::Sha1::new();
@@ -44,7 +54,8 @@ fn answer(mut stream: TcpStream, files: &Files) {
         });
         json!(listed.collect::<Vec<_>>()).to_string().into_bytes()
     } else {
-        let name = path.split(&format!("/resolve/{COMMIT}/")).nth(1).unwrap();
+        let commit = if converted { CONVERTED } else { COMMIT };
+        let name = path.split(&format!("/resolve/{commit}/")).nth(1).unwrap();
         files[name].clone()
     };
     let head = format!("Content-Length: {}\r\nConnection: close\r\n", body.len());
@@ -94,6 +105,28 @@ fn a_dataset_of_the_hub_and_again_without_a_network() {
     // A commit may be written in either case.
     let pinned = json!({ "dataset": "org/name", "revision": COMMIT.to_ascii_uppercase() });
     assert_eq!(room.run("fetch", pinned).unwrap().ports, data.ports);
+}
+
+#[test]
+fn of_a_dataset_that_is_a_script_the_converted_files_are_taken() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("x");
+    std::fs::write(&path, CSV).unwrap();
+    let reading = flow::data::Reading::new("x.csv", flow::data::OnError::Fail);
+    flow::data::write(&flow::data::read(&path, reading).unwrap(), &path).unwrap();
+    let rows = std::fs::read(&path).unwrap();
+    let (mut room, offline) = room(&[
+        ("name.py", b"import datasets"),
+        ("converted/plain/train/0000.parquet", &rows),
+        ("converted/plain/train/0001.parquet", &rows),
+        ("converted/other/test/0000.parquet", &rows),
+    ]);
+    let fetch = json!({ "dataset": "org/name", "config": "plain" });
+    let data = room.run("fetch", fetch.clone()).unwrap();
+    let labels = ints(&room.table(&data, "train"), "label");
+    assert_eq!(labels, [Some(1), Some(0), Some(1), Some(0)]);
+    room.hub = offline;
+    assert_eq!(room.run("fetch", fetch).unwrap().ports, data.ports);
 }
 
 #[test]

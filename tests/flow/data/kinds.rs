@@ -31,8 +31,8 @@ pub(super) struct Room {
 #[derive(Debug)]
 pub(super) struct Ran {
     pub(super) ports: BTreeMap<String, Digest>,
-    warnings: Vec<String>,
-    log: Vec<String>,
+    pub(super) warnings: Vec<String>,
+    pub(super) log: Vec<String>,
 }
 
 impl Room {

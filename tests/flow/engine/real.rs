@@ -22,6 +22,15 @@ pub(crate) fn files() -> BTreeMap<&'static str, String> {
 pub(crate) fn steps() -> Value {
     json!({
         "rows": { "kind": "fetch", "with": { "files": { "train": "rows.csv" } } },
+        "shaped": { "kind": "transform", "with": {
+            "data": "${steps.rows}", "rename": { "label": "sentiment" },
+            "cast": { "sentiment": "text" }, "filter": "sentiment == '1'",
+            "deduplicate": { "near": 0.9 },
+        } },
+        "twice": { "kind": "combine", "with": {
+            "data": ["${steps.rows}", "${steps.rows}"], "how": "interleave", "stop": "all",
+            "probabilities": [0.3, 0.7], "seed": 2,
+        } },
         "some": { "kind": "sample", "with": {
             "data": "${steps.rows}", "stratify": "label", "seed": 3,
             "rows": { "train": 12, "validation": 4, "test": 4 },
@@ -36,6 +45,9 @@ pub(crate) fn steps() -> Value {
         "base": { "kind": "model", "with": { "model": "./tiny" } },
         "tokens": { "kind": "tokenize", "with": {
             "data": "${steps.prompts}", "tokenizer": "${steps.base.tokenizer}", "max_length": 320,
+        } },
+        "look": { "kind": "inspect", "with": {
+            "data": "${steps.tokens}", "model": "${steps.base}",
         } },
         "train": { "kind": "train", "with": {
             "data": "${steps.tokens}", "model": "${steps.base}", "method": "lora",

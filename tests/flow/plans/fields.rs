@@ -84,12 +84,14 @@ fn others(value: &Value, words: &[String]) -> Vec<Value> {
         Value::String(text) => vec![json!(format!("{text}x"))],
         _ => Vec::new(),
     };
-    all.extend(words.iter().map(|w| json!(w)));
+    all.extend(words.iter().flat_map(|w| [json!(w), json!([w])]));
     all.extend([json!(1), json!(0.5), json!(true), json!("x"), json!(["x"]), json!({ "x": "x" })]);
+    all.push(json!([0.5]));
     all.extend([json!({}), json!({ "x": 1 }), json!({ "x": 0.5 }), json!({ "prompt": "x" })]);
     all.extend([file.clone(), json!({ "x": file })]);
     for ty in types {
         all.extend([input(ty), gather(ty), json!({ "x": input(ty) }), json!({ "x": gather(ty) })]);
+        all.push(json!([input(ty)]));
     }
     all.push(json!({ "cpu": "x", "threads": 1 }));
     all

@@ -2,7 +2,7 @@
 
 use flow::text::{
     ChatTemplate, Columns, Conversation, Fields, Formatter, LabelWords, Message, OnRefused, Part,
-    Piece, Rendered, Target, Template, Turns, render_file,
+    Piece, Rendered, Target, Template, Turns, parse, render_file,
 };
 
 use super::{chain, fixture, map, parquet};
@@ -339,12 +339,16 @@ fn what_a_conversation_may_hold() {
         for (key, value) in rest.as_object().unwrap() {
             message[key] = value.clone();
         }
-        Conversation::read(&serde_json::json!([message]))
+        Conversation::read(&parse(&serde_json::json!([message]).to_string()).unwrap())
     };
     use serde_json::json;
     assert!(read("tool", json!({ "tool_calls": [], "function_call": null })).is_ok());
     let said = chain(&read("assistant", json!({ "tool_calls": [{ "id": 1 }] })).unwrap_err());
-    assert!(said.contains("message 1 calls a tool (`tool_calls`)"), "{said}");
+    assert!(said.contains("message 1 calls a tool that has no name"), "{said}");
+    let parts =
+        json!({ "content": [{ "type": "text", "text": "a" }, { "type": "text", "text": "b" }] });
+    assert_eq!(read("user", parts).unwrap().0[0].content, "ab");
+    assert!(read("user", json!({ "content": [{ "type": "image" }] })).is_err());
     let said = chain(&read("function", json!({})).unwrap_err());
     assert!(said.contains("unknown role `function`") && said.contains("on_refused"), "{said}");
     let silent = read("assistant", json!({ "content": null })).unwrap();

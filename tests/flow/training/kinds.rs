@@ -472,7 +472,7 @@ fn what_does_not_fit_is_refused_by_name() {
     assert!(text.contains("q_proj") && text.contains("q_lin"), "{text}");
     let one: Vec<Row> = rows(16, 1, false).into_iter().step_by(2).collect();
     let text = refused(&bench.tokens(&[("train", one)], false, &classes()), json!({}));
-    assert!(text.contains("all 8 training rows are of class 0 (`negative`)"), "{text}");
+    assert!(text.contains("all 8 rows of `train` are of class `0 (negative)`"), "{text}");
     let causal = bench.tokens(&[("train", rows(8, 1, true))], true, &words());
     let text = refused(&causal, json!({}));
     assert!(text.contains("encoder"), "{text}");
