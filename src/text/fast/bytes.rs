@@ -188,6 +188,9 @@ pub(super) fn character(byte: u8) -> char {
     char::from_u32(256 + before).unwrap_or('\0')
 }
 
+/// Encodes a word that is too long.
+pub(super) type Long<'a> = dyn FnMut(&[u8], &mut Vec<u32>) -> anyhow::Result<()> + 'a;
+
 impl ByteLevel {
     /// `None` when two tokens have one id, or a merge is not of tokens.
     pub(super) fn new(
@@ -198,9 +201,9 @@ impl ByteLevel {
     ) -> Option<Self> {
         let characters: HashMap<char, u8> = (0..=255).map(|b| (character(b), b)).collect();
         let mut atoms = [NO_TOKEN; 256];
-        for (character, byte) in &characters {
-            if let Some(id) = vocabulary.get(character.to_string().as_str()) {
-                atoms[usize::from(*byte)] = *id;
+        for (byte, atom) in (0..=255).zip(&mut atoms) {
+            if let Some(id) = vocabulary.get(character(byte).to_string().as_str()) {
+                *atom = *id;
             }
         }
         let mut found = Vec::with_capacity(merges.len());
@@ -215,14 +218,11 @@ impl ByteLevel {
         let lengths = lengths(vocabulary.iter().map(|(t, id)| (*id, t.chars().count())))?;
         let mut whole = HashMap::default();
         if ignore_merges {
-            for (token, id) in vocabulary {
-                let bytes: Option<Box<[u8]>> =
-                    token.chars().map(|c| characters.get(&c).copied()).collect();
+            whole.extend(vocabulary.iter().filter_map(|(token, id)| {
+                let bytes = token.chars().map(|c| characters.get(&c).copied());
                 // one that has other characters is never met
-                if let Some(bytes) = bytes {
-                    whole.insert(bytes, *id);
-                }
-            }
+                Some((bytes.collect::<Option<Box<[u8]>>>()?, *id))
+            }));
         }
         let merges = Pairs::new(found.into_iter());
         Some(Self { pattern, atoms, merges, whole, lengths })
@@ -237,7 +237,7 @@ impl ByteLevel {
         limit: usize,
         memo: &mut Memo,
         ids: &mut Vec<u32>,
-        long: &mut dyn FnMut(&[u8], &mut Vec<u32>) -> anyhow::Result<()>,
+        long: &mut Long<'_>,
     ) -> anyhow::Result<usize> {
         while at < text.len() && ids.len() < limit {
             let end = self.pattern.word_end(text, at);

@@ -29,7 +29,7 @@ use super::tokenizer::wrong;
 
 enum Model {
     WordPiece(WordPiece),
-    Bytes(ByteLevel),
+    Bytes(Box<ByteLevel>),
 }
 
 /// What becomes of the places of tokens that begin or end with a blank.
@@ -116,7 +116,7 @@ pub(super) struct Fast {
     nfc: bool,
     trim: Trim,
     /// One for each thread that is encoding, or was.
-    memos: Mutex<Vec<Box<Memo>>>,
+    memos: Mutex<Vec<Memo>>,
 }
 
 impl std::fmt::Debug for Fast {
@@ -136,7 +136,7 @@ impl Fast {
 
     fn with_memo<T>(&self, act: impl FnOnce(&mut Memo) -> T) -> T {
         let mut memos = self.memos.lock().unwrap_or_else(PoisonError::into_inner);
-        let mut memo = memos.pop().unwrap_or_else(|| Box::new(Memo::new()));
+        let mut memo = memos.pop().unwrap_or_else(Memo::new);
         drop(memos);
         let made = act(&mut memo);
         self.memos.lock().unwrap_or_else(PoisonError::into_inner).push(memo);

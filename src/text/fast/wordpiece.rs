@@ -77,12 +77,12 @@ impl WordPiece {
         lowercase: bool,
     ) -> Option<Self> {
         let (mut first, mut further) = (Vocabulary::default(), Vocabulary::default());
-        for (token, id) in vocabulary {
-            first.insert(token.as_bytes().into(), *id);
-            if let Some(rest) = token.strip_prefix(prefix) {
-                further.insert(rest.as_bytes().into(), *id);
-            }
-        }
+        first.extend(vocabulary.iter().map(|(token, id)| (token.as_bytes().into(), *id)));
+        further.extend(
+            vocabulary.iter().filter_map(|(token, id)| {
+                Some((token.strip_prefix(prefix)?.as_bytes().into(), *id))
+            }),
+        );
         let lengths = lengths(vocabulary.iter().map(|(token, id)| (*id, token.len())))?;
         let longest = vocabulary.keys().map(String::len).max().unwrap_or(0);
         let (unknown, mark) = (*vocabulary.get(unknown)?, prefix.len());

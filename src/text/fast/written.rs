@@ -93,7 +93,7 @@ pub(super) fn read(file: &[u8]) -> Option<Known> {
         "BPE" => {
             let nfc = written.normalizer == json!({ "type": "NFC" });
             let model = bytes(written, nfc)?;
-            Some(Known { model: Model::Bytes(model), nfc, normalizer, trim })
+            Some(Known { model: Model::Bytes(Box::new(model)), nfc, normalizer, trim })
         }
         _ => None,
     }
