@@ -10,6 +10,8 @@
 //!
 //! Without a budget everything on record is kept, and only what nothing refers to goes.
 
+mod budget;
+
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
@@ -17,49 +19,15 @@ use std::time::Duration;
 use anyhow::Result;
 use serde::{Deserialize, Serialize};
 
+pub use self::budget::Budget;
 use super::record::RecordFile;
 use super::uses::{Use, Uses, newest, uses};
-use super::{Loaded, Pin, Pins, Record, unix_ms};
+use super::{Loaded, Pin, Pins, Record};
 use crate::digest::Digest;
 use crate::store::{Item, KEPT_ATTEMPT, Store, StoreError};
 
 /// A folder of a run or of an attempt appears before what says whose it is.
 const HALF_MADE: Duration = Duration::from_secs(60);
-
-/// What may go beside that which nothing refers to. All that is set must allow it.
-#[derive(Debug, Clone)]
-pub struct Budget {
-    /// Runs that are not among the newest so many of their pipeline; 1 where another budget is set
-    /// and this is not.
-    pub keep_runs: Option<usize>,
-    /// Runs that ended longer ago; with them damaged files and attempts that were set aside.
-    pub older_than: Option<Duration>,
-    /// No more than it takes to get the store down to this many bytes, the oldest first.
-    pub max_bytes: Option<u64>,
-    /// What nothing refers to stays while it is younger.
-    pub grace: Duration,
-    /// The time, in Unix milliseconds.
-    pub now_unix_ms: u64,
-}
-
-impl Budget {
-    /// Longer than any file is on its way from a step into a record.
-    pub const GRACE: Duration = Duration::from_secs(3600);
-
-    /// Only what nothing refers to.
-    pub fn none() -> Self {
-        let (keep_runs, older_than, max_bytes) = (None, None, None);
-        Self { keep_runs, older_than, max_bytes, grace: Self::GRACE, now_unix_ms: unix_ms() }
-    }
-
-    fn is_set(&self) -> bool {
-        self.keep_runs.is_some() || self.older_than.is_some() || self.max_bytes.is_some()
-    }
-
-    fn is_past(&self, unix_ms: u64, age: Duration) -> bool {
-        u128::from(self.now_unix_ms.saturating_sub(unix_ms)) >= age.as_millis()
-    }
-}
 
 /// What a file is, in the order in which such files are removed.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize)]
