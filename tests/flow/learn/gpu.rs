@@ -36,7 +36,7 @@ fn decoder(family: &str, head: usize) -> Value {
     let window = if family == "mistral" { json!(40) } else { Value::Null };
     json!({
         "architectures": [class], "model_type": family, "hidden_size": 4 * head,
-        "intermediate_size": 192, "num_hidden_layers": 3, "num_attention_heads": 4,
+        "intermediate_size": 184, "num_hidden_layers": 3, "num_attention_heads": 4,
         "num_key_value_heads": 2, "head_dim": head, "vocab_size": 320,
         "max_position_embeddings": 256, "rms_norm_eps": 1e-5, "rope_theta": 10000.0,
         "hidden_act": "silu", "tie_word_embeddings": family != "mistral",

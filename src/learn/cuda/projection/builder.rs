@@ -143,7 +143,7 @@ impl Builder<'_> {
             Ok(at)
         };
         let (rows, cols) = nf4.dims();
-        ensure!(cols.is_multiple_of(64), "a quantized matrix with rows of {cols}");
+        ensure!(cols.is_multiple_of(8), "a quantized matrix with rows of {cols}");
         Ok(Packed {
             packed: put(parts.packed)?,
             codes: parts.codes.map(put).transpose()?.unwrap_or(0),
