@@ -4,7 +4,7 @@
 use anyhow::Result;
 
 use super::labels::grouped;
-use super::sample::{Draw, order};
+use super::sample::{Draw, check_size, order};
 use crate::source::Fault;
 
 /// The rows of a split by group, in drawing order.
@@ -41,12 +41,7 @@ impl Groups {
     /// # Errors
     /// When there are not so many rows, or a part would have none.
     pub fn draw(&self, front: usize, back: &[usize]) -> Result<(Draw, Vec<Draw>)> {
-        let wanted = back.iter().fold(front, |sum, n| sum.saturating_add(*n));
-        if wanted > self.size {
-            let (wanted, size) = (grouped(wanted), grouped(self.size));
-            let message = format!("{wanted} rows are asked of `{}`, which has {size}", self.name);
-            return Err(Fault::new(message).help("ask for fewer rows").into());
-        }
+        check_size(&self.name, self.size, front, back)?;
         let mut free: Vec<&Vec<(u64, u64)>> = self.groups.iter().collect();
         let mut parts = Vec::with_capacity(back.len());
         for n in back {

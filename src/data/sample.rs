@@ -49,12 +49,7 @@ impl Pool {
     /// # Errors
     /// When there are not so many rows.
     pub fn draw(&self, front: usize, back: &[usize]) -> Result<(Draw, Vec<Draw>)> {
-        let wanted = back.iter().fold(front, |sum, n| sum.saturating_add(*n));
-        if wanted > self.size {
-            let (wanted, size) = (grouped(wanted), grouped(self.size));
-            let message = format!("{wanted} rows are asked of `{}`, which has {size}", self.name);
-            return Err(Fault::new(message).help("ask for fewer rows").into());
-        }
+        check_size(&self.name, self.size, front, back)?;
         let sizes: Vec<usize> = self.strata.iter().map(|s| s.rows.len()).collect();
         let mut left = sizes.clone();
         let mut parts = Vec::with_capacity(back.len());
@@ -146,6 +141,17 @@ fn allocate(n: usize, sizes: &[usize], caps: &[usize]) -> Vec<usize> {
         }
     }
     shares
+}
+
+/// Refuses parts that are more rows together than there are.
+pub(super) fn check_size(name: &str, size: usize, front: usize, back: &[usize]) -> Result<()> {
+    let wanted = back.iter().fold(front, |sum, n| sum.saturating_add(*n));
+    if wanted > size {
+        let (wanted, size) = (grouped(wanted), grouped(size));
+        let message = format!("{wanted} rows are asked of `{name}`, which has {size}");
+        return Err(Fault::new(message).help("ask for fewer rows").into());
+    }
+    Ok(())
 }
 
 #[cfg(test)]

@@ -81,8 +81,8 @@ pub(super) struct Train {
     /// Gradients are scaled down to this global norm; 0 leaves them as they are.
     #[serde(default = "unit")]
     pub max_grad_norm: f64,
-    /// Keeps only the input of each layer for the backward pass, which computes the rest again: the
-    /// same results in less memory and more time.
+    /// On a GPU keeps only the input of each layer for the backward pass, which computes the rest
+    /// again: the same results in less memory and more time. On the CPU it changes nothing.
     #[serde(default)]
     pub gradient_checkpointing: bool,
     /// Dropout everywhere in the model, in place of what its config says.

@@ -34,11 +34,6 @@ impl Dropout {
         }
     }
 
-    /// The stream and the probability of a step of training, if anything is dropped.
-    pub(crate) fn drawn(&self, step: Option<u64>) -> Option<(Stream, f64)> {
-        step.filter(|_| self.p > 0.0).map(|step| (self.stream.at(step), self.p))
-    }
-
     /// Drops elements of `x`.
     pub(crate) fn forward(&self, x: &Tensor, mode: Mode) -> Result<Tensor> {
         Ok(dropout(x, self.mask(mode))?)
@@ -108,9 +103,14 @@ impl Parameters {
         let bias = format!("{module}.bias");
         let bias = self.held.contains_key(&bias).then(|| self.tensor(&bias)).transpose()?;
         let adapter = self.adapters.get(module).cloned();
-        let stream = Stream::new(self.seed, &format!("dropout/lora/{module}"));
-        let dropout = Dropout { stream, p: self.adapter_dropout };
+        let dropout = self.lora_dropout(module);
         Ok(Linear { weight, bias, adapter, scaling: self.scaling, dropout })
+    }
+
+    /// The dropout of the input of a module's adapter.
+    pub(crate) fn lora_dropout(&self, module: &str) -> Dropout {
+        let stream = Stream::new(self.seed, &format!("dropout/lora/{module}"));
+        Dropout { stream, p: self.adapter_dropout }
     }
 
     /// A place where the model drops elements with probability `p`, unless that is overruled.

@@ -172,8 +172,8 @@ pub struct Setup {
     pub dropout: Option<f64>,
     /// Where it runs.
     pub compute: Compute,
-    /// Keeps only the input of each layer for the backward pass, which computes the rest again:
-    /// the same results in less memory and more time.
+    /// On a GPU keeps only the input of each layer for the backward pass, which computes the rest
+    /// again: the same results in less memory and more time.
     pub gradient_checkpointing: bool,
 }
 

@@ -146,13 +146,13 @@ impl Attention {
     }
 
     fn launch(&self, p: &Pass<'_>, pair: Pair, heads: usize, mut args: Vec<Arg>) -> Result<()> {
-        let drawn = self.dropout.drawn(p.step);
-        let (threshold, keep, [k0, k1], [h0, h1]) = match drawn {
-            Some((stream, rate)) => {
-                let (key, high) = stream.words_of_state();
-                ((rate * 2f64.powi(32)) as u32, 1.0 / (1.0 - rate), key, high)
+        let mask = self.dropout.mask(p.mode);
+        let (threshold, keep, ([k0, k1], [h0, h1])) = match &mask {
+            Some(mask) => {
+                let (stream, threshold, keep) = mask.parts();
+                (threshold, keep, stream.words_of_state())
             }
-            None => (0, 1.0, [0; 2], [0; 2]),
+            None => (0, 1.0, ([0; 2], [0; 2])),
         };
         args.extend([
             p.starts,
@@ -165,13 +165,13 @@ impl Attention {
             int(self.window.unwrap_or(0)),
             float(1.0 / (self.head as f64).sqrt()),
             threshold.into(),
-            float(keep),
+            float(keep.into()),
             k0.into(),
             k1.into(),
             h0.into(),
             h1.into(),
         ]);
-        let masked = drawn.is_some() || p.hidden != 0;
+        let masked = mask.is_some() || p.hidden != 0;
         let Tiled { kernel, cut } = if masked { pair.masked } else { pair.plain };
         let grid = Grid {
             blocks: (heads, p.sequences, p.longest.div_ceil(cut.tile)),

@@ -286,6 +286,11 @@ impl Device {
         Ok((total, free))
     }
 
+    /// The part of a matrix from a row and a column on.
+    pub(super) fn part(&self, mat: Mat, row: usize, col: usize) -> Mat {
+        Mat { at: mat.at + ((row * mat.ld + col) * self.float.size()) as u64, ld: mat.ld }
+    }
+
     /// Starts a kernel.
     pub(super) fn launch(&self, kernel: Kernel, grid: Grid, args: &[Arg]) -> Result<()> {
         let mut pointers = [std::ptr::null_mut::<c_void>(); 40];

@@ -19,7 +19,8 @@ use super::projection::{Builder, Parts, Projection, Shared, upload_map};
 use super::trained::Trained;
 use crate::learn::batch::Packed;
 use crate::learn::config::ModelConfig;
-use crate::learn::linear::{Dropout, Parameters};
+use crate::learn::linear::{Dropout, Mode, Parameters};
+use crate::learn::ops::RopeTable;
 use crate::learn::optimizer::AdamWConfig;
 use crate::source::Fault;
 
@@ -323,17 +324,15 @@ impl State {
             return Ok(Some((cosines, sines)));
         }
         let n = positions.next_power_of_two().max(512);
-        let half = self.inverse_frequencies.len();
-        let angles =
-            (0..n).flat_map(|p| self.inverse_frequencies.iter().map(move |f| p as f32 * f));
-        let angles: Vec<f32> = angles.collect();
-        let put = |f: fn(f32) -> f32| -> Result<u64> {
-            let at = self.weights.alloc(4 * n * half)?;
-            self.device.upload(at, &angles.iter().map(|a| f(*a)).collect::<Vec<_>>())?;
+        let positions: Vec<u32> = (0..n as u32).collect();
+        let table = RopeTable::new(&self.inverse_frequencies, &positions);
+        let put = |values: &[f32]| -> Result<u64> {
+            let at = self.weights.alloc(size_of_val(values))?;
+            self.device.upload(at, values)?;
             self.device.synchronize()?;
             Ok(at)
         };
-        let (cosines, sines) = (put(f32::cos)?, put(f32::sin)?);
+        let (cosines, sines) = (put(table.cosines())?, put(table.sines())?);
         self.rope = Some((n, cosines, sines));
         Ok(Some((cosines, sines)))
     }
@@ -375,7 +374,7 @@ impl State {
         packed: &Packed,
         u: &Uploaded,
         rope: Option<(u64, u64)>,
-        step: Option<u64>,
+        mode: Mode,
     ) -> Pass<'a> {
         Pass {
             device: &self.device,
@@ -389,7 +388,7 @@ impl State {
             hidden: u.hidden,
             positions: u.positions,
             rope,
-            step,
+            mode,
         }
     }
 
@@ -478,7 +477,7 @@ impl State {
         let rope = self.rope(packed.positions.iter().max().map_or(0, |p| *p as usize + 1))?;
         let (s, r) = (self.saved.mark(), self.scratch.mark());
         let (u, [rows_at, targets_at]) = self.upload(packed, [rows, targets])?;
-        let p = self.pass(packed, &u, rope, Some(step));
+        let p = self.pass(packed, &u, rope, Mode::Train(step));
         let (count, ld) = (self.count(), self.input_ld());
         let inputs: Vec<Mat> = (0..=count).map(|_| p.saved(ld)).collect::<Result<_>>()?;
         let embedded = self.embed(&p, &u, inputs[0])?;

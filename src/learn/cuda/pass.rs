@@ -5,7 +5,7 @@ use anyhow::Result;
 use super::arena::Arena;
 use super::device::{Device, Grid, Kernel, Mat, float, int};
 use super::projection::{Projection, Shared};
-use crate::learn::linear::Dropout;
+use crate::learn::linear::{Dropout, Mode};
 
 /// One pass over packed sequences.
 #[derive(Debug, Clone, Copy)]
@@ -28,8 +28,8 @@ pub(super) struct Pass<'a> {
     pub(super) positions: u64,
     /// Cosines and sines by position.
     pub(super) rope: Option<(u64, u64)>,
-    /// The step of training, for dropout; none: nothing is dropped.
-    pub(super) step: Option<u64>,
+    /// Decides what is dropped.
+    pub(super) mode: Mode,
 }
 
 /// A norm's weight and bias, and their gradients where they are trained.
@@ -129,7 +129,7 @@ impl Pass<'_> {
 
     /// The part of a matrix from a column on.
     pub(super) fn columns(&self, mat: Mat, from: usize) -> Mat {
-        Mat { at: mat.at + (from * self.device.float.size()) as u64, ld: mat.ld }
+        self.device.part(mat, 0, from)
     }
 
     /// The root-mean-square norm of vectors of `width`, `group` of them in each row.
@@ -329,7 +329,7 @@ impl Pass<'_> {
 
     /// Whether a place drops anything in this pass.
     pub(super) fn drops(&self, place: &Dropout) -> bool {
-        place.drawn(self.step).is_some()
+        place.mask(self.mode).is_some()
     }
 
     /// `to = mask from`, if the place drops anything in this pass.
@@ -339,10 +339,8 @@ impl Pass<'_> {
         (from, to): (Mat, Mat),
         (rows, width): (usize, usize),
     ) -> Result<()> {
-        match place.drawn(self.step) {
-            Some((stream, p)) => {
-                self.device.drop_elements(stream, p, (from, to), (rows, width), false)
-            }
+        match place.mask(self.mode) {
+            Some(mask) => self.device.drop_elements(mask, (from, to), (rows, width), false),
             None => Ok(()),
         }
     }
@@ -357,7 +355,7 @@ impl Pass<'_> {
         rows: usize,
     ) -> Result<()> {
         let mats = (x, y, plus);
-        projection.forward(self.device, self.shared, self.scratch, mats, rows, self.step)
+        projection.forward(self.device, self.shared, self.scratch, mats, rows, self.mode)
     }
 
     /// See [`Projection::input_gradient`].
@@ -370,7 +368,7 @@ impl Pass<'_> {
         rows: usize,
     ) -> Result<()> {
         let mats = (g, dx, plus);
-        projection.input_gradient(self.device, self.shared, self.scratch, mats, rows, self.step)
+        projection.input_gradient(self.device, self.shared, self.scratch, mats, rows, self.mode)
     }
 
     /// See [`Projection::only_ranks`].
@@ -380,7 +378,7 @@ impl Pass<'_> {
 
     /// See [`Projection::fill_ranks`].
     pub(super) fn fill_ranks(&self, projection: &Projection, x: Mat, rows: usize) -> Result<()> {
-        projection.fill_ranks(self.device, self.shared, self.scratch, x, rows, self.step)
+        projection.fill_ranks(self.device, self.shared, self.scratch, x, rows, self.mode)
     }
 
     /// See [`Projection::parameter_gradients`].
@@ -391,6 +389,6 @@ impl Pass<'_> {
         g: Mat,
         rows: usize,
     ) -> Result<()> {
-        projection.parameter_gradients(self.device, self.scratch, (x, g), rows, self.step)
+        projection.parameter_gradients(self.device, self.scratch, (x, g), rows, self.mode)
     }
 }

@@ -24,7 +24,8 @@ pub(super) use self::builder::{Builder, trained_name, upload_map};
 use super::arena::Arena;
 use super::device::{Device, Float, Grid, Mat, float, int};
 use super::matmul::Target;
-use crate::learn::random::Stream;
+use crate::learn::linear::{Dropout, Mode};
+use crate::learn::ops::Mask;
 
 /// Ranks are padded to this, so that every access is 16 bytes wide.
 const RANKS: usize = 8;
@@ -149,7 +150,7 @@ struct ModuleAdapter {
     /// Gradients.
     a: u64,
     b: u64,
-    dropout: Stream,
+    dropout: Dropout,
 }
 
 #[derive(Debug)]
@@ -168,7 +169,6 @@ pub(super) struct Projection {
     /// All ranks, padded.
     pub(super) ranks: usize,
     scaling: f32,
-    dropout: f64,
     weight: Weight,
     bias: Option<u64>,
     adapters: Option<Parts>,
@@ -200,12 +200,12 @@ impl Device {
     /// `y = mask x`, or `y += mask x`, over `[rows, cols]`.
     pub(super) fn drop_elements(
         &self,
-        stream: Stream,
-        p: f64,
+        mask: Mask,
         (x, y): (Mat, Mat),
         (rows, cols): (usize, usize),
         add: bool,
     ) -> Result<()> {
+        let (stream, threshold, keep) = mask.parts();
         let ([k0, k1], [h0, h1]) = stream.words_of_state();
         let args = [
             x.at,
@@ -218,8 +218,8 @@ impl Device {
             k1.into(),
             h0.into(),
             h1.into(),
-            u64::from((p * 2f64.powi(32)) as u32),
-            float(1.0 / (1.0 - p)),
+            threshold.into(),
+            float(keep.into()),
             int(usize::from(add)),
         ];
         let grid = Grid::each((rows * cols).div_ceil(64) * 16);
@@ -228,11 +228,6 @@ impl Device {
 }
 
 impl Projection {
-    fn checked(self, outputs: usize) -> Self {
-        debug_assert_eq!(self.outputs, outputs);
-        self
-    }
-
     /// Elements of a row of the input, with room for the ranks.
     pub(super) fn in_ld(&self) -> usize {
         self.inputs + self.ranks
@@ -253,8 +248,13 @@ impl Projection {
         self.ranks > 0 || self.modules.iter().any(|m| m.weight.is_some())
     }
 
-    fn drops(&self, step: Option<u64>) -> Option<u64> {
-        step.filter(|_| self.dropout > 0.0 && self.ranks > 0)
+    fn adapters_of_modules(&self) -> impl Iterator<Item = &ModuleAdapter> {
+        self.modules.iter().filter_map(|module| module.adapter.as_ref())
+    }
+
+    /// Whether elements of its adapters' inputs are dropped.
+    fn drops(&self, mode: Mode) -> bool {
+        self.adapters_of_modules().any(|adapter| adapter.dropout.mask(mode).is_some())
     }
 
     /// The weight with the adapters beside it.
@@ -273,11 +273,6 @@ impl Projection {
         Ok(Mat { at, ld })
     }
 
-    fn offset(device: &Device, mat: Mat, rows: usize, cols: usize) -> Mat {
-        let elements = rows * mat.ld + cols;
-        Mat { at: mat.at + (elements * device.float.size()) as u64, ld: mat.ld }
-    }
-
     /// `z = x A^T` at the end of the rows of `x` (after dropout of each adapter's own).
     fn ranks_of(
         &self,
@@ -285,23 +280,22 @@ impl Projection {
         scratch: &Arena,
         (x, weight): (Mat, Mat),
         rows: usize,
-        step: Option<u64>,
+        mode: Mode,
     ) -> Result<()> {
-        let z = Self::offset(device, x, 0, self.inputs);
-        let a = Self::offset(device, weight, self.outputs, 0);
+        let z = device.part(x, 0, self.inputs);
+        let a = device.part(weight, self.outputs, 0);
         let target = |to| Target { to, float: device.float, plus: None, bias: None, alpha: 1.0 };
-        let Some(step) = self.drops(step) else {
+        if !self.drops(mode) {
             return device.matmul((rows, self.ranks, self.inputs), x.n(), a.t(), target(z));
-        };
+        }
         let mark = scratch.mark();
         let dropped =
             Mat { at: scratch.alloc(rows * self.inputs * device.float.size())?, ld: self.inputs };
-        for adapter in self.modules.iter().filter_map(|m| m.adapter.as_ref()) {
-            let mask = adapter.dropout.at(step);
-            let size = (rows, self.inputs);
-            device.drop_elements(mask, self.dropout, (x, dropped), size, false)?;
-            let z = Self::offset(device, z, 0, adapter.offset);
-            let a = Self::offset(device, a, adapter.offset, 0);
+        for adapter in self.adapters_of_modules() {
+            let Some(mask) = adapter.dropout.mask(mode) else { continue };
+            device.drop_elements(mask, (x, dropped), (rows, self.inputs), false)?;
+            let z = device.part(z, 0, adapter.offset);
+            let a = device.part(a, adapter.offset, 0);
             // The last also fills the padding, with zeros.
             let last = adapter.offset + adapter.r + RANKS > self.ranks;
             let r = if last { self.ranks - adapter.offset } else { adapter.r };
@@ -311,8 +305,7 @@ impl Projection {
         Ok(())
     }
 
-    /// `y = x W^T + bias + plus`, with the adapters; fills the ranks of `x`. `step` is that of
-    /// training, for dropout.
+    /// `y = x W^T + bias + plus`, with the adapters; fills the ranks of `x`.
     pub(super) fn forward(
         &self,
         device: &Device,
@@ -320,11 +313,11 @@ impl Projection {
         scratch: &Arena,
         (x, y, plus): (Mat, Mat, Option<Mat>),
         rows: usize,
-        step: Option<u64>,
+        mode: Mode,
     ) -> Result<()> {
         let weight = self.matrix(device, shared)?;
         if self.ranks > 0 {
-            self.ranks_of(device, scratch, (x, weight), rows, step)?;
+            self.ranks_of(device, scratch, (x, weight), rows, mode)?;
         }
         let size = (rows, self.outputs, self.in_ld());
         let target = Target { to: y, float: device.float, plus, bias: self.bias, alpha: 1.0 };
@@ -340,27 +333,27 @@ impl Projection {
         scratch: &Arena,
         (g, dx, plus): (Mat, Mat, Option<Mat>),
         rows: usize,
-        step: Option<u64>,
+        mode: Mode,
     ) -> Result<()> {
         let weight = self.matrix(device, shared)?;
         self.ranks_of_gradient(device, (g, weight), rows)?;
         let target = Target { to: dx, float: device.float, plus, bias: None, alpha: 1.0 };
-        let Some(step) = self.drops(step) else {
+        if !self.drops(mode) {
             let size = (rows, self.inputs, self.out_ld());
             return device.matmul(size, g.n(), weight.n(), target);
-        };
+        }
         device.matmul((rows, self.inputs, self.outputs), g.n(), weight.n(), target)?;
         let mark = scratch.mark();
         let part =
             Mat { at: scratch.alloc(rows * self.inputs * device.float.size())?, ld: self.inputs };
-        for adapter in self.modules.iter().filter_map(|m| m.adapter.as_ref()) {
-            let dz = Self::offset(device, g, 0, self.outputs + adapter.offset);
-            let a = Self::offset(device, weight, self.outputs + adapter.offset, 0);
+        for adapter in self.adapters_of_modules() {
+            let Some(mask) = adapter.dropout.mask(mode) else { continue };
+            let dz = device.part(g, 0, self.outputs + adapter.offset);
+            let a = device.part(weight, self.outputs + adapter.offset, 0);
             let target =
                 Target { to: part, float: device.float, plus: None, bias: None, alpha: 1.0 };
             device.matmul((rows, self.inputs, adapter.r), dz.n(), a.n(), target)?;
-            let mask = adapter.dropout.at(step);
-            device.drop_elements(mask, self.dropout, (part, dx), (rows, self.inputs), true)?;
+            device.drop_elements(mask, (part, dx), (rows, self.inputs), true)?;
         }
         scratch.release(mark);
         Ok(())
@@ -376,8 +369,8 @@ impl Projection {
         if self.ranks == 0 {
             return Ok(());
         }
-        let dz = Self::offset(device, g, 0, self.outputs);
-        let b = Self::offset(device, weight, 0, self.inputs);
+        let dz = device.part(g, 0, self.outputs);
+        let b = device.part(weight, 0, self.inputs);
         let target = Target { to: dz, float: device.float, plus: None, bias: None, alpha: 1.0 };
         device.matmul((rows, self.ranks, self.outputs), g.n(), b.n(), target)
     }
@@ -405,7 +398,7 @@ impl Projection {
         scratch: &Arena,
         x: Mat,
         rows: usize,
-        step: Option<u64>,
+        mode: Mode,
     ) -> Result<()> {
         if self.ranks == 0 {
             return Ok(());
@@ -419,7 +412,7 @@ impl Projection {
             }
             _ => self.matrix(device, shared)?,
         };
-        self.ranks_of(device, scratch, (x, weight), rows, step)
+        self.ranks_of(device, scratch, (x, weight), rows, mode)
     }
 
     /// Adds the gradients of what is trained, from the input and the gradient of the output, both
@@ -430,15 +423,15 @@ impl Projection {
         scratch: &Arena,
         (x, g): (Mat, Mat),
         rows: usize,
-        step: Option<u64>,
+        mode: Mode,
     ) -> Result<()> {
         let sum = |at, ld, alpha| {
             let to = Mat { at, ld };
             Target { to, float: Float::F32, plus: Some(to), bias: None, alpha }
         };
         let mark = scratch.mark();
-        let dropping = self.drops(step);
-        let tiles = self.tiles.as_ref().filter(|_| dropping.is_none());
+        let dropping = self.drops(mode);
+        let tiles = self.tiles.as_ref().filter(|_| !dropping);
         if let (Some(tiles), Some(kernel)) = (tiles, device.adapter_gradients) {
             // Fixed, so that sums do not depend on the card.
             let spans = (1024 / tiles.count).clamp(1, rows.div_ceil(TILE));
@@ -451,13 +444,11 @@ impl Projection {
             let args = [tiles.at, parts, int(spans)];
             device.launch(device.kernels.add_tiles, Grid::blocks(tiles.count, 256), &args)?;
         }
-        let dropped = match dropping {
-            Some(_) => scratch.alloc(rows * self.inputs * device.float.size())?,
-            None => 0,
-        };
+        let dropped =
+            if dropping { scratch.alloc(rows * self.inputs * device.float.size())? } else { 0 };
         let dropped = Mat { at: dropped, ld: self.inputs };
         for module in &self.modules {
-            let own = Self::offset(device, g, 0, module.start);
+            let own = device.part(g, 0, module.start);
             if let Some(dw) = module.weight {
                 let size = (module.outputs, self.inputs, rows);
                 device.matmul(size, own.t(), x.n(), sum(dw, self.inputs, 1.0))?;
@@ -470,16 +461,14 @@ impl Projection {
             let Some(adapter) = module.adapter.as_ref().filter(|_| tiles.is_none()) else {
                 continue;
             };
-            let x = match dropping {
-                Some(step) => {
-                    let mask = adapter.dropout.at(step);
-                    let size = (rows, self.inputs);
-                    device.drop_elements(mask, self.dropout, (x, dropped), size, false)?;
+            let x = match adapter.dropout.mask(mode) {
+                Some(mask) => {
+                    device.drop_elements(mask, (x, dropped), (rows, self.inputs), false)?;
                     dropped
                 }
                 None => x,
             };
-            let dz = Self::offset(device, g, 0, self.outputs + adapter.offset);
+            let dz = device.part(g, 0, self.outputs + adapter.offset);
             let da = sum(adapter.a, self.inputs, 1.0);
             device.matmul((adapter.r, self.inputs, rows), dz.t(), x.n(), da)?;
         }
@@ -487,8 +476,8 @@ impl Projection {
             let Some(adapter) = module.adapter.as_ref().filter(|_| tiles.is_none()) else {
                 continue;
             };
-            let own = Self::offset(device, g, 0, module.start);
-            let z = Self::offset(device, x, 0, self.inputs + adapter.offset);
+            let own = device.part(g, 0, module.start);
+            let z = device.part(x, 0, self.inputs + adapter.offset);
             let db = sum(adapter.b, adapter.r, self.scaling);
             device.matmul((module.outputs, adapter.r, rows), own.t(), z.n(), db)?;
         }

@@ -25,6 +25,12 @@ impl Mask {
         })
     }
 
+    /// What it is made of, for a kernel elsewhere: the stream, the word from which an element is
+    /// kept, and the factor on it.
+    pub(crate) fn parts(&self) -> (Stream, u32, f32) {
+        (self.stream, self.threshold, self.scale)
+    }
+
     /// The mask of a numbered part.
     pub(crate) fn at(&self, part: u64) -> Self {
         Self { stream: self.stream.at(part), ..*self }

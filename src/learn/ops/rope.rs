@@ -30,6 +30,16 @@ impl RopeTable {
         }
     }
 
+    /// `[tokens, head / 2]`.
+    pub(crate) fn cosines(&self) -> &[f32] {
+        &self.cos
+    }
+
+    /// `[tokens, head / 2]`.
+    pub(crate) fn sines(&self) -> &[f32] {
+        &self.sin
+    }
+
     /// Rotates every head of every token, forwards or (sign -1) back.
     fn rotate(&self, x: &[f32], width: usize, sign: f32) -> Vec<f32> {
         let half = self.half;

@@ -2,30 +2,35 @@
 //!
 //! `cargo test --release gpu -- --ignored` on a machine with a GPU.
 
+use std::collections::BTreeMap;
 use std::path::Path;
 
+use anyhow::{Result, bail};
 use flow::learn::{
     AdamWConfig, Compute, Duration, History, IGNORE, Labels, LoraConfig, Method, Model,
-    ModelConfig, ModelFiles, Quantization, Row, Schedule, Setup, TargetModules, Task,
-    TrainingArguments, Warmup, random_weights, resume, train,
+    ModelConfig, ModelFiles, Observer, Quantization, Row, Schedule, Setup, StepLog, TargetModules,
+    Task, TrainingArguments, Warmup, random_weights, resume, train,
 };
 use serde_json::{Value, json};
 
 use super::parity::{batches, cases, run};
 use super::{classes, numbers, relative};
 
-struct Silent;
+/// Looks at nothing; given a folder, keeps a checkpoint there after the first update and stops.
+struct Watch<'a>(Option<&'a Path>);
 
-impl flow::learn::Observer for Silent {
-    fn step(&mut self, _: &flow::learn::StepLog, _: u64) -> anyhow::Result<()> {
+impl Observer for Watch<'_> {
+    fn step(&mut self, _: &StepLog, _: u64) -> Result<()> {
         Ok(())
     }
 
-    fn evaluate(
-        &mut self,
-        _: &Model,
-        _: u64,
-    ) -> anyhow::Result<Option<std::collections::BTreeMap<String, f64>>> {
+    fn between(&mut self, save: &mut dyn FnMut(&Path) -> Result<()>) -> Result<()> {
+        let Some(dir) = self.0 else { return Ok(()) };
+        save(dir)?;
+        bail!("stopped")
+    }
+
+    fn evaluate(&mut self, _: &Model, _: u64) -> Result<Option<BTreeMap<String, f64>>> {
         Ok(None)
     }
 }
@@ -124,7 +129,8 @@ fn arguments(steps: u64) -> TrainingArguments {
 fn trained(files: &ModelFiles, setup: &Setup, steps: u64) -> (Model, History) {
     let model = Model::load(files, setup).unwrap();
     let history =
-        train(&model, &setup.task, &rows(&setup.task), &arguments(steps), &mut Silent).unwrap();
+        train(&model, &setup.task, &rows(&setup.task), &arguments(steps), &mut Watch(None))
+            .unwrap();
     (model, history)
 }
 
@@ -222,26 +228,6 @@ fn norm(x: &[f32]) -> f64 {
 #[test]
 #[ignore = "needs an NVIDIA GPU"]
 fn repeats_itself() {
-    struct Stop(std::path::PathBuf);
-    impl flow::learn::Observer for Stop {
-        fn step(&mut self, _: &flow::learn::StepLog, _: u64) -> anyhow::Result<()> {
-            Ok(())
-        }
-        fn between(
-            &mut self,
-            save: &mut dyn FnMut(&Path) -> anyhow::Result<()>,
-        ) -> anyhow::Result<()> {
-            save(&self.0)?;
-            anyhow::bail!("stopped")
-        }
-        fn evaluate(
-            &mut self,
-            _: &Model,
-            _: u64,
-        ) -> anyhow::Result<Option<std::collections::BTreeMap<String, f64>>> {
-            Ok(None)
-        }
-    }
     let dir = tempfile::tempdir().unwrap();
     for (config, task) in models() {
         let files = files(dir.path(), &config, &task);
@@ -252,10 +238,10 @@ fn repeats_itself() {
         std::fs::create_dir(&stopped).unwrap();
         let (data, args) = (rows(&task), arguments(4));
         let model = Model::load(&files, &plain).unwrap();
-        train(&model, &task, &data, &args, &mut Stop(stopped.clone())).unwrap_err();
+        train(&model, &task, &data, &args, &mut Watch(Some(&stopped))).unwrap_err();
         let model = Model::load(&files, &plain).unwrap();
         let from = flow::learn::Checkpoint::open(&stopped, &model).unwrap();
-        let history = resume(from, &model, &task, &data, &args, &mut Silent).unwrap();
+        let history = resume(from, &model, &task, &data, &args, &mut Watch(None)).unwrap();
         std::fs::remove_dir_all(&stopped).unwrap();
         for other in [trained(&files, &plain, 4), trained(&files, &again, 4), (model, history)] {
             assert_eq!(once.1, other.1);

@@ -7,6 +7,7 @@ use crate::learn::batch::Packed;
 use crate::learn::cuda::device::{Float, Grid, Mat, float, int};
 use crate::learn::cuda::matmul::Target;
 use crate::learn::cuda::pass::Pass;
+use crate::learn::linear::Mode;
 
 impl State {
     /// Rows of one block of logits.
@@ -46,10 +47,7 @@ impl State {
                 let d_logits = p.scratch_rows(block, wide)?;
                 for start in (0..n).step_by(block) {
                     let m = block.min(n - start);
-                    let from = |mat: Mat| Mat {
-                        at: mat.at + (start * mat.ld * self.device.float.size()) as u64,
-                        ld: mat.ld,
-                    };
+                    let from = |mat| self.device.part(mat, start, 0);
                     let (x, dx) = (from(features), from(d_features));
                     self.logits_of(x, *table, logits, m)?;
                     let at = |base: u64| base + 4 * start as u64;
@@ -175,7 +173,7 @@ impl State {
         let rope = self.rope(packed.positions.iter().max().map_or(0, |p| *p as usize + 1))?;
         let (s, r) = (self.saved.mark(), self.scratch.mark());
         let (u, [rows_at, targets_at]) = self.upload(packed, [rows, targets.unwrap_or(&[])])?;
-        let p = self.pass(packed, &u, rope, None);
+        let p = self.pass(packed, &u, rope, Mode::Eval);
         let (n, d, ld) = (rows.len(), self.hidden, self.input_ld());
         let (mut x, mut y) = (p.saved(ld)?, p.saved(ld)?);
         self.embed(&p, &u, x)?;
@@ -196,8 +194,7 @@ impl State {
                 let mut out = Vec::new();
                 for start in (0..n).step_by(block) {
                     let m = block.min(n - start);
-                    let at = chosen.at + (start * d * self.device.float.size()) as u64;
-                    self.logits_of(Mat { at, ld: d }, *table, logits, m)?;
+                    self.logits_of(self.device.part(chosen, start, 0), *table, logits, m)?;
                     if targets.is_some() {
                         let at = targets_at + 4 * start as u64;
                         let none = Mat { at: 0, ld: 0 };

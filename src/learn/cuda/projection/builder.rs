@@ -15,7 +15,6 @@ use crate::learn::linear::{Held, Parameters};
 use crate::learn::load::PEFT;
 use crate::learn::nf4::{Nf4, dynamic_map};
 use crate::learn::ops::Frozen;
-use crate::learn::random::Stream;
 
 /// Numbers of a tensor as f32 or bf16 bytes.
 pub(in crate::learn::cuda) fn upload(
@@ -175,7 +174,6 @@ impl Builder<'_> {
             dims.push((outputs, inputs));
         }
         let inputs = dims.first().context("no modules")?.1;
-        let outputs = dims.iter().map(|d| d.0).sum();
         let (mut modules, mut adapters, mut offset, mut start) = (vec![], vec![], 0, 0);
         let of = |name: &String| self.parameters.adapters.get(name);
         let rank = |name| of(name).map_or(Ok(0), |a| a.a.dims2().map(|d| d.0));
@@ -205,13 +203,12 @@ impl Builder<'_> {
                 let own = |m: &str| format!("{PEFT}{name}.lora_{m}.weight");
                 part.a = self.trained.value(&own("A"))?;
                 part.b = self.trained.value(&own("B"))?;
-                let seed = self.parameters.seed;
                 adapter = Some(ModuleAdapter {
                     r,
                     offset,
                     a: self.trained.gradient(&own("A"))?,
                     b: self.trained.gradient(&own("B"))?,
-                    dropout: Stream::new(seed, &format!("dropout/lora/{name}")),
+                    dropout: self.parameters.lora_dropout(name),
                 });
             }
             adapters.push(part);
@@ -285,14 +282,12 @@ impl Builder<'_> {
             outputs: start,
             ranks,
             scaling: scale as f32,
-            dropout: self.parameters.adapter_dropout,
             weight,
             bias,
             adapters,
             tiles,
             modules,
-        }
-        .checked(outputs))
+        })
     }
 
     /// The gradients of a projection's adapters in tiles, if the kernel can compute them.
