@@ -4,9 +4,11 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use anyhow::{Context, Result, bail, ensure};
 use candle_core::{DType, Tensor, Var};
+use rayon::prelude::*;
 
-use super::init;
-use super::ops::{Frozen, LoraArgs, Mask, affine, dropout, frozen_affine, lora_affine};
+use super::gradients::Gradients;
+use super::matrix::{Matrix, Threads, product, sum_rows};
+use super::ops::{Buffer, Frozen, Mask, add, with_slices};
 use super::random::Stream;
 
 /// How a forward pass is run.
@@ -34,9 +36,11 @@ impl Dropout {
         }
     }
 
-    /// Drops elements of `x`.
-    pub(crate) fn forward(&self, x: &Tensor, mode: Mode) -> Result<Tensor> {
-        Ok(dropout(x, self.mask(mode))?)
+    /// Drops elements of `x`, or of its gradient.
+    pub(crate) fn apply(&self, x: &mut [f32], mode: Mode) {
+        if let Some(mask) = self.mask(mode) {
+            mask.apply_to(x);
+        }
     }
 }
 
@@ -104,7 +108,7 @@ impl Parameters {
         let bias = self.held.contains_key(&bias).then(|| self.tensor(&bias)).transpose()?;
         let adapter = self.adapters.get(module).cloned();
         let dropout = self.lora_dropout(module);
-        Ok(Linear { weight, bias, adapter, scaling: self.scaling, dropout })
+        Linear::new(weight, bias, adapter, self.scaling, dropout)
     }
 
     /// The dropout of the input of a module's adapter.
@@ -120,101 +124,312 @@ impl Parameters {
     }
 }
 
+/// What a result does to what was there.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Write {
+    /// Takes its place.
+    Over,
+    /// Is added to it.
+    Add,
+}
+
+impl Write {
+    fn beta(self) -> f32 {
+        if self == Self::Add { 1.0 } else { 0.0 }
+    }
+}
+
 /// `x W^T + b`: trained, frozen or quantized, with or without an adapter.
 #[derive(Debug, Clone)]
 pub(crate) struct Linear {
     weight: Held,
     bias: Option<Tensor>,
     adapter: Option<Adapter>,
-    scaling: f64,
+    scaling: f32,
     dropout: Dropout,
+    inputs: usize,
+    outputs: usize,
 }
 
 impl Linear {
+    fn new(
+        weight: Held,
+        bias: Option<Tensor>,
+        adapter: Option<Adapter>,
+        scaling: f64,
+        dropout: Dropout,
+    ) -> Result<Self> {
+        let (outputs, inputs) = match &weight {
+            Held::Frozen(weight) => weight.dims(),
+            Held::Trained(weight) => weight.dims2()?,
+        };
+        let bias_fits = bias.as_ref().is_none_or(|b| b.elem_count() == outputs);
+        ensure!(bias_fits && outputs > 0, "a bias of another size than its {outputs} outputs");
+        if let Some(Adapter { a, b }) = &adapter {
+            ensure!(!matches!(weight, Held::Trained(_)), "an adapter on a layer trained whole");
+            let (r, _) = a.dims2()?;
+            if a.dims2()? != (r, inputs) || b.dims2()? != (outputs, r) {
+                bail!("an adapter of {:?} and {:?} on {outputs} x {inputs}", a.dims(), b.dims());
+            }
+        }
+        Ok(Self { weight, bias, adapter, scaling: scaling as f32, dropout, inputs, outputs })
+    }
+
     /// A layer without bias around a tensor that may be shared (a tied output embedding).
     pub(crate) fn of(parameters: &Parameters, weight: &str) -> Result<Self> {
-        let stream = Stream::new(0, weight);
-        Ok(Self {
-            weight: parameters.held(weight)?.clone(),
-            bias: None,
-            adapter: None,
-            scaling: 1.0,
-            dropout: Dropout { stream, p: 0.0 },
-        })
+        let dropout = Dropout { stream: Stream::new(0, weight), p: 0.0 };
+        Self::new(parameters.held(weight)?.clone(), None, None, 1.0, dropout)
     }
 
-    /// `[.., in]` to `[.., out]`.
-    pub(crate) fn forward(&self, x: &Tensor, mode: Mode) -> Result<Tensor> {
-        let bias = self.bias.as_ref();
-        Ok(match (&self.weight, &self.adapter) {
-            (Held::Trained(w), None) => affine(x, w, bias)?,
-            (Held::Frozen(w), None) => frozen_affine(x, w, bias)?,
-            (Held::Frozen(weight), Some(Adapter { a, b })) => {
-                let dropout = self.dropout.mask(mode);
-                let scaling = self.scaling;
-                lora_affine(x, LoraArgs { weight, bias, a, b, scaling, dropout })?
-            }
-            (Held::Trained(_), Some(_)) => bail!("an adapter on a layer that is trained whole"),
-        })
-    }
-}
-
-/// One frozen linear layer with a low-rank adapter, alone: what the models are built of.
-#[derive(Debug, Clone)]
-pub struct LoraLinear {
-    linear: Linear,
-    adapter: Adapter,
-}
-
-impl LoraLinear {
-    /// An adapter of rank `r` and scaling `alpha / r` on a frozen weight `[out, in]` (f32) with an
-    /// optional bias `[out]`. A is drawn from `seed`, B is zero.
-    ///
-    /// # Errors
-    /// When the weight is not a matrix, or the rank is 0.
-    pub fn new(
+    /// A frozen layer with an adapter that drops nothing.
+    pub(crate) fn adapted(
         weight: &Tensor,
         bias: Option<&Tensor>,
-        r: usize,
-        alpha: f64,
-        seed: u64,
+        adapter: Adapter,
+        scaling: f64,
     ) -> Result<Self> {
-        ensure!(r > 0, "the adapter's rank is 0");
-        let (a, b) = init::adapter("linear", r, weight.dims2()?, seed)?;
-        let adapter = Adapter { a: Var::from_tensor(&a)?, b: Var::from_tensor(&b)? };
-        let linear = Linear {
-            weight: Held::Frozen(Frozen::Dense(weight.detach())),
-            bias: bias.map(Tensor::detach),
-            adapter: Some(adapter.clone()),
-            scaling: alpha / r as f64,
-            dropout: Dropout { stream: Stream::new(seed, "dropout/linear"), p: 0.0 },
-        };
-        Ok(Self { linear, adapter })
+        let weight = Held::Frozen(Frozen::Dense(weight.detach()));
+        let dropout = Dropout { stream: Stream::new(0, "linear"), p: 0.0 };
+        Self::new(weight, bias.map(Tensor::detach), Some(adapter), scaling, dropout)
     }
 
-    /// A, `[r, in]`.
-    pub fn a(&self) -> &Var {
-        &self.adapter.a
+    /// The same without its adapter.
+    pub(crate) fn bare(&self) -> Self {
+        Self { adapter: None, ..self.clone() }
     }
 
-    /// B, `[out, r]`.
-    pub fn b(&self) -> &Var {
-        &self.adapter.b
+    /// The last size of the result.
+    pub(crate) fn outputs(&self) -> usize {
+        self.outputs
     }
 
-    /// `x W^T + b`, without the adapter.
-    ///
-    /// # Errors
-    /// As [`LoraLinear::forward`].
-    pub fn forward_frozen(&self, x: &Tensor) -> Result<Tensor> {
-        Linear { adapter: None, ..self.linear.clone() }.forward(x, Mode::Eval)
+    /// Whether anything in it is trained.
+    pub(crate) fn trains(&self) -> bool {
+        self.reads_input() || self.bias.as_ref().is_some_and(Tensor::track_op)
     }
 
-    /// `x W^T + b + s (x A^T) B^T`: `[.., in]` to `[.., out]`; `x`, A and B can get gradients.
-    ///
-    /// # Errors
-    /// When the last size of `x` is not `in`.
-    pub fn forward(&self, x: &Tensor) -> Result<Tensor> {
-        self.linear.forward(x, Mode::Eval)
+    /// Whether its backward pass reads the input.
+    pub(crate) fn reads_input(&self) -> bool {
+        self.adapter.is_some() || matches!(self.weight, Held::Trained(_))
+    }
+
+    fn with_weight<T>(&self, f: impl FnOnce(&[f32]) -> T) -> Result<T> {
+        Ok(match &self.weight {
+            Held::Trained(weight) => with_slices([weight.as_tensor()], |[w]| f(w))?,
+            Held::Frozen(weight) => weight.with(f)?,
+        })
+    }
+
+    fn rows(&self, x: &[f32]) -> Result<usize> {
+        let fits = x.len().is_multiple_of(self.inputs.max(1));
+        ensure!(fits, "a linear map of {} inputs on {} numbers", self.inputs, x.len());
+        Ok(x.len() / self.inputs.max(1))
+    }
+
+    /// `x W^T + b + s (drop(x) A^T) B^T` (Hu et al. 2021): `[rows, in]` to `[rows, out]`.
+    pub(crate) fn forward(&self, x: &[f32], mode: Mode) -> Result<Buffer> {
+        let mut out = Buffer::new(self.rows(x)? * self.outputs);
+        self.forward_into(x, mode, Write::Over, &mut out)?;
+        Ok(out)
+    }
+
+    /// The same, into or onto `out`.
+    pub(crate) fn forward_into(
+        &self,
+        x: &[f32],
+        mode: Mode,
+        write: Write,
+        out: &mut [f32],
+    ) -> Result<()> {
+        let (rows, inputs, outputs) = (self.rows(x)?, self.inputs, self.outputs);
+        ensure!(out.len() == rows * outputs, "a result of {} numbers for {rows} rows", out.len());
+        let mut write = write;
+        if let Some(bias) = &self.bias {
+            with_slices([bias], |[b]| {
+                let rows = out.par_chunks_mut(outputs).with_min_len(16);
+                match write {
+                    Write::Over => rows.for_each(|row| row.copy_from_slice(b)),
+                    Write::Add => rows.for_each(|row| {
+                        row.iter_mut().zip(b).for_each(|(x, b)| *x += b);
+                    }),
+                }
+            })?;
+            write = Write::Add;
+        }
+        let x_ = Matrix::new(x, rows, inputs);
+        self.with_weight(|w| {
+            let w = Matrix::new(w, outputs, inputs);
+            product((&mut *out, outputs), write.beta(), 1.0, x_, w.t(), Threads::All);
+        })?;
+        let Some(Adapter { a, b }) = &self.adapter else { return Ok(()) };
+        let dropped = self.dropout.mask(mode).map(|mask| mask.apply(x));
+        with_slices([a.as_tensor(), b.as_tensor()], |[a, b]| {
+            let h = self.down(dropped.as_deref().unwrap_or(x), a, rows);
+            let r = a.len() / inputs;
+            let (h, b) = (Matrix::new(&h, rows, r), Matrix::new(b, outputs, r));
+            product((out, outputs), 1.0, self.scaling, h, b.t(), Threads::All);
+        })?;
+        Ok(())
+    }
+
+    /// `x A^T`, `[rows, r]`.
+    fn down(&self, x: &[f32], a: &[f32], rows: usize) -> Buffer {
+        let r = a.len() / self.inputs;
+        let mut h = Buffer::new(rows * r);
+        let (x, a) = (Matrix::new(x, rows, self.inputs), Matrix::new(a, r, self.inputs));
+        product((&mut h, r), 0.0, 1.0, x, a.t(), Threads::All);
+        h
+    }
+
+    /// From the gradient `g` of the result: those of what is trained into `gradients`, and that of
+    /// `x` into `dx`. With K = G B: dA = s K^T drop(X), dB = s G^T H, dX = G W + s mask(K A).
+    /// B A is never formed. Where [`Linear::reads_input`] is false, `x` may be empty.
+    pub(crate) fn backward(
+        &self,
+        x: &[f32],
+        g: &[f32],
+        mode: Mode,
+        dx: Option<(&mut [f32], Write)>,
+        gradients: &mut Gradients,
+    ) -> Result<()> {
+        let (inputs, outputs) = (self.inputs, self.outputs);
+        let rows = g.len() / outputs;
+        let g_ = Matrix::new(g, rows, outputs);
+        if let Some(bias) = self.bias.as_ref().filter(|b| b.track_op()) {
+            gradients.add(bias, sum_rows(g, outputs))?;
+        }
+        if let Held::Trained(weight) = &self.weight {
+            let x = Matrix::new(x, rows, inputs);
+            gradients.product(weight.as_tensor(), 1.0, g_.t(), x)?;
+        }
+        let mut dx = dx;
+        if let Some((dx, write)) = &mut dx {
+            self.with_weight(|w| {
+                let w = Matrix::new(w, outputs, inputs);
+                product((&mut **dx, inputs), write.beta(), 1.0, g_, w, Threads::All);
+            })?;
+        }
+        let Some(Adapter { a, b }) = &self.adapter else { return Ok(()) };
+        let mask = self.dropout.mask(mode);
+        let dropped = mask.map(|mask| mask.apply(x));
+        let fed = dropped.as_deref().unwrap_or(x);
+        let s = self.scaling;
+        with_slices([a.as_tensor(), b.as_tensor()], |[a_, b_]| -> Result<()> {
+            let r = a_.len() / inputs;
+            let mut k = Buffer::new(rows * r);
+            product((&mut k, r), 0.0, 1.0, g_, Matrix::new(b_, outputs, r), Threads::All);
+            let k = Matrix::new(&k, rows, r);
+            let h = self.down(fed, a_, rows);
+            gradients.product(b.as_tensor(), s, g_.t(), Matrix::new(&h, rows, r))?;
+            gradients.product(a.as_tensor(), s, k.t(), Matrix::new(fed, rows, inputs))?;
+            let Some((dx, _)) = dx else { return Ok(()) };
+            let a = Matrix::new(a_, r, inputs);
+            match mask {
+                None => product((dx, inputs), 1.0, s, k, a, Threads::All),
+                Some(mask) => {
+                    let mut through = Buffer::new(rows * inputs);
+                    product((&mut through, inputs), 0.0, s, k, a, Threads::All);
+                    mask.apply_to(&mut through);
+                    add(dx, &through);
+                }
+            }
+            Ok(())
+        })?
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::Arc;
+
+    use candle_core::Device;
+
+    use super::super::nf4::Nf4;
+    use super::super::ops::tensor;
+    use super::super::ops::tests::{check, normal};
+    use super::*;
+
+    fn matrix(name: &str, rows: usize, cols: usize) -> Tensor {
+        tensor(normal(name, rows * cols), (rows, cols)).unwrap()
+    }
+
+    fn var(data: &[f32], shape: &[usize]) -> Var {
+        Var::from_slice(data, shape, &Device::Cpu).unwrap()
+    }
+
+    /// Checks a layer of 5 to 3 that `make` builds of all arguments but the first, the input.
+    fn check_layer(args: &[&[f32]], make: impl Fn(&[&[f32]]) -> (Linear, Vec<Tensor>)) {
+        let mode = Mode::Train(3);
+        let forward = |a: &[&[f32]]| make(&a[1..]).0.forward(a[0], mode).unwrap().to_vec();
+        check(args, forward, |a, g| {
+            let (layer, trained) = make(&a[1..]);
+            let mut gradients = Gradients::default();
+            let mut dx = vec![f32::NAN; a[0].len()];
+            let into = Some((&mut dx[..], Write::Over));
+            layer.backward(a[0], g, mode, into, &mut gradients).unwrap();
+            // Onto something, and only what is trained.
+            let mut more = vec![1.0; dx.len()];
+            let into = Some((&mut more[..], Write::Add));
+            layer.backward(a[0], g, mode, into, &mut Gradients::default()).unwrap();
+            assert!(more.iter().zip(&dx).all(|(m, d)| (m - d - 1.0).abs() < 1e-4));
+            let mut alone = Gradients::default();
+            layer.backward(a[0], g, mode, None, &mut alone).unwrap();
+            let mut out = vec![dx];
+            for var in &trained {
+                let (one, other) = (gradients.take(var).unwrap(), alone.take(var).unwrap());
+                assert_eq!(one, other);
+                out.push(one);
+            }
+            out
+        });
+    }
+
+    const NO_DROPOUT: f64 = 0.0;
+
+    fn dropout(p: f64) -> Dropout {
+        Dropout { stream: Stream::new(1, "m"), p }
+    }
+
+    #[test]
+    fn trained() {
+        let (x, w, b) = (normal("x", 67 * 5), normal("w", 15), normal("b", 3));
+        check_layer(&[&x, &w, &b], |a| {
+            let (w, b) = (var(a[0], &[3, 5]), var(a[1], &[3]));
+            let trained = vec![w.as_tensor().clone(), b.as_tensor().clone()];
+            let bias = Some(b.as_tensor().clone());
+            (Linear::new(Held::Trained(w), bias, None, 1.0, dropout(NO_DROPOUT)).unwrap(), trained)
+        });
+        let bias = Some(tensor(normal("b", 4), 4).unwrap());
+        let weight = Held::Trained(var(&w, &[3, 5]));
+        assert!(Linear::new(weight, bias, None, 1.0, dropout(NO_DROPOUT)).is_err());
+    }
+
+    #[test]
+    fn frozen() {
+        let w = matrix("w", 3, 5);
+        let packed = Frozen::Nf4(Arc::new(Nf4::quantize(&w, true).unwrap()));
+        for weight in [Frozen::Dense(w), packed] {
+            let bias = Some(tensor(normal("b", 3), 3).unwrap());
+            check_layer(&[&normal("x", 35)], |_| {
+                let held = Held::Frozen(weight.clone());
+                let drop = dropout(NO_DROPOUT);
+                (Linear::new(held, bias.clone(), None, 1.0, drop).unwrap(), Vec::new())
+            });
+        }
+    }
+
+    #[test]
+    fn adapted() {
+        let (x, a, b) = (normal("x", 35), normal("A", 10), normal("B", 6));
+        for p in [NO_DROPOUT, 0.3] {
+            check_layer(&[&x, &a, &b], |args| {
+                let (a, b) = (var(args[0], &[2, 5]), var(args[1], &[3, 2]));
+                let trained = vec![a.as_tensor().clone(), b.as_tensor().clone()];
+                let weight = Held::Frozen(Frozen::Dense(matrix("w", 3, 5)));
+                let bias = Some(tensor(normal("b", 3), 3).unwrap());
+                let adapter = Some(Adapter { a, b });
+                (Linear::new(weight, bias, adapter, 1.5, dropout(p)).unwrap(), trained)
+            });
+        }
     }
 }

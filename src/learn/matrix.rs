@@ -24,6 +24,16 @@ impl<'a> Matrix<'a> {
         Self { data, rows, cols, row: stride, col: 1 }
     }
 
+    /// How many rows.
+    pub(crate) fn rows(&self) -> usize {
+        self.rows
+    }
+
+    /// How many columns.
+    pub(crate) fn cols(&self) -> usize {
+        self.cols
+    }
+
     /// The transpose.
     pub(crate) fn t(self) -> Self {
         Self { rows: self.cols, cols: self.rows, row: self.col, col: self.row, ..self }

@@ -7,19 +7,17 @@ use std::fmt;
 use std::path::PathBuf;
 
 use anyhow::{Context, Result, bail, ensure};
-use candle_core::backprop::GradStore;
 use candle_core::{Tensor, Var};
 
 use super::adapter::SavedAdapter;
 use super::batch::{Batch, Labels, Packed};
 use super::config::ModelConfig;
 use super::cuda::{Engine, Float};
-use super::layout::output_embedding;
-use super::linear::{Held, Mode, Parameters};
+use super::gradients::Gradients;
+use super::linear::{Held, Mode, Parameters, Write};
 use super::load::{Loaded, Loading};
-use super::matrix::{Matrix, Threads, product};
 use super::net::Net;
-use super::ops::{Frozen, backward, cross_entropy, log_probs, select_rows, tensor, with_slices};
+use super::ops::{Buffer, Frozen, add_rows, cross_entropy, log_probs, select_rows, tensor};
 use super::setup::{Compute, Method, Setup};
 
 /// Where a model's files are. A path need not have an extension.
@@ -205,14 +203,19 @@ impl Model {
     }
 
     /// The last layer's output without dropout, `[tokens, hidden]`.
-    fn hidden(&self, net: &Net, packed: &Packed) -> Result<Tensor> {
+    fn hidden(&self, net: &Net, packed: &Packed) -> Result<Buffer> {
         let sequences = net.sequences(packed);
-        let mut x = net.embed(packed, Mode::Eval)?.detach();
+        let (mut x, _) = net.embed(packed, Mode::Eval)?;
         for i in 0..net.layers() {
-            // Detached, so that no graph outlives its layer.
-            x = net.layer(i, &x, &sequences, Mode::Eval)?.detach();
+            (x, _) = net.layer(i, x, &sequences, Mode::Eval, false)?;
         }
         Ok(x)
+    }
+
+    /// Logits of some rows of the last layer, without dropout.
+    fn logits_at(&self, net: &Net, x: &[f32], rows: &[u32]) -> Result<Buffer> {
+        let (features, _) = net.features(select_rows(x, net.hidden(), rows), Mode::Eval)?;
+        net.output()?.forward(&features, Mode::Eval)
     }
 
     /// Logits without dropout, f32: `[size, classes]`, or `[size, length, vocab]` with zeros on
@@ -255,16 +258,13 @@ impl Model {
 
     pub(super) fn logits_of(&self, net: &Net, batch: &Batch) -> Result<Tensor> {
         let packed = self.pack(batch)?;
-        let mut x = self.hidden(net, &packed)?;
+        let x = self.hidden(net, &packed)?;
         if !self.config.is_decoder() {
-            x = select_rows(&x, first_tokens(&packed).into(), None)?;
+            let logits = self.logits_at(net, &x, &first_tokens(&packed))?;
+            return Ok(tensor(logits.to_vec(), (batch.size, net.output()?.outputs()))?);
         }
-        let features = net.features(&x, Mode::Eval)?.detach();
-        let logits = net.output(&features, Mode::Eval)?.detach();
-        if !self.config.is_decoder() {
-            return Ok(logits);
-        }
-        with_slices([&logits], |[logits]| self.padded(batch, &packed, logits))?
+        let all: Vec<u32> = (0..packed.ids.len() as u32).collect();
+        self.padded(batch, &packed, &self.logits_at(net, &x, &all)?)
     }
 
     /// Logits of what follows each row, without dropout, f32: `[size, vocab]`. Only the last token
@@ -284,9 +284,8 @@ impl Model {
             }
         };
         let x = self.hidden(net, &packed)?;
-        let x = select_rows(&x, last.into(), None)?;
-        let features = net.features(&x, Mode::Eval)?.detach();
-        Ok(net.output(&features, Mode::Eval)?.detach())
+        let logits = self.logits_at(net, &x, &last)?;
+        Ok(tensor(logits.to_vec(), (batch.size, self.config.vocab))?)
     }
 
     /// The rows of the last layer that predict something, in the order of the batch, and what.
@@ -398,10 +397,8 @@ impl Model {
         let x = self.hidden(net, packed)?;
         let mut each = Vec::with_capacity(targets.len());
         for (rows, targets) in rows.chunks(self.chunk()).zip(targets.chunks(self.chunk())) {
-            let x = select_rows(&x, rows.into(), None)?;
-            let features = net.features(&x, Mode::Eval)?.detach();
-            let logits = net.output(&features, Mode::Eval)?;
-            each.extend(log_probs(&logits, targets)?);
+            let logits = self.logits_at(net, &x, rows)?;
+            each.extend(log_probs(&logits, net.output()?.outputs(), targets)?);
         }
         Ok(each)
     }
@@ -427,136 +424,71 @@ impl Model {
         let packed = self.pack(batch)?;
         let targets = self.targets(batch, &packed)?;
         let mode = Mode::Train(step);
-        let mut gradients = BTreeMap::new();
         if targets.rows.is_empty() {
-            for (name, var) in &self.trainable {
-                gradients.insert(name.clone(), var.zeros_like()?.detach());
-            }
-            return Ok((0.0, gradients));
+            let zeros = self.trainable.iter().map(|(name, var)| {
+                Ok((name.clone(), tensor(vec![0.0; var.elem_count()], var.shape())?))
+            });
+            return Ok((0.0, zeros.collect::<Result<_>>()?));
         }
-        // Forward: each block on a detached copy of its input, so that each graph is one block.
         let sequences = net.sequences(&packed);
-        let mut blocks = vec![Block { input: None, output: net.embed(&packed, mode)? }];
+        let (mut x, embedded) = net.embed(&packed, mode)?;
+        let mut saved = Vec::with_capacity(net.layers());
         for i in 0..net.layers() {
-            let (input, leaf) = leaf(&blocks[i].output)?;
-            let block = Block { input, output: net.layer(i, &leaf, &sequences, mode)? };
-            blocks.push(block);
+            // Nothing goes back into layers below the first that is trained.
+            let (output, kept) = net.layer(i, x, &sequences, mode, net.trains_below(i + 1))?;
+            saved.push(kept);
+            x = output;
         }
-        let (input, leaf) = leaf(&blocks[net.layers()].output)?;
-        let rows = select_rows(&leaf, targets.rows.as_slice().into(), None)?;
-        let features = Block { input, output: net.features(&rows, mode)? };
-        let (loss, seed) =
-            self.output_gradients(&features.output, &targets, denominator, &mut gradients)?;
-        // Backward: the last block first; each is freed when it is done.
-        blocks.push(features);
-        let mut seed = seed;
-        while let (Some(block), Some(grad)) = (blocks.pop(), seed.take()) {
-            if !block.output.track_op() {
-                break;
+        let tokens = packed.ids.len();
+        let rows = select_rows(&x, net.hidden(), &targets.rows);
+        drop(x);
+        let (features, kept) = net.features(rows, mode)?;
+        let mut sums = Gradients::default();
+        let (loss, grad) = self.output_gradients(&features, &targets, denominator, &mut sums)?;
+        if let Some(grad) = net.features_backward(kept, grad, mode, &mut sums)? {
+            let mut all = Buffer::zeros(tokens * net.hidden());
+            add_rows(&grad, net.hidden(), &targets.rows, None, &mut all);
+            let mut grad = Some(all);
+            while let Some(kept) = saved.pop() {
+                let (Some(kept), Some(seed)) = (kept, grad.take()) else { break };
+                grad = net.layer_backward(saved.len(), kept, seed, &sequences, mode, &mut sums)?;
             }
-            let mut store = backward(&block.output, &grad)?;
-            self.collect(&mut store, &mut gradients)?;
-            seed = block.input.and_then(|input| store.remove(&input));
+            if let Some(grad) = grad {
+                net.embed_backward(&packed, embedded, grad, mode, &mut sums)?;
+            }
         }
-        for name in self.trainable.keys() {
-            ensure!(gradients.contains_key(name), "no gradient reaches the parameter `{name}`");
+        let mut gradients = BTreeMap::new();
+        for (name, var) in &self.trainable {
+            let gradient = sums.take(var.as_tensor());
+            let gradient = gradient
+                .with_context(|| format!("no gradient reaches the parameter `{name}`"))?;
+            gradients.insert(name.clone(), tensor(gradient, var.shape())?);
         }
         Ok((loss, gradients))
     }
 
-    /// Loss and gradients of the output layer; the gradient of the features if they are tracked.
+    /// Loss, and gradients of the output layer and of the features. In blocks of logits; the
+    /// gradient of a trained output embedding is as large as that, so the blocks add theirs into
+    /// one.
     fn output_gradients(
         &self,
-        features: &Tensor,
+        features: &[f32],
         targets: &Targets,
         denominator: f64,
-        gradients: &mut BTreeMap<String, Tensor>,
-    ) -> Result<(f64, Option<Tensor>)> {
-        if self.config.is_decoder() {
-            return self.embedding_gradients(features, targets, denominator, gradients);
+        gradients: &mut Gradients,
+    ) -> Result<(f64, Buffer)> {
+        let output = self.net()?.output()?;
+        let (mut loss, mut dx) = (0.0, Buffer::new(features.len()));
+        let width = features.len() / targets.targets.len();
+        let rows = self.chunk();
+        let parts = features.chunks(rows * width).zip(dx.chunks_mut(rows * width));
+        for ((x, dx), wanted) in parts.zip(targets.targets.chunks(rows)) {
+            let mut logits = output.forward(x, Mode::Eval)?;
+            loss += cross_entropy(&mut logits, output.outputs(), wanted, 1.0 / denominator)?;
+            output.backward(x, &logits, Mode::Eval, Some((dx, Write::Over)), gradients)?;
         }
-        let (input, features) = leaf(features)?;
-        let logits = self.net()?.output(&features, Mode::Eval)?;
-        let (loss, grad) = cross_entropy(&logits, &targets.targets, 1.0 / denominator)?;
-        if !logits.track_op() {
-            return Ok((loss, None));
-        }
-        let mut store = backward(&logits, &grad)?;
-        self.collect(&mut store, gradients)?;
-        Ok((loss, input.and_then(|input| store.remove(&input))))
+        Ok((loss, dx))
     }
-
-    /// The same for an output embedding, `logits = x W^T`, in blocks of logits: the gradient of a
-    /// trained W is as large as W, so the blocks add theirs into one.
-    fn embedding_gradients(
-        &self,
-        features: &Tensor,
-        targets: &Targets,
-        denominator: f64,
-        gradients: &mut BTreeMap<String, Tensor>,
-    ) -> Result<(f64, Option<Tensor>)> {
-        let name = output_embedding(&self.config);
-        let weight = self.parameters.tensor(name)?;
-        let (outputs, inputs) = weight.dims2()?;
-        let features_ = features.detach();
-        let mut dx = features.track_op().then(|| vec![0.0; features.elem_count()]);
-        let mut dw = weight.track_op().then(|| vec![0.0; weight.elem_count()]);
-        let (mut loss, mut start) = (0.0, 0);
-        for wanted in targets.targets.chunks(self.chunk()) {
-            let n = wanted.len();
-            let part = features_.narrow(0, start, n)?.contiguous()?;
-            let logits = self.net()?.output(&part, Mode::Eval)?.detach();
-            let (sum, grad) = cross_entropy(&logits, wanted, 1.0 / denominator)?;
-            loss += sum;
-            with_slices([&part, &weight, &grad], |[x, w, g]| {
-                let g = Matrix::new(g, n, outputs);
-                if let Some(dx) = &mut dx {
-                    let (dx, w) = (&mut dx[start * inputs..], Matrix::new(w, outputs, inputs));
-                    product((dx, inputs), 0.0, 1.0, g, w, Threads::All);
-                }
-                if let Some(dw) = &mut dw {
-                    let x = Matrix::new(x, n, inputs);
-                    product((dw, inputs), 1.0, 1.0, g.t(), x, Threads::All);
-                }
-            })?;
-            start += n;
-        }
-        if let Some(dw) = dw {
-            gradients.insert(name.to_owned(), tensor(dw, (outputs, inputs))?);
-        }
-        let seed = dx.map(|dx| tensor(dx, features.shape())).transpose()?;
-        Ok((loss, seed))
-    }
-
-    /// Adds what a block's backward gave for parameters; a tied embedding gets from two blocks.
-    fn collect(&self, store: &mut GradStore, into: &mut BTreeMap<String, Tensor>) -> Result<()> {
-        for (name, var) in &self.trainable {
-            if let Some(grad) = store.remove(var) {
-                let sum = match into.remove(name) {
-                    Some(before) => (before + grad)?,
-                    None => grad,
-                };
-                into.insert(name.clone(), sum.detach());
-            }
-        }
-        Ok(())
-    }
-}
-
-/// A part of the graph: its input, if a gradient is wanted below it, and its output.
-struct Block {
-    input: Option<Var>,
-    output: Tensor,
-}
-
-/// A detached copy of a block's output for the next block; tracked if anything below is trained.
-fn leaf(x: &Tensor) -> Result<(Option<Var>, Tensor)> {
-    if !x.track_op() {
-        return Ok((None, x.clone()));
-    }
-    let var = Var::from_tensor(&x.detach())?;
-    let leaf = var.as_tensor().clone();
-    Ok((Some(var), leaf))
 }
 
 fn first_tokens(packed: &Packed) -> Vec<u32> {

@@ -1,18 +1,31 @@
-//! The forward pass, block by block.
+//! A model's blocks on the CPU, forward and backward: embedding, layers, features, output.
+
+mod decoder;
+mod embeddings;
+mod encoder;
+mod norm;
 
 use std::ops::Range;
 use std::sync::Arc;
 
-use anyhow::{Result, bail};
-use candle_core::Tensor;
+use anyhow::{Context as _, Result, bail};
 
+use self::decoder::DecoderLayer;
+use self::embeddings::Embeddings;
+use self::encoder::EncoderLayer;
+use self::norm::RmsNorm;
 use super::batch::Packed;
 use super::config::{Family, ModelConfig};
-use super::layout::{EncoderNames, WORD, output_embedding};
-use super::linear::{Dropout, Linear, Mode, Parameters};
-use super::ops::{
-    Attention, RopeTable, add, attention, gelu, layer_norm, rms_norm, rope, select_rows, swiglu,
-};
+use super::gradients::Gradients;
+use super::layout::output_embedding;
+use super::linear::{Dropout, Linear, Mode, Parameters, Write};
+use super::ops::{Attention, Buffer, RopeTable};
+
+impl Drop for Net {
+    fn drop(&mut self) {
+        Buffer::release();
+    }
+}
 
 /// What the layers share in one pass.
 pub(crate) struct Sequences {
@@ -21,48 +34,14 @@ pub(crate) struct Sequences {
     rope: Option<RopeTable>,
 }
 
-#[derive(Debug)]
-struct LayerNorm {
-    weight: Tensor,
-    bias: Tensor,
-    eps: f64,
-}
-
-impl LayerNorm {
-    fn new(p: &Parameters, module: &str, eps: f64) -> Result<Self> {
-        let (weight, bias) = (format!("{module}.weight"), format!("{module}.bias"));
-        Ok(Self { weight: p.tensor(&weight)?, bias: p.tensor(&bias)?, eps })
-    }
-
-    fn forward(&self, x: &Tensor) -> Result<Tensor> {
-        Ok(layer_norm(x, &self.weight, &self.bias, self.eps)?)
-    }
-}
-
-#[derive(Debug)]
-struct RmsNorm {
-    weight: Tensor,
-    eps: f64,
-}
-
-impl RmsNorm {
-    fn new(p: &Parameters, module: &str, eps: f64) -> Result<Self> {
-        Ok(Self { weight: p.tensor(&format!("{module}.weight"))?, eps })
-    }
-
-    fn forward(&self, x: &Tensor) -> Result<Tensor> {
-        Ok(rms_norm(x, &self.weight, self.eps)?)
-    }
-}
-
-/// A model's blocks: embedding, layers, features, output.
+/// A model's blocks.
 #[derive(Debug)]
 pub(crate) struct Net {
     heads: usize,
     kv_heads: usize,
     head: usize,
+    hidden: usize,
     rope: Vec<f32>,
-    pad: Option<u32>,
     embeddings: Embeddings,
     layers: Vec<Layer>,
     features: Features,
@@ -70,58 +49,9 @@ pub(crate) struct Net {
 }
 
 #[derive(Debug)]
-enum Embeddings {
-    Encoder {
-        word: Tensor,
-        position: Tensor,
-        token_type: Option<Tensor>,
-        norm: LayerNorm,
-        drop: Dropout,
-    },
-    Decoder {
-        word: Tensor,
-    },
-}
-
-#[derive(Debug)]
 enum Layer {
     Encoder(Box<EncoderLayer>),
     Decoder(Box<DecoderLayer>),
-}
-
-/// Post-norm, as BERT.
-#[derive(Debug)]
-struct EncoderLayer {
-    query: Linear,
-    key: Linear,
-    value: Linear,
-    out: Linear,
-    attention_drop: Dropout,
-    /// After the attention's output layer; DistilBERT has none.
-    out_drop: Option<Dropout>,
-    attention_norm: LayerNorm,
-    up: Linear,
-    down: Linear,
-    down_drop: Dropout,
-    output_norm: LayerNorm,
-}
-
-/// Pre-norm, as Llama.
-#[derive(Debug)]
-struct DecoderLayer {
-    input_norm: RmsNorm,
-    query: Linear,
-    key: Linear,
-    value: Linear,
-    out: Linear,
-    query_norm: Option<RmsNorm>,
-    key_norm: Option<RmsNorm>,
-    attention_drop: Dropout,
-    window: Option<usize>,
-    post_norm: RmsNorm,
-    gate: Linear,
-    up: Linear,
-    down: Linear,
 }
 
 /// What lies between the last layer and the output layer.
@@ -132,59 +62,75 @@ enum Features {
     Bare,
 }
 
+/// What a layer keeps for its backward pass.
+pub(crate) enum Saved {
+    Encoder(Box<encoder::Saved>),
+    Decoder(Box<decoder::Saved>),
+}
+
+/// What the features keep: the rows, and the pooled values before dropout.
+pub(crate) struct SavedFeatures {
+    rows: Buffer,
+    pooled: Option<Buffer>,
+}
+
 impl Net {
     /// Builds a model out of its tensors.
     ///
     /// # Errors
-    /// When a tensor is missing.
+    /// When a tensor is missing, or two do not fit each other.
     pub(crate) fn new(c: &ModelConfig, p: &Parameters) -> Result<Self> {
-        let net = |embeddings, layers, features, output| Self {
+        let layer = |i| -> Result<Layer> {
+            Ok(match c.is_decoder() {
+                true => Layer::Decoder(Box::new(DecoderLayer::new(c, p, i)?)),
+                false => Layer::Encoder(Box::new(EncoderLayer::new(c, p, i)?)),
+            })
+        };
+        let (features, output) = if c.is_decoder() {
+            let norm = RmsNorm::new(p, "model.norm", c.eps)?;
+            (Features::Norm(norm), Some(Linear::of(p, output_embedding(c))?))
+        } else if p.held.contains_key("classifier.weight") {
+            let bert = c.family == Family::Bert;
+            let features = Features::Pool {
+                dense: p.linear(if bert { "bert.pooler.dense" } else { "pre_classifier" })?,
+                tanh: bert,
+                drop: p.dropout("classifier", c.classifier_dropout),
+            };
+            (features, Some(p.linear("classifier")?))
+        } else {
+            (Features::Bare, None)
+        };
+        Ok(Self {
             heads: c.heads,
             kv_heads: c.kv_heads,
             head: c.head,
+            hidden: c.hidden,
             rope: c.rope.clone(),
-            pad: c.pad,
-            embeddings,
-            layers,
+            embeddings: Embeddings::new(c, p)?,
+            layers: (0..c.layers).map(layer).collect::<Result<_>>()?,
             features,
             output,
-        };
-        let prefix = c.family.prefix();
-        if c.is_decoder() {
-            let layers =
-                (0..c.layers).map(|i| DecoderLayer::layer(c, p, i)).collect::<Result<_>>()?;
-            return Ok(net(
-                Embeddings::Decoder { word: p.tensor(WORD)? },
-                layers,
-                Features::Norm(RmsNorm::new(p, "model.norm", c.eps)?),
-                Some(Linear::of(p, output_embedding(c))?),
-            ));
-        }
-        let embedding =
-            |name: &str| p.tensor(&format!("{prefix}.embeddings.{name}_embeddings.weight"));
-        let embeddings = Embeddings::Encoder {
-            word: embedding("word")?,
-            position: embedding("position")?,
-            token_type: (c.type_vocab > 0).then(|| embedding("token_type")).transpose()?,
-            norm: LayerNorm::new(p, &format!("{prefix}.embeddings.LayerNorm"), c.eps)?,
-            drop: p.dropout("embeddings", c.hidden_dropout),
-        };
-        let layers = (0..c.layers).map(|i| EncoderLayer::layer(c, p, i)).collect::<Result<_>>()?;
-        if !p.held.contains_key("classifier.weight") {
-            return Ok(net(embeddings, layers, Features::Bare, None));
-        }
-        let bert = c.family == Family::Bert;
-        let features = Features::Pool {
-            dense: p.linear(if bert { "bert.pooler.dense" } else { "pre_classifier" })?,
-            tanh: bert,
-            drop: p.dropout("classifier", c.classifier_dropout),
-        };
-        Ok(net(embeddings, layers, features, Some(p.linear("classifier")?)))
+        })
     }
 
     /// Number of layers.
     pub(crate) fn layers(&self) -> usize {
         self.layers.len()
+    }
+
+    /// Numbers of a token between layers.
+    pub(crate) fn hidden(&self) -> usize {
+        self.hidden
+    }
+
+    /// Whether anything below a layer is trained; below layer [`Net::layers`] means all layers
+    /// and the embedding.
+    pub(crate) fn trains_below(&self, layer: usize) -> bool {
+        let trains = |layer: &Layer| match layer {
+            Layer::Encoder(l) => l.trains(),
+            Layer::Decoder(l) => l.trains(),
+        };
+        self.embeddings.trains() || self.layers.iter().take(layer).any(trains)
     }
 
     /// What the layers share for a batch.
@@ -197,31 +143,37 @@ impl Net {
         }
     }
 
-    /// `[tokens, hidden]`.
+    /// `[tokens, hidden]`, and what [`Net::embed_backward`] reads.
     ///
     /// # Errors
     /// When an id is outside its table.
-    pub(crate) fn embed(&self, batch: &Packed, mode: Mode) -> Result<Tensor> {
-        let ids: Arc<[u32]> = batch.ids.as_slice().into();
-        match &self.embeddings {
-            Embeddings::Decoder { word } => Ok(select_rows(word, ids, self.pad)?),
-            Embeddings::Encoder { word, position, token_type, norm, drop } => {
-                let mut x = select_rows(word, ids, self.pad)?;
-                x = add(&x, &select_rows(position, batch.positions.as_slice().into(), None)?)?;
-                if let Some(kinds) = token_type {
-                    x = add(&x, &select_rows(kinds, batch.types.as_slice().into(), None)?)?;
-                }
-                drop.forward(&norm.forward(&x)?, mode)
-            }
-        }
+    pub(crate) fn embed(&self, batch: &Packed, mode: Mode) -> Result<(Buffer, Option<Buffer>)> {
+        self.embeddings.forward(batch, mode)
     }
 
-    /// One layer: `[tokens, hidden]` to the same.
+    /// Gradients of the embedding.
     ///
     /// # Errors
-    /// When shapes do not fit.
-    pub(crate) fn layer(&self, i: usize, x: &Tensor, s: &Sequences, mode: Mode) -> Result<Tensor> {
-        let shape = |drop: &Dropout, causal, window| Attention {
+    /// When the gradient is of another size.
+    pub(crate) fn embed_backward(
+        &self,
+        batch: &Packed,
+        saved: Option<Buffer>,
+        grad: Buffer,
+        mode: Mode,
+        gradients: &mut Gradients,
+    ) -> Result<()> {
+        self.embeddings.backward(batch, saved, grad, mode, gradients)
+    }
+
+    fn attention(
+        &self,
+        s: &Sequences,
+        drop: &Dropout,
+        mode: Mode,
+        (causal, window): (bool, Option<usize>),
+    ) -> Attention {
+        Attention {
             heads: self.heads,
             kv_heads: self.kv_heads,
             head: self.head,
@@ -230,13 +182,61 @@ impl Net {
             dropout: drop.mask(mode),
             starts: s.starts.clone(),
             hidden: s.hidden.clone(),
-        };
+        }
+    }
+
+    /// One layer: `[tokens, hidden]` to the same, and what [`Net::layer_backward`] reads if that
+    /// is to be kept.
+    ///
+    /// # Errors
+    /// When shapes do not fit.
+    pub(crate) fn layer(
+        &self,
+        i: usize,
+        x: Buffer,
+        s: &Sequences,
+        mode: Mode,
+        keep: bool,
+    ) -> Result<(Buffer, Option<Saved>)> {
         match self.layers.get(i) {
-            Some(Layer::Encoder(l)) => l.forward(x, shape(&l.attention_drop, false, None), mode),
+            Some(Layer::Encoder(l)) => {
+                let how = self.attention(s, &l.attention_drop, mode, (false, None));
+                let (x, saved) = l.forward(x, &how, mode, keep)?;
+                Ok((x, saved.map(|s| Saved::Encoder(Box::new(s)))))
+            }
             Some(Layer::Decoder(l)) => {
-                l.forward(x, shape(&l.attention_drop, true, l.window), s.rope.as_ref(), mode)
+                let how = self.attention(s, &l.attention_drop, mode, (true, l.window));
+                let (x, saved) = l.forward(x, &how, s.rope.as_ref(), mode, keep)?;
+                Ok((x, saved.map(|s| Saved::Decoder(Box::new(s)))))
             }
             None => bail!("no layer {i}"),
+        }
+    }
+
+    /// From the gradient of a layer's result that of its input, if anything below is trained.
+    ///
+    /// # Errors
+    /// When it is of another size.
+    pub(crate) fn layer_backward(
+        &self,
+        i: usize,
+        saved: Saved,
+        grad: Buffer,
+        s: &Sequences,
+        mode: Mode,
+        gradients: &mut Gradients,
+    ) -> Result<Option<Buffer>> {
+        let below = self.trains_below(i);
+        match (self.layers.get(i), saved) {
+            (Some(Layer::Encoder(l)), Saved::Encoder(saved)) => {
+                let how = self.attention(s, &l.attention_drop, mode, (false, None));
+                l.backward(*saved, grad, &how, mode, below, gradients)
+            }
+            (Some(Layer::Decoder(l)), Saved::Decoder(saved)) => {
+                let how = self.attention(s, &l.attention_drop, mode, (true, l.window));
+                l.backward(*saved, grad, &how, s.rope.as_ref(), mode, below, gradients)
+            }
+            _ => bail!("no layer {i} of that kind"),
         }
     }
 
@@ -244,105 +244,60 @@ impl Net {
     ///
     /// # Errors
     /// When shapes do not fit.
-    pub(crate) fn features(&self, rows: &Tensor, mode: Mode) -> Result<Tensor> {
+    pub(crate) fn features(&self, rows: Buffer, mode: Mode) -> Result<(Buffer, SavedFeatures)> {
         match &self.features {
-            Features::Norm(norm) => norm.forward(rows),
+            Features::Norm(norm) => Ok((norm.forward(&rows)?, SavedFeatures { rows, pooled: None })),
             Features::Pool { dense, tanh, drop } => {
-                let pooled = dense.forward(rows, mode)?;
-                let pooled = if *tanh { pooled.tanh()? } else { pooled.relu()? };
-                drop.forward(&pooled, mode)
+                let mut pooled = dense.forward(&rows, mode)?;
+                // Not `max`, which passes over what is not a number.
+                let activate = |x: f32| if *tanh { x.tanh() } else if x < 0.0 { 0.0 } else { x };
+                pooled.iter_mut().for_each(|x| *x = activate(*x));
+                let mut out = Buffer::of(&pooled);
+                drop.apply(&mut out, mode);
+                Ok((out, SavedFeatures { rows, pooled: Some(pooled) }))
             }
-            Features::Bare => Ok(rows.clone()),
+            Features::Bare => Ok((Buffer::of(&rows), SavedFeatures { rows, pooled: None })),
         }
     }
 
-    /// Logits.
+    /// From the gradient of the features that of the rows, if any layer or the embedding is
+    /// trained.
+    ///
+    /// # Errors
+    /// When it is of another size.
+    pub(crate) fn features_backward(
+        &self,
+        saved: SavedFeatures,
+        mut grad: Buffer,
+        mode: Mode,
+        gradients: &mut Gradients,
+    ) -> Result<Option<Buffer>> {
+        let below = self.trains_below(self.layers());
+        let SavedFeatures { rows, pooled } = saved;
+        match (&self.features, pooled) {
+            (Features::Norm(norm), _) => norm.backward(&rows, &mut grad, gradients)?,
+            (Features::Pool { dense, tanh, drop }, Some(pooled)) => {
+                drop.apply(&mut grad, mode);
+                let slope = |y: f32| match tanh {
+                    true => 1.0 - y * y,
+                    false => f32::from(u8::from(y > 0.0)),
+                };
+                grad.iter_mut().zip(&*pooled).for_each(|(g, y)| *g *= slope(*y));
+                let mut to_rows = Buffer::new(rows.len());
+                let into = below.then_some((&mut to_rows[..], Write::Over));
+                dense.backward(&rows, &grad, mode, into, gradients)?;
+                grad = to_rows;
+            }
+            _ => {}
+        }
+        Ok(below.then_some(grad))
+    }
+
+    /// The output layer.
     ///
     /// # Errors
     /// When the model has no head.
-    pub(crate) fn output(&self, features: &Tensor, mode: Mode) -> Result<Tensor> {
-        match &self.output {
-            Some(output) => output.forward(features, mode),
-            None => bail!("the model has no head"),
-        }
-    }
-}
-
-impl EncoderLayer {
-    fn layer(c: &ModelConfig, p: &Parameters, i: usize) -> Result<Layer> {
-        let n = EncoderNames::new(c.family, i);
-        let drop = |name: &str, rate| p.dropout(&format!("{i}/{name}"), rate);
-        let bert = c.family == Family::Bert;
-        Ok(Layer::Encoder(Box::new(Self {
-            query: p.linear(&n.query)?,
-            key: p.linear(&n.key)?,
-            value: p.linear(&n.value)?,
-            out: p.linear(&n.out)?,
-            attention_drop: drop("attention", c.attention_dropout),
-            out_drop: bert.then(|| drop("out", c.hidden_dropout)),
-            attention_norm: LayerNorm::new(p, &n.attention_norm, c.eps)?,
-            up: p.linear(&n.up)?,
-            down: p.linear(&n.down)?,
-            down_drop: drop("down", c.hidden_dropout),
-            output_norm: LayerNorm::new(p, &n.output_norm, c.eps)?,
-        })))
-    }
-
-    fn forward(&self, x: &Tensor, how: Attention, mode: Mode) -> Result<Tensor> {
-        let q = self.query.forward(x, mode)?;
-        let k = self.key.forward(x, mode)?;
-        let v = self.value.forward(x, mode)?;
-        let mut mixed = self.out.forward(&attention(&q, &k, &v, how)?, mode)?;
-        if let Some(drop) = &self.out_drop {
-            mixed = drop.forward(&mixed, mode)?;
-        }
-        let x = self.attention_norm.forward(&add(&mixed, x)?)?;
-        let y = self.down.forward(&gelu(&self.up.forward(&x, mode)?)?, mode)?;
-        self.output_norm.forward(&add(&self.down_drop.forward(&y, mode)?, &x)?)
-    }
-}
-
-impl DecoderLayer {
-    fn layer(c: &ModelConfig, p: &Parameters, i: usize) -> Result<Layer> {
-        let at = |name: &str| format!("model.layers.{i}.{name}");
-        let linear = |name: &str| p.linear(&at(name));
-        let norm = |name: &str| RmsNorm::new(p, &at(name), c.eps);
-        let qk = c.family == Family::Qwen3;
-        Ok(Layer::Decoder(Box::new(Self {
-            input_norm: norm("input_layernorm")?,
-            query: linear("self_attn.q_proj")?,
-            key: linear("self_attn.k_proj")?,
-            value: linear("self_attn.v_proj")?,
-            out: linear("self_attn.o_proj")?,
-            query_norm: qk.then(|| norm("self_attn.q_norm")).transpose()?,
-            key_norm: qk.then(|| norm("self_attn.k_norm")).transpose()?,
-            attention_drop: p.dropout(&format!("{i}/attention"), c.attention_dropout),
-            window: c.windows.get(i).copied().flatten(),
-            post_norm: norm("post_attention_layernorm")?,
-            gate: linear("mlp.gate_proj")?,
-            up: linear("mlp.up_proj")?,
-            down: linear("mlp.down_proj")?,
-        })))
-    }
-
-    fn forward(
-        &self,
-        x: &Tensor,
-        how: Attention,
-        table: Option<&RopeTable>,
-        mode: Mode,
-    ) -> Result<Tensor> {
-        let h = self.input_norm.forward(x)?;
-        let turned = |y: Tensor, norm: &Option<RmsNorm>| -> Result<Tensor> {
-            let y = norm.as_ref().map_or(Ok(y.clone()), |n| n.forward(&y))?;
-            Ok(table.map_or(Ok(y.clone()), |t| rope(&y, t))?)
-        };
-        let q = turned(self.query.forward(&h, mode)?, &self.query_norm)?;
-        let k = turned(self.key.forward(&h, mode)?, &self.key_norm)?;
-        let v = self.value.forward(&h, mode)?;
-        let x = add(x, &self.out.forward(&attention(&q, &k, &v, how)?, mode)?)?;
-        let h = self.post_norm.forward(&x)?;
-        let h = swiglu(&self.gate.forward(&h, mode)?, &self.up.forward(&h, mode)?)?;
-        Ok(add(&x, &self.down.forward(&h, mode)?)?)
+    pub(crate) fn output(&self) -> Result<&Linear> {
+        self.output.as_ref().context("the model has no head")
     }
 }

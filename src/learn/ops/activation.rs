@@ -1,8 +1,8 @@
 //! GELU in its erf form, SwiGLU, and sums.
 
-use candle_core::{CpuStorage, CustomOp1, CustomOp2, Layout, Result, Shape, Tensor, bail};
+use rayon::prelude::*;
 
-use super::{exp, map, map2, map3, slice, tensor, with_slices};
+use super::{TASK, exp, map, map2, update, wide};
 
 /// erf as a rational function of the clamped argument (the approximation that Eigen and XLA use);
 /// absolute error below 5e-7.
@@ -30,80 +30,23 @@ fn erf(x: f32) -> f32 {
 
 const FRAC_1_SQRT_TAU: f32 = 0.398_942_3;
 
-struct Gelu;
-
-impl CustomOp1 for Gelu {
-    fn name(&self) -> &'static str {
-        "gelu"
-    }
-
-    fn cpu_fwd(&self, storage: &CpuStorage, layout: &Layout) -> Result<(CpuStorage, Shape)> {
-        let x = slice(storage, layout)?;
-        let out = map(x, |x| 0.5 * x * (1.0 + erf(x * std::f32::consts::FRAC_1_SQRT_2)));
-        Ok((CpuStorage::F32(out), layout.shape().clone()))
-    }
-
-    fn bwd(&self, x: &Tensor, _: &Tensor, grad: &Tensor) -> Result<Option<Tensor>> {
-        let dx = with_slices([x, grad], |[x, g]| {
-            map2(x, g, |x, g| {
-                let cdf = 0.5 * (1.0 + erf(x * std::f32::consts::FRAC_1_SQRT_2));
-                g * (cdf + x * FRAC_1_SQRT_TAU * exp(-0.5 * x * x))
-            })
-        })?;
-        tensor(dx, x.shape()).map(Some)
-    }
+/// `out = x * Phi(x)` with the normal distribution function (Hendrycks and Gimpel 2016), not its
+/// tanh approximation.
+pub(crate) fn gelu(x: &[f32], out: &mut [f32]) {
+    map(out, x, |x| 0.5 * x * (1.0 + erf(x * std::f32::consts::FRAC_1_SQRT_2)));
 }
 
-/// `x * Phi(x)` with the normal distribution function (Hendrycks and Gimpel 2016), not its tanh
-/// approximation.
-pub(crate) fn gelu(x: &Tensor) -> Result<Tensor> {
-    x.apply_op1(Gelu)
+/// Makes the gradient of [`gelu`]'s result that of its argument.
+pub(crate) fn gelu_backward(x: &[f32], grad: &mut [f32]) {
+    update(grad, x, |g, x| {
+        let cdf = 0.5 * (1.0 + erf(x * std::f32::consts::FRAC_1_SQRT_2));
+        g * (cdf + x * FRAC_1_SQRT_TAU * exp(-0.5 * x * x))
+    });
 }
 
-/// `f` of two tensors of one shape, element by element.
-fn elementwise(
-    (s1, l1): (&CpuStorage, &Layout),
-    (s2, l2): (&CpuStorage, &Layout),
-    f: impl Fn(f32, f32) -> f32 + Sync,
-) -> Result<(CpuStorage, Shape)> {
-    if l1.shape() != l2.shape() {
-        bail!("expected one shape, found {:?} and {:?}", l1.dims(), l2.dims());
-    }
-    let out = map2(slice(s1, l1)?, slice(s2, l2)?, f);
-    Ok((CpuStorage::F32(out), l1.shape().clone()))
-}
-
-struct Add;
-
-impl CustomOp2 for Add {
-    fn name(&self) -> &'static str {
-        "add"
-    }
-
-    fn cpu_fwd(
-        &self,
-        s1: &CpuStorage,
-        l1: &Layout,
-        s2: &CpuStorage,
-        l2: &Layout,
-    ) -> Result<(CpuStorage, Shape)> {
-        elementwise((s1, l1), (s2, l2), |x, y| x + y)
-    }
-
-    fn bwd(
-        &self,
-        x: &Tensor,
-        y: &Tensor,
-        _: &Tensor,
-        grad: &Tensor,
-    ) -> Result<(Option<Tensor>, Option<Tensor>)> {
-        Ok((x.track_op().then(|| grad.clone()), y.track_op().then(|| grad.clone())))
-    }
-}
-
-/// `x + y` of one shape.
-pub(crate) fn add(x: &Tensor, y: &Tensor) -> Result<Tensor> {
-    x.apply_op2(y, Add)
+/// `out += x`.
+pub(crate) fn add(out: &mut [f32], x: &[f32]) {
+    update(out, x, |o, x| o + x);
 }
 
 #[inline(always)]
@@ -111,50 +54,24 @@ fn sigmoid(x: f32) -> f32 {
     1.0 / (1.0 + exp(-x))
 }
 
-struct Swiglu;
-
-impl CustomOp2 for Swiglu {
-    fn name(&self) -> &'static str {
-        "swiglu"
-    }
-
-    fn cpu_fwd(
-        &self,
-        s1: &CpuStorage,
-        l1: &Layout,
-        s2: &CpuStorage,
-        l2: &Layout,
-    ) -> Result<(CpuStorage, Shape)> {
-        elementwise((s1, l1), (s2, l2), |e, g| e * sigmoid(e) * g)
-    }
-
-    fn bwd(
-        &self,
-        gate: &Tensor,
-        up: &Tensor,
-        _: &Tensor,
-        grad: &Tensor,
-    ) -> Result<(Option<Tensor>, Option<Tensor>)> {
-        let (to_gate, to_up) = (gate.track_op(), up.track_op());
-        let (de, dg) = with_slices([gate, up, grad], |[e, g, d]| {
-            let de = to_gate.then(|| {
-                map3(e, g, d, |e, g, d| {
-                    let s = sigmoid(e);
-                    g * s * (1.0 + e * (1.0 - s)) * d
-                })
-            });
-            (de, to_up.then(|| map2(e, d, |e, d| e * sigmoid(e) * d)))
-        })?;
-        Ok((
-            de.map(|v| tensor(v, gate.shape())).transpose()?,
-            dg.map(|v| tensor(v, up.shape())).transpose()?,
-        ))
-    }
+/// `out = gate * sigmoid(gate) * up` (Shazeer 2020).
+pub(crate) fn swiglu(gate: &[f32], up: &[f32], out: &mut [f32]) {
+    map2(out, gate, up, |e, g| e * sigmoid(e) * g);
 }
 
-/// `gate * sigmoid(gate) * up` (Shazeer 2020).
-pub(crate) fn swiglu(gate: &Tensor, up: &Tensor) -> Result<Tensor> {
-    gate.apply_op2(up, Swiglu)
+/// Makes the gradient of [`swiglu`]'s result that of `up`, and `gate` its own gradient.
+pub(crate) fn swiglu_backward(gate: &mut [f32], up: &[f32], grad: &mut [f32]) {
+    let inputs = up.par_chunks(TASK).zip(gate.par_chunks_mut(TASK));
+    grad.par_chunks_mut(TASK).zip(inputs).for_each(|(grad, (up, gate))| {
+        wide!({
+            for (d, (g, e)) in grad.iter_mut().zip(up.iter().zip(gate.iter_mut())) {
+                let s = sigmoid(*e);
+                let to_up = *e * s * *d;
+                *e = g * s * (1.0 + *e * (1.0 - s)) * *d;
+                *d = to_up;
+            }
+        });
+    });
 }
 
 #[cfg(test)]
@@ -173,18 +90,36 @@ mod tests {
 
     #[test]
     fn gradients() {
-        check(&[normal("x", &[7, 13])], |a| gelu(&a[0]));
-        check(&[normal("x", &[7, 13]), normal("y", &[7, 13])], |a| swiglu(&a[0], &a[1]));
-        check(&[normal("x", &[7, 13]), normal("y", &[7, 13])], |a| add(&a[0], &a[1]));
+        let (x, y) = (normal("x", 91), normal("y", 91));
+        let forward = |a: &[&[f32]]| {
+            let mut out = vec![0.0; 91];
+            gelu(a[0], &mut out);
+            out
+        };
+        check(&[&x], forward, |a, g| {
+            let mut g = g.to_vec();
+            gelu_backward(a[0], &mut g);
+            vec![g]
+        });
+        let forward = |a: &[&[f32]]| {
+            let mut out = vec![0.0; 91];
+            swiglu(a[0], a[1], &mut out);
+            out
+        };
+        check(&[&x, &y], forward, |a, g| {
+            let (mut gate, mut g) = (a[0].to_vec(), g.to_vec());
+            swiglu_backward(&mut gate, a[1], &mut g);
+            vec![gate, g]
+        });
     }
 
     #[test]
     fn far_ends() {
-        let x = tensor(vec![-60.0, -200.0, 200.0], 3).unwrap();
-        let one = tensor(vec![1.0; 3], 3).unwrap();
-        let y: Vec<f32> = swiglu(&x, &one).unwrap().to_vec1().unwrap();
+        let x = [-60.0, -200.0, 200.0];
+        let mut y = [0.0; 3];
+        swiglu(&x, &[1.0; 3], &mut y);
         assert!(y[0].abs() < 1e-20 && y[1].abs() < 1e-20 && y[2] == 200.0, "{y:?}");
-        let y: Vec<f32> = gelu(&x).unwrap().to_vec1().unwrap();
+        gelu(&x, &mut y);
         assert!(y[0].abs() < 1e-4 && y[2] == 200.0, "{y:?}");
     }
 }

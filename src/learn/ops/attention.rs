@@ -3,12 +3,14 @@
 use std::ops::Range;
 use std::sync::Arc;
 
-use candle_core::{CpuStorage, CustomOp3, Layout, Result, Shape, Tensor, bail};
 use rayon::prelude::*;
 
 use super::dropout::Mask;
-use super::{dot, exp, matrix, max, slice, sum, tensor, wide, with_slices};
+use super::{Buffer, dot, exp, max, sum, wide};
 use crate::learn::matrix::{Matrix, Threads, product};
+
+/// Queries whose scores are in memory at once. Fixed, so that no sum depends on the threads.
+const QUERIES: usize = 64;
 
 /// The shape of an attention.
 #[derive(Debug, Clone)]
@@ -31,41 +33,45 @@ pub(crate) struct Attention {
     pub(crate) hidden: Arc<[Range<usize>]>,
 }
 
-/// One sequence and one key head.
-struct Task {
+/// Some queries of one head of a sequence.
+struct Queries {
+    /// The sequence's tokens in the batch.
     rows: Range<usize>,
+    /// The sequence.
     sequence: usize,
-    kv: usize,
+    head: usize,
+    /// Of the sequence.
+    queries: Range<usize>,
 }
 
-/// What a task computes: one `[rows, head]` for each of its heads.
-type Heads = Vec<Vec<f32>>;
+/// Gradients of an attention's arguments; those that are not wanted are left out.
+pub(crate) struct AttentionGradients {
+    /// `[tokens, heads * head]`.
+    pub(crate) query: Option<Buffer>,
+    /// `[tokens, kv_heads * head]`.
+    pub(crate) key: Option<Buffer>,
+    /// As the key's.
+    pub(crate) value: Option<Buffer>,
+}
 
 impl Attention {
-    fn tasks(&self) -> Vec<Task> {
-        let sequences = self.starts.windows(2).enumerate();
-        sequences
-            .flat_map(|(sequence, w)| {
-                let rows = w[0]..w[1];
-                (0..self.kv_heads).map(move |kv| Task { rows: rows.clone(), sequence, kv })
-            })
-            .collect()
+    fn sequences(&self) -> impl Iterator<Item = (usize, Range<usize>)> + '_ {
+        self.starts.windows(2).map(|w| w[0]..w[1]).enumerate()
     }
 
-    /// Query heads of a key head.
-    fn group(&self, kv: usize) -> Range<usize> {
-        let size = self.heads / self.kv_heads;
-        kv * size..(kv + 1) * size
-    }
-
-    /// Keys that a query sees.
+    /// Keys that a query of a sequence of `n` sees.
     fn keys(&self, query: usize, n: usize) -> Range<usize> {
         let end = if self.causal { query + 1 } else { n };
         let start = self.window.map_or(0, |w| (query + 1).saturating_sub(w));
         start..end
     }
 
-    fn part<'a>(&self, data: &'a [f32], rows: &Range<usize>, heads: usize, i: usize) -> Matrix<'a> {
+    /// Keys that any of some queries sees.
+    fn keys_of(&self, queries: &Range<usize>, n: usize) -> Range<usize> {
+        self.keys(queries.start, n).start..self.keys(queries.end - 1, n).end
+    }
+
+    fn part<'a>(&self, data: &'a [f32], rows: Range<usize>, heads: usize, i: usize) -> Matrix<'a> {
         let width = heads * self.head;
         let data = &data[rows.start * width + i * self.head..rows.end * width];
         Matrix::strided(data, rows.len(), self.head, width)
@@ -75,24 +81,37 @@ impl Attention {
         (1.0 / (self.head as f64).sqrt()) as f32
     }
 
-    fn mask(&self, task: &Task, head: usize) -> Option<Mask> {
-        self.dropout.map(|m| m.at((task.sequence * self.heads + head) as u64))
+    /// Multiplies probabilities, or their gradients, `[queries, keys]` by the mask.
+    fn drop(&self, q: &Queries, keys: &Range<usize>, p: &mut [f32]) {
+        let Some(mask) = self.dropout else { return };
+        let mask = mask.at((q.sequence * self.heads + q.head) as u64);
+        for (query, p) in q.queries.clone().zip(p.chunks_exact_mut(keys.len())) {
+            mask.apply_from(query * q.rows.len() + keys.start, p);
+        }
     }
 
-    /// Softmax of the scaled scores, 0 where a key is not seen. `[n, n]`.
-    fn probabilities(&self, q: Matrix<'_>, k: Matrix<'_>, rows: &Range<usize>) -> Vec<f32> {
-        let n = rows.len();
-        let mut p = vec![0.0; n * n];
-        product((&mut p, n), 0.0, self.scale(), q, k.t(), Threads::One);
+    /// Softmax of the scaled scores of some queries and `keys`, 0 where a key is not seen.
+    /// `[queries, keys]`.
+    fn probabilities(&self, q: &[f32], k: &[f32], at: &Queries, keys: &Range<usize>) -> Buffer {
+        let (n, m, start) = (at.rows.len(), keys.len(), at.rows.start);
+        let kv = at.head / (self.heads / self.kv_heads);
+        let q = self.part(q, start + at.queries.start..start + at.queries.end, self.heads, at.head);
+        let k = self.part(k, start + keys.start..start + keys.end, self.kv_heads, kv);
+        let mut p = Buffer::new(at.queries.len() * m);
+        product((&mut p, m), 0.0, self.scale(), q, k.t(), Threads::One);
         wide!({
-            for (i, row) in p.chunks_exact_mut(n).enumerate() {
-                let seen = self.keys(i, n);
-                row[..seen.start].fill(0.0);
-                row[seen.end..].fill(0.0);
-                if let Some(hidden) = self.hidden.get(rows.start + i) {
-                    row[hidden.clone()].fill(f32::NEG_INFINITY);
+            for (query, row) in at.queries.clone().zip(p.chunks_exact_mut(m)) {
+                let seen = self.keys(query, n);
+                row[..seen.start - keys.start].fill(0.0);
+                row[seen.end - keys.start..].fill(0.0);
+                if let Some(hidden) = self.hidden.get(start + query) {
+                    let hidden = hidden.start.max(keys.start)..hidden.end.min(keys.end);
+                    if !hidden.is_empty() {
+                        row[hidden.start - keys.start..hidden.end - keys.start]
+                            .fill(f32::NEG_INFINITY);
+                    }
                 }
-                let row = &mut row[seen];
+                let row = &mut row[seen.start - keys.start..seen.end - keys.start];
                 let max = max(row);
                 for x in row.iter_mut() {
                     *x = exp(*x - max);
@@ -106,151 +125,136 @@ impl Attention {
         p
     }
 
-    fn forward(&self, q: &[f32], k: &[f32], v: &[f32]) -> Vec<f32> {
-        let tasks = self.tasks();
-        let done: Vec<Heads> = tasks
-            .par_iter()
-            .map(|task| {
-                let n = task.rows.len();
-                let k = self.part(k, &task.rows, self.kv_heads, task.kv);
-                let v = self.part(v, &task.rows, self.kv_heads, task.kv);
-                let heads = self.group(task.kv).map(|h| {
-                    let q = self.part(q, &task.rows, self.heads, h);
-                    let mut p = self.probabilities(q, k, &task.rows);
-                    if let Some(mask) = self.mask(task, h) {
-                        mask.apply_from(0, &mut p);
-                    }
-                    let mut out = vec![0.0; n * self.head];
-                    let p = Matrix::new(&p, n, n);
-                    product((&mut out, self.head), 0.0, 1.0, p, v, Threads::One);
-                    out
-                });
-                heads.collect()
-            })
-            .collect();
-        self.assemble(self.heads, &done)
+    /// `out = softmax(q k^T / sqrt(head)) v` within each sequence. `q` and `out` are
+    /// `[tokens, heads * head]`, `k` and `v` are `[tokens, kv_heads * head]`.
+    pub(crate) fn forward(&self, q: &[f32], k: &[f32], v: &[f32], out: &mut [f32]) {
+        let width = self.heads * self.head;
+        let mut tasks = Vec::new();
+        let mut rest = out;
+        for (sequence, rows) in self.sequences() {
+            for first in (0..rows.len()).step_by(QUERIES) {
+                let queries = first..(first + QUERIES).min(rows.len());
+                let (out, others) = rest.split_at_mut(queries.len() * width);
+                tasks.push((sequence, rows.clone(), queries, out));
+                rest = others;
+            }
+        }
+        tasks.into_par_iter().for_each(|(sequence, rows, queries, out)| {
+            let keys = self.keys_of(&queries, rows.len());
+            for head in 0..self.heads {
+                let at = Queries { rows: rows.clone(), sequence, head, queries: queries.clone() };
+                let mut p = self.probabilities(q, k, &at, &keys);
+                self.drop(&at, &keys, &mut p);
+                let kv = head / (self.heads / self.kv_heads);
+                let v = self.part(v, rows.start + keys.start..rows.start + keys.end, self.kv_heads, kv);
+                let p = Matrix::new(&p, queries.len(), keys.len());
+                let out = &mut out[head * self.head..];
+                product((out, width), 0.0, 1.0, p, v, Threads::One);
+            }
+        });
     }
 
-    /// `[tokens, heads * head]` from what the tasks computed.
-    fn assemble(&self, heads: usize, done: &[Heads]) -> Vec<f32> {
-        let (width, d) = (heads * self.head, self.head);
-        let mut out = vec![0.0; self.starts.last().copied().unwrap_or(0) * width];
-        let mut rest = out.as_mut_slice();
+    /// Gradients of queries, keys and values, as far as they are `wanted`.
+    pub(crate) fn backward(
+        &self,
+        [q, k, v]: [&[f32]; 3],
+        grad: &[f32],
+        wanted: [bool; 3],
+    ) -> AttentionGradients {
+        let group = self.heads / self.kv_heads;
+        let sequences = self.sequences();
+        let tasks: Vec<_> = sequences
+            .flat_map(|(sequence, rows)| {
+                (0..self.kv_heads).map(move |kv| (sequence, rows.clone(), kv))
+            })
+            .collect();
+        let done: Vec<[Option<Buffer>; 3]> = tasks
+            .into_par_iter()
+            .map(|(sequence, rows, kv)| {
+                let (n, d) = (rows.len(), self.head);
+                let mut dq = wanted[0].then(|| Buffer::new(n * group * d));
+                let mut dk = wanted[1].then(|| Buffer::zeros(n * d));
+                let mut dv = wanted[2].then(|| Buffer::zeros(n * d));
+                for first in (0..n).step_by(QUERIES) {
+                    let queries = first..(first + QUERIES).min(n);
+                    let keys = self.keys_of(&queries, n);
+                    let (m, from) = (keys.len(), keys.start * d);
+                    let these = rows.start + queries.start..rows.start + queries.end;
+                    let those = rows.start + keys.start..rows.start + keys.end;
+                    let k_ = self.part(k, those.clone(), self.kv_heads, kv);
+                    let v_ = self.part(v, those, self.kv_heads, kv);
+                    for head in kv * group..(kv + 1) * group {
+                        let (rows, queries) = (rows.clone(), queries.clone());
+                        let at = Queries { rows, sequence, head, queries };
+                        let q_ = self.part(q, these.clone(), self.heads, head);
+                        let g = self.part(grad, these.clone(), self.heads, head);
+                        let p = self.probabilities(q, k, &at, &keys);
+                        if let Some(dv) = &mut dv {
+                            let kept = self.dropout.map(|_| {
+                                let mut kept = Buffer::of(&p);
+                                self.drop(&at, &keys, &mut kept);
+                                kept
+                            });
+                            let kept = kept.as_ref().unwrap_or(&p);
+                            let kept = Matrix::new(kept, these.len(), m);
+                            product((&mut dv[from..], d), 1.0, 1.0, kept.t(), g, Threads::One);
+                        }
+                        if dq.is_none() && dk.is_none() {
+                            continue;
+                        }
+                        let mut ds = Buffer::new(these.len() * m);
+                        product((&mut ds, m), 0.0, 1.0, g, v_.t(), Threads::One);
+                        self.drop(&at, &keys, &mut ds);
+                        wide!({
+                            for (p, ds) in p.chunks_exact(m).zip(ds.chunks_exact_mut(m)) {
+                                let dot = dot(p, ds);
+                                for (ds, p) in ds.iter_mut().zip(p) {
+                                    *ds = p * (*ds - dot);
+                                }
+                            }
+                        });
+                        let ds = Matrix::new(&ds, these.len(), m);
+                        if let Some(dq) = &mut dq {
+                            let at = first * group * d + (head - kv * group) * d;
+                            let out = (&mut dq[at..], group * d);
+                            product(out, 0.0, self.scale(), ds, k_, Threads::One);
+                        }
+                        if let Some(dk) = &mut dk {
+                            let out = (&mut dk[from..], d);
+                            product(out, 1.0, self.scale(), ds.t(), q_, Threads::One);
+                        }
+                    }
+                }
+                [dq, dk, dv]
+            })
+            .collect();
+        let (wide, narrow) = (self.heads * self.head, self.kv_heads * self.head);
+        let whole = |i: usize, width| wanted[i].then(|| self.assemble(&done, i, width));
+        AttentionGradients { query: whole(0, wide), key: whole(1, narrow), value: whole(2, narrow) }
+    }
+
+    /// `[tokens, width]` from what the tasks computed for their heads.
+    fn assemble(&self, done: &[[Option<Buffer>; 3]], i: usize, width: usize) -> Buffer {
+        let part = width / self.kv_heads;
+        let mut out = Buffer::new(self.starts.last().copied().unwrap_or(0) * width);
+        let mut rest = &mut *out;
         let mut sequences = Vec::new();
-        for w in self.starts.windows(2) {
-            let (first, others) = rest.split_at_mut((w[1] - w[0]) * width);
+        for (_, rows) in self.sequences() {
+            let (first, others) = rest.split_at_mut(rows.len() * width);
             sequences.push(first);
             rest = others;
         }
         let done = done.par_chunks(self.kv_heads);
-        sequences.into_par_iter().zip(done).for_each(|(out, tasks)| {
-            for (h, from) in tasks.iter().flatten().enumerate() {
-                for (row, from) in out.chunks_exact_mut(width).zip(from.chunks_exact(d)) {
-                    row[h * d..][..d].copy_from_slice(from);
+        sequences.into_par_iter().zip(done).for_each(|(out, heads)| {
+            for (h, from) in heads.iter().enumerate() {
+                let Some(from) = &from[i] else { continue };
+                for (row, from) in out.chunks_exact_mut(width).zip(from.chunks_exact(part)) {
+                    row[h * part..][..part].copy_from_slice(from);
                 }
             }
         });
         out
     }
-
-    /// Gradients of queries, keys and values.
-    fn backward(&self, q: &[f32], k: &[f32], v: &[f32], g: &[f32]) -> [Vec<f32>; 3] {
-        let tasks = self.tasks();
-        let done: Vec<(Heads, Vec<f32>, Vec<f32>)> = tasks
-            .par_iter()
-            .map(|task| {
-                let (n, d) = (task.rows.len(), self.head);
-                let k = self.part(k, &task.rows, self.kv_heads, task.kv);
-                let v = self.part(v, &task.rows, self.kv_heads, task.kv);
-                let (mut dk, mut dv) = (vec![0.0; n * d], vec![0.0; n * d]);
-                let dq = self.group(task.kv).map(|h| {
-                    let q = self.part(q, &task.rows, self.heads, h);
-                    let g = self.part(g, &task.rows, self.heads, h);
-                    let p = self.probabilities(q, k, &task.rows);
-                    let mut ds = vec![0.0; n * n];
-                    product((&mut ds, n), 0.0, 1.0, g, v.t(), Threads::One);
-                    let kept = self.mask(task, h).map(|mask| {
-                        mask.apply_from(0, &mut ds);
-                        let mut kept = p.clone();
-                        mask.apply_from(0, &mut kept);
-                        kept
-                    });
-                    let kept = Matrix::new(kept.as_ref().unwrap_or(&p), n, n);
-                    product((&mut dv, d), 1.0, 1.0, kept.t(), g, Threads::One);
-                    wide!({
-                        for (p, ds) in p.chunks_exact(n).zip(ds.chunks_exact_mut(n)) {
-                            let dot = dot(p, ds);
-                            for (ds, p) in ds.iter_mut().zip(p) {
-                                *ds = p * (*ds - dot);
-                            }
-                        }
-                    });
-                    let ds = Matrix::new(&ds, n, n);
-                    let mut dq = vec![0.0; n * d];
-                    product((&mut dq, d), 0.0, self.scale(), ds, k, Threads::One);
-                    product((&mut dk, d), 1.0, self.scale(), ds.t(), q, Threads::One);
-                    dq
-                });
-                (dq.collect(), dk, dv)
-            })
-            .collect();
-        let (mut dq, mut dk, mut dv) = (Vec::new(), Vec::new(), Vec::new());
-        for (q, k, v) in done {
-            dq.push(q);
-            dk.push(vec![k]);
-            dv.push(vec![v]);
-        }
-        let kv = self.kv_heads;
-        [self.assemble(self.heads, &dq), self.assemble(kv, &dk), self.assemble(kv, &dv)]
-    }
-}
-
-impl CustomOp3 for Attention {
-    fn name(&self) -> &'static str {
-        "attention"
-    }
-
-    fn cpu_fwd(
-        &self,
-        s1: &CpuStorage,
-        l1: &Layout,
-        s2: &CpuStorage,
-        l2: &Layout,
-        s3: &CpuStorage,
-        l3: &Layout,
-    ) -> Result<(CpuStorage, Shape)> {
-        let tokens = self.starts.last().copied().unwrap_or(0);
-        let (wide, narrow) = (self.heads * self.head, self.kv_heads * self.head);
-        if matrix(l1.shape()) != (tokens, wide)
-            || matrix(l2.shape()) != (tokens, narrow)
-            || matrix(l3.shape()) != (tokens, narrow)
-            || self.kv_heads == 0
-            || !self.heads.is_multiple_of(self.kv_heads)
-        {
-            bail!("attention over {tokens} tokens of {:?}, {:?}", l1.dims(), l2.dims());
-        }
-        let out = self.forward(slice(s1, l1)?, slice(s2, l2)?, slice(s3, l3)?);
-        Ok((CpuStorage::F32(out), l1.shape().clone()))
-    }
-
-    fn bwd(
-        &self,
-        q: &Tensor,
-        k: &Tensor,
-        v: &Tensor,
-        _: &Tensor,
-        grad: &Tensor,
-    ) -> Result<(Option<Tensor>, Option<Tensor>, Option<Tensor>)> {
-        let [dq, dk, dv] = with_slices([q, k, v, grad], |[q, k, v, g]| self.backward(q, k, v, g))?;
-        let give = |x: &Tensor, d: Vec<f32>| x.track_op().then(|| tensor(d, x.shape())).transpose();
-        Ok((give(q, dq)?, give(k, dk)?, give(v, dv)?))
-    }
-}
-
-/// `softmax(q k^T / sqrt(head)) v` within each sequence. `q` is `[tokens, heads * head]`, `k` and
-/// `v` are `[tokens, kv_heads * head]`; the result is as `q`.
-pub(crate) fn attention(q: &Tensor, k: &Tensor, v: &Tensor, how: Attention) -> Result<Tensor> {
-    q.apply_op3(k, v, how)
 }
 
 #[cfg(test)]
@@ -272,35 +276,88 @@ mod tests {
         }
     }
 
+    fn run(how: &Attention, a: &[&[f32]]) -> Vec<f32> {
+        let mut out = vec![f32::NAN; a[0].len()];
+        how.forward(a[0], a[1], a[2], &mut out);
+        out
+    }
+
+    fn check_gradients(how: &Attention) {
+        let tokens = how.starts.last().unwrap();
+        let q = normal("q", tokens * how.heads * how.head);
+        let [k, v] = ["k", "v"].map(|n| normal(n, tokens * how.kv_heads * how.head));
+        let args = [&q[..], &k, &v];
+        check(&args, |a| run(how, a), |a, g| {
+            let all = how.backward([a[0], a[1], a[2]], g, [true; 3]);
+            let all = [all.query, all.key, all.value].map(|x| x.unwrap().to_vec());
+            // What is not wanted does not disturb the rest.
+            for i in 0..3 {
+                let mut wanted = [false; 3];
+                wanted[i] = true;
+                let one = how.backward([a[0], a[1], a[2]], g, wanted);
+                let one = [one.query, one.key, one.value];
+                assert!(one.iter().enumerate().all(|(j, x)| x.is_some() == (i == j)));
+                assert_eq!(one[i].as_ref().unwrap()[..], all[i][..]);
+            }
+            all.to_vec()
+        });
+    }
+
     #[test]
     fn gradients() {
-        let q = normal("q", &[13, 12]);
         for (kv, causal, window) in
             [(4, false, None), (2, true, None), (1, true, Some(3)), (2, false, Some(2))]
         {
-            let args = [q.clone(), normal("k", &[13, 3 * kv]), normal("v", &[13, 3 * kv])];
-            check(&args, |a| attention(&a[0], &a[1], &a[2], shape(kv, causal, window)));
+            check_gradients(&shape(kv, causal, window));
         }
     }
 
     #[test]
     fn gradients_with_dropout() {
-        let how =
-            Attention { dropout: Mask::new(Stream::new(3, "p"), 0.4), ..shape(2, true, None) };
-        let args = [normal("q", &[13, 12]), normal("k", &[13, 6]), normal("v", &[13, 6])];
-        check(&args, |a| attention(&a[0], &a[1], &a[2], how.clone()));
+        let dropout = Mask::new(Stream::new(3, "p"), 0.4);
+        check_gradients(&Attention { dropout, ..shape(2, true, None) });
+    }
+
+    /// More queries than are in memory at once: the same as each query on its own, from the
+    /// definition, in f64.
+    #[test]
+    fn long_sequences() {
+        let n = 2 * QUERIES + 7;
+        let [q, k, v] = ["q", "k", "v"].map(|name| normal(name, n * 6));
+        let starts: Arc<[usize]> = [0, n].into();
+        for (causal, window) in [(false, None), (true, None), (true, Some(70))] {
+            let how = Attention {
+                heads: 2,
+                starts: starts.clone(),
+                ..shape(2, causal, window)
+            };
+            let out = run(&how, &[&q, &k, &v]);
+            let dot = |i: usize, j: usize, h: usize| -> f64 {
+                let pair = |e| f64::from(q[i * 6 + h * 3 + e]) * f64::from(k[j * 6 + h * 3 + e]);
+                (0..3).map(pair).sum::<f64>() / 3f64.sqrt()
+            };
+            for (i, h) in (0..n).flat_map(|i| [(i, 0), (i, 1)]) {
+                let seen = how.keys(i, n);
+                let weights: Vec<f64> = seen.clone().map(|j| dot(i, j, h).exp()).collect();
+                let total: f64 = weights.iter().sum();
+                for e in 0..3 {
+                    let values = seen.clone().map(|j| f64::from(v[j * 6 + h * 3 + e]));
+                    let want: f64 = weights.iter().zip(values).map(|(w, v)| w * v / total).sum();
+                    let found = f64::from(out[i * 6 + h * 3 + e]);
+                    assert!((want - found).abs() < 1e-5, "{i} {h} {e}: {want} {found}");
+                }
+            }
+        }
     }
 
     /// A score that is not a finite number spoils the tokens that see it, and no others.
     #[test]
     fn what_is_not_a_number_stays_so() {
-        let [q, k, v] = ["q", "k", "v"].map(|n| normal(n, &[13, 12]));
+        let [q, mut k, v] = ["q", "k", "v"].map(|n| normal(n, 13 * 12));
         for bad in [f32::NAN, f32::INFINITY] {
-            let mut k = k.to_vec2::<f32>().unwrap();
-            k[8].iter_mut().for_each(|x| *x = bad);
-            let k = Tensor::new(k, v.device()).unwrap();
-            let out = attention(&q, &k, &v, shape(4, true, None)).unwrap();
-            for (i, row) in out.to_vec2::<f32>().unwrap().iter().enumerate() {
+            k[8 * 12..9 * 12].fill(bad);
+            let out = run(&shape(4, true, None), &[&q, &k, &v]);
+            for (i, row) in out.chunks(12).enumerate() {
                 assert_eq!(row.iter().all(|x| x.is_finite()), i < 8, "{bad} {i}");
             }
         }
@@ -309,19 +366,16 @@ mod tests {
     /// Tokens 4 and 5 of the last sequence stand for its tokens 2 and 3.
     #[test]
     fn hidden_tokens_are_as_if_absent() {
-        let [q, k, v] = ["q", "k", "v"].map(|n| normal(n, &[13, 12]));
+        let [q, k, v] = ["q", "k", "v"].map(|n| normal(n, 13 * 12));
         let mut hidden = vec![0..0; 13];
         hidden[10..12].fill(2..4);
         let how = Attention { hidden: hidden.into(), ..shape(4, true, None) };
-        let with = attention(&q, &k, &v, how).unwrap().to_vec2::<f32>().unwrap();
-        let keep = |x: &Tensor| {
-            let rows = [x.narrow(0, 0, 8).unwrap(), x.narrow(0, 10, 2).unwrap()];
-            Tensor::cat(&rows, 0).unwrap()
-        };
-        let how = Attention { starts: [0, 5, 6, 10].into(), ..shape(4, true, None) };
-        let without = attention(&keep(&q), &keep(&k), &keep(&v), how).unwrap();
-        for (i, row) in without.to_vec2::<f32>().unwrap().iter().enumerate() {
-            let same = &with[if i < 8 { i } else { i + 2 }];
+        let with = run(&how, &[&q, &k, &v]);
+        let keep = |x: &[f32]| [&x[..8 * 12], &x[10 * 12..]].concat();
+        let how = Attention { starts: [0, 5, 6, 11].into(), ..shape(4, true, None) };
+        let without = run(&how, &[&keep(&q), &keep(&k), &keep(&v)]);
+        for (i, row) in without.chunks(12).take(10).enumerate() {
+            let same = &with[12 * if i < 8 { i } else { i + 2 }..][..12];
             assert!(row.iter().zip(same).all(|(a, b)| (a - b).abs() < 1e-6), "{i}");
         }
     }
@@ -329,15 +383,13 @@ mod tests {
     /// Sequences do not see each other, and a causal token does not see what follows.
     #[test]
     fn stays_inside() {
-        let [q, k, v] = ["q", "k", "v"].map(|n| normal(n, &[13, 12]));
-        let run = |v: &Tensor| {
-            attention(&q, &k, v, shape(4, true, None)).unwrap().to_vec2::<f32>().unwrap()
-        };
-        let mut moved = v.to_vec2::<f32>().unwrap();
-        moved[8].iter_mut().for_each(|x| *x += 1.0);
-        let moved = Tensor::new(moved, v.device()).unwrap();
-        for (i, (a, b)) in run(&v).iter().zip(run(&moved)).enumerate() {
-            assert_eq!(*a == b, i < 8, "{i}");
+        let [q, k, mut v] = ["q", "k", "v"].map(|n| normal(n, 13 * 12));
+        let how = shape(4, true, None);
+        let before = run(&how, &[&q, &k, &v]);
+        v[8 * 12..9 * 12].iter_mut().for_each(|x| *x += 1.0);
+        let after = run(&how, &[&q, &k, &v]);
+        for (i, (a, b)) in before.chunks(12).zip(after.chunks(12)).enumerate() {
+            assert_eq!(a == b, i < 8, "{i}");
         }
     }
 }

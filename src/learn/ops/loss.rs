@@ -1,10 +1,9 @@
 //! Cross-entropy with its gradient, from logits.
 
 use anyhow::{Result, ensure};
-use candle_core::Tensor;
 use rayon::prelude::*;
 
-use super::{exp, matrix, max, sum, tensor, wide, with_slices};
+use super::{exp, max, sum, wide};
 
 /// log-sum-exp of a row.
 fn log_sum_exp(row: &[f32]) -> f64 {
@@ -15,55 +14,52 @@ fn log_sum_exp(row: &[f32]) -> f64 {
     f64::from(max) + blocks.sum::<f64>().ln()
 }
 
-fn checked(logits: &Tensor, targets: &[u32]) -> Result<usize> {
-    let (rows, classes) = matrix(logits.shape());
+fn checked(logits: &[f32], classes: usize, targets: &[u32]) -> Result<()> {
+    let rows = logits.len() / classes.max(1);
     ensure!(rows == targets.len(), "{rows} rows of logits for {} targets", targets.len());
     if let Some(target) = targets.iter().find(|t| **t as usize >= classes) {
         anyhow::bail!("label {target} is outside the {classes} classes of the model");
     }
-    Ok(classes)
+    Ok(())
 }
 
 /// Log-probability of each row's target. `logits` is `[rows, classes]`.
 ///
 /// # Errors
 /// When a target is not a class.
-pub(crate) fn log_probs(logits: &Tensor, targets: &[u32]) -> Result<Vec<f64>> {
-    let classes = checked(logits, targets)?;
-    Ok(with_slices([logits], |[x]| {
-        let rows = x.par_chunks(classes).zip(targets);
-        rows.map(|(row, t)| f64::from(row[*t as usize]) - log_sum_exp(row)).collect()
-    })?)
+pub(crate) fn log_probs(logits: &[f32], classes: usize, targets: &[u32]) -> Result<Vec<f64>> {
+    checked(logits, classes, targets)?;
+    let rows = logits.par_chunks(classes).zip(targets);
+    Ok(rows.map(|(row, t)| f64::from(row[*t as usize]) - log_sum_exp(row)).collect())
 }
 
-/// The sum of the cross-entropies of the rows, and the gradient of that sum times `scale`.
+/// The sum of the cross-entropies of the rows; makes the logits the gradient of that sum times
+/// `scale`.
 ///
 /// # Errors
 /// When a target is not a class.
-pub(crate) fn cross_entropy(logits: &Tensor, targets: &[u32], scale: f64) -> Result<(f64, Tensor)> {
-    let classes = checked(logits, targets)?;
-    let (losses, grad) = with_slices([logits], |[x]| {
-        let mut grad = vec![0.0; x.len()];
-        let rows = grad.par_chunks_mut(classes).zip(x.par_chunks(classes)).zip(targets);
-        let losses: Vec<f64> = rows
-            .map(|((grad, row), t)| {
-                let (target, lse) = (*t as usize, log_sum_exp(row));
-                // The difference in f32: it is small where the exponential is not.
-                let (high, scale32) = (lse as f32, scale as f32);
-                let low = (lse - f64::from(high)) as f32;
-                wide!({
-                    for (g, x) in grad.iter_mut().zip(row) {
-                        *g = exp((x - high) - low) * scale32;
-                    }
-                });
-                let p = (f64::from(row[target]) - lse).exp();
-                grad[target] = ((p - 1.0) * scale) as f32;
-                lse - f64::from(row[target])
-            })
-            .collect();
-        (losses, grad)
-    })?;
-    Ok((losses.iter().sum(), tensor(grad, logits.shape())?))
+pub(crate) fn cross_entropy(
+    logits: &mut [f32],
+    classes: usize,
+    targets: &[u32],
+    scale: f64,
+) -> Result<f64> {
+    checked(logits, classes, targets)?;
+    let losses = logits.par_chunks_mut(classes).zip(targets).map(|(row, t)| {
+        let (target, lse) = (*t as usize, log_sum_exp(row));
+        let loss = lse - f64::from(row[target]);
+        // The difference in f32: it is small where the exponential is not.
+        let (high, scale32) = (lse as f32, scale as f32);
+        let low = (lse - f64::from(high)) as f32;
+        wide!({
+            for x in row.iter_mut() {
+                *x = exp((*x - high) - low) * scale32;
+            }
+        });
+        row[target] = (((-loss).exp() - 1.0) * scale) as f32;
+        loss
+    });
+    Ok(losses.collect::<Vec<f64>>().iter().sum())
 }
 
 #[cfg(test)]
@@ -73,16 +69,16 @@ mod tests {
 
     #[test]
     fn gradient_is_the_difference_quotient() {
-        let (x, targets) = (normal("x", &[5, 7]), [0, 6, 3, 3, 1]);
-        let (loss, grad) = cross_entropy(&x, &targets, 0.5).unwrap();
-        let by_row = log_probs(&x, &targets).unwrap();
+        let (data, targets) = (normal("x", 35), [0, 6, 3, 3, 1]);
+        let mut grad = data.clone();
+        let loss = cross_entropy(&mut grad, 7, &targets, 0.5).unwrap();
+        let by_row = log_probs(&data, 7, &targets).unwrap();
         assert!((loss + by_row.iter().sum::<f64>()).abs() < 1e-9);
-        let (data, grad) = (x.to_vec2::<f32>().unwrap().concat(), grad.to_vec2::<f32>().unwrap());
-        for (i, grad) in grad.concat().into_iter().enumerate() {
+        for (i, grad) in grad.into_iter().enumerate() {
             let at = |by: f32| {
                 let mut moved = data.clone();
                 moved[i] += by;
-                cross_entropy(&tensor(moved, (5, 7)).unwrap(), &targets, 1.0).unwrap().0
+                cross_entropy(&mut moved, 7, &targets, 1.0).unwrap()
             };
             let numeric = 0.5 * (at(1e-2) - at(-1e-2)) / 2e-2;
             assert!((numeric - f64::from(grad)).abs() < 1e-4, "{numeric} {grad}");
@@ -91,20 +87,20 @@ mod tests {
 
     #[test]
     fn far_logits_are_finite() {
-        let x = tensor(vec![1e4, -1e4, 0.0], (1, 3)).unwrap();
-        let (loss, grad) = cross_entropy(&x, &[1], 1.0).unwrap();
+        let mut x = [1e4, -1e4, 0.0];
+        assert!(cross_entropy(&mut x, 3, &[3], 1.0).is_err());
+        assert!(cross_entropy(&mut x, 3, &[1, 1], 1.0).is_err());
+        let loss = cross_entropy(&mut x, 3, &[1], 1.0).unwrap();
         assert!((loss - 2e4).abs() < 1.0, "{loss}");
-        assert_eq!(grad.to_vec2::<f32>().unwrap()[0], [1.0, -1.0, 0.0]);
-        assert!(cross_entropy(&x, &[3], 1.0).is_err());
-        assert!(cross_entropy(&x, &[1, 1], 1.0).is_err());
+        assert_eq!(x, [1.0, -1.0, 0.0]);
     }
 
     #[test]
     fn logits_that_are_no_numbers_are_not_scored() {
         for bad in [f32::NAN, f32::INFINITY] {
-            let x = tensor(vec![0.0, bad, 1.0], (1, 3)).unwrap();
-            assert!(!log_probs(&x, &[2]).unwrap()[0].is_finite(), "{bad}");
-            assert!(!cross_entropy(&x, &[2], 1.0).unwrap().0.is_finite(), "{bad}");
+            let mut x = [0.0, bad, 1.0];
+            assert!(!log_probs(&x, 3, &[2]).unwrap()[0].is_finite(), "{bad}");
+            assert!(!cross_entropy(&mut x, 3, &[2], 1.0).unwrap().is_finite(), "{bad}");
         }
     }
 }

@@ -1,34 +1,39 @@
-//! Operations with forward and backward, parallel and fused.
+//! Operations with forward and backward on f32 slices, parallel and fused.
 //!
-//! All take and give contiguous f32 on the CPU. An argument that nothing asks a gradient for
-//! (`Tensor::track_op` is false) gets none and costs none. Results do not depend on the number
-//! of threads: every sum has a fixed order.
+//! A forward writes where it is told to; a backward turns the gradient of the result into that of
+//! the argument, in place where it can. Results do not depend on the number of threads: every sum
+//! has a fixed order.
 
 mod activation;
-mod affine;
 mod attention;
+mod buffer;
 mod dropout;
+mod frozen;
 mod loss;
 mod norm;
 mod rope;
 mod rows;
 mod wide;
 
-pub(crate) use activation::{add, gelu, swiglu};
-pub(crate) use affine::{Frozen, LoraArgs, affine, frozen_affine, lora_affine};
-pub(crate) use attention::{Attention, attention};
-pub(crate) use dropout::{Mask, dropout};
+pub(crate) use activation::{add, gelu, gelu_backward, swiglu, swiglu_backward};
+pub(crate) use attention::Attention;
+pub(crate) use buffer::Buffer;
+pub(crate) use dropout::Mask;
+pub(crate) use frozen::Frozen;
 pub(crate) use loss::{cross_entropy, log_probs};
-pub(crate) use norm::{layer_norm, rms_norm};
-pub(crate) use rope::{RopeTable, rope};
-pub(crate) use rows::{backward, select_rows};
+pub(crate) use norm::{
+    add_layer_norm, layer_norm, layer_norm_backward, layer_norm_weight, rms_norm,
+    rms_norm_backward, rms_norm_weight,
+};
+pub(crate) use rope::{RopeTable, Turn};
+pub(crate) use rows::{add_rows, select_rows};
 pub(crate) use wide::{Loop, TASK, wide};
-use wide::{dot, exp, map, map2, map3, max, sum, sum3};
+use wide::{dot, exp, map, map2, max, sum, sum3, update};
 
 use candle_core::{CpuStorage, Device, Layout, Result, Shape, Storage, Tensor, bail};
 
 /// The elements of a contiguous f32 storage.
-fn slice<'a>(storage: &'a CpuStorage, layout: &Layout) -> Result<&'a [f32]> {
+pub(crate) fn slice<'a>(storage: &'a CpuStorage, layout: &Layout) -> Result<&'a [f32]> {
     match (storage, layout.contiguous_offsets()) {
         (CpuStorage::F32(data), Some((start, end))) => Ok(&data[start..end]),
         _ => bail!("expected a contiguous f32 tensor"),
@@ -59,12 +64,6 @@ pub(crate) fn with_slices<const N: usize, T>(
 /// A tensor from its elements.
 pub(crate) fn tensor(data: Vec<f32>, shape: impl Into<Shape>) -> Result<Tensor> {
     Tensor::from_vec(data, shape.into(), &Device::Cpu)
-}
-
-/// All leading sizes as one, and the last.
-fn matrix(shape: &Shape) -> (usize, usize) {
-    let cols = shape.dims().last().copied().unwrap_or(1);
-    (shape.elem_count() / cols.max(1), cols)
 }
 
 #[cfg(test)]

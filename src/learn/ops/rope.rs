@@ -2,10 +2,9 @@
 
 use std::sync::Arc;
 
-use candle_core::{CpuStorage, CustomOp1, Layout, Result, Shape, Tensor, bail};
 use rayon::prelude::*;
 
-use super::{matrix, slice, tensor, wide, with_slices};
+use super::wide;
 
 /// Cosines and sines of the positions of a batch, `[tokens, head / 2]` each.
 #[derive(Debug, Clone)]
@@ -40,54 +39,32 @@ impl RopeTable {
         &self.sin
     }
 
-    /// Rotates every head of every token, forwards or (sign -1) back.
-    fn rotate(&self, x: &[f32], width: usize, sign: f32) -> Vec<f32> {
+    /// Rotates every head of `[tokens, width]` in place: forwards, or back as gradients go.
+    pub(crate) fn rotate(&self, x: &mut [f32], width: usize, turn: Turn) {
         let half = self.half;
-        let mut out = vec![0.0; x.len()];
-        out.par_chunks_mut(width).zip(x.par_chunks(width)).enumerate().for_each(|(t, (out, x))| {
+        let sign = if turn == Turn::Forwards { 1.0 } else { -1.0 };
+        x.par_chunks_mut(width).with_min_len(16).enumerate().for_each(|(t, x)| {
             let (cos, sin) = (&self.cos[t * half..][..half], &self.sin[t * half..][..half]);
             wide!({
-                for (out, x) in out.chunks_exact_mut(2 * half).zip(x.chunks_exact(2 * half)) {
-                    let ((a, b), (out_a, out_b)) = (x.split_at(half), out.split_at_mut(half));
-                    let turned = out_a.iter_mut().zip(out_b).zip(a.iter().zip(b));
-                    for (((out_a, out_b), (a, b)), (c, s)) in turned.zip(cos.iter().zip(sin)) {
+                for x in x.chunks_exact_mut(2 * half) {
+                    let (a, b) = x.split_at_mut(half);
+                    for ((a, b), (c, s)) in a.iter_mut().zip(b).zip(cos.iter().zip(sin)) {
                         let s = sign * s;
-                        *out_a = a * c - b * s;
-                        *out_b = b * c + a * s;
+                        (*a, *b) = (*a * c - *b * s, *b * c + *a * s);
                     }
                 }
             });
         });
-        out
     }
 }
 
-struct Rope(RopeTable);
-
-impl CustomOp1 for Rope {
-    fn name(&self) -> &'static str {
-        "rope"
-    }
-
-    fn cpu_fwd(&self, storage: &CpuStorage, layout: &Layout) -> Result<(CpuStorage, Shape)> {
-        let (rows, width) = matrix(layout.shape());
-        if rows * self.0.half != self.0.cos.len() || !width.is_multiple_of(2 * self.0.half) {
-            bail!("rope for heads of {} on {:?}", 2 * self.0.half, layout.dims());
-        }
-        let out = self.0.rotate(slice(storage, layout)?, width, 1.0);
-        Ok((CpuStorage::F32(out), layout.shape().clone()))
-    }
-
-    fn bwd(&self, x: &Tensor, _: &Tensor, grad: &Tensor) -> Result<Option<Tensor>> {
-        let (_, width) = matrix(x.shape());
-        let dx = with_slices([grad], |[g]| self.0.rotate(g, width, -1.0))?;
-        tensor(dx, x.shape()).map(Some)
-    }
-}
-
-/// Rotates each head of `[tokens, heads * head]`.
-pub(crate) fn rope(x: &Tensor, table: &RopeTable) -> Result<Tensor> {
-    x.apply_op1(Rope(table.clone()))
+/// Which way a rotation goes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Turn {
+    /// As the position says.
+    Forwards,
+    /// Against it.
+    Back,
 }
 
 #[cfg(test)]
@@ -98,19 +75,23 @@ mod tests {
     #[test]
     fn gradients() {
         let table = RopeTable::new(&[1.0, 0.3, 0.01], &[0, 1, 2, 0, 1]);
-        check(&[normal("x", &[5, 18])], |a| rope(&a[0], &table));
-        assert!(rope(&normal("x", &[5, 16]), &table).is_err());
-        assert!(rope(&normal("x", &[4, 18]), &table).is_err());
+        let turned = |x: &[f32], turn| {
+            let mut x = x.to_vec();
+            table.rotate(&mut x, 18, turn);
+            x
+        };
+        let x = normal("x", 5 * 18);
+        check(&[&x], |a| turned(a[0], Turn::Forwards), |_, g| vec![turned(g, Turn::Back)]);
     }
 
     #[test]
     fn keeps_lengths_and_position_zero() {
         let table = RopeTable::new(&[1.0, 0.3], &[0, 7]);
-        let x = normal("x", &[2, 4]);
-        let (x, y) = (x.to_vec2::<f32>().unwrap(), rope(&x, &table).unwrap());
-        let y = y.to_vec2::<f32>().unwrap();
-        assert_eq!(x[0], y[0]);
+        let x = normal("x", 8);
+        let mut y = x.clone();
+        table.rotate(&mut y, 4, Turn::Forwards);
+        assert_eq!(x[..4], y[..4]);
         let norm = |v: &[f32]| v.iter().map(|x| x * x).sum::<f32>();
-        assert!((norm(&x[1]) - norm(&y[1])).abs() < 1e-5);
+        assert!((norm(&x[4..]) - norm(&y[4..])).abs() < 1e-5);
     }
 }

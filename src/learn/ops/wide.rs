@@ -38,8 +38,7 @@ impl<R, F: FnMut() -> R> pulp::NullaryFnOnce for Loop<F> {
 }
 
 /// `out[i] = f(x[i])`, in parallel.
-pub(super) fn map(x: &[f32], f: impl Fn(f32) -> f32 + Sync) -> Vec<f32> {
-    let mut out = vec![0.0; x.len()];
+pub(super) fn map(out: &mut [f32], x: &[f32], f: impl Fn(f32) -> f32 + Sync) {
     out.par_chunks_mut(TASK).zip(x.par_chunks(TASK)).for_each(|(out, x)| {
         wide!({
             for (o, x) in out.iter_mut().zip(x) {
@@ -47,12 +46,10 @@ pub(super) fn map(x: &[f32], f: impl Fn(f32) -> f32 + Sync) -> Vec<f32> {
             }
         });
     });
-    out
 }
 
 /// `out[i] = f(x[i], y[i])`, in parallel.
-pub(super) fn map2(x: &[f32], y: &[f32], f: impl Fn(f32, f32) -> f32 + Sync) -> Vec<f32> {
-    let mut out = vec![0.0; x.len()];
+pub(super) fn map2(out: &mut [f32], x: &[f32], y: &[f32], f: impl Fn(f32, f32) -> f32 + Sync) {
     let inputs = x.par_chunks(TASK).zip(y.par_chunks(TASK));
     out.par_chunks_mut(TASK).zip(inputs).for_each(|(out, (x, y))| {
         wide!({
@@ -61,26 +58,17 @@ pub(super) fn map2(x: &[f32], y: &[f32], f: impl Fn(f32, f32) -> f32 + Sync) -> 
             }
         });
     });
-    out
 }
 
-/// `out[i] = f(x[i], y[i], z[i])`, in parallel.
-pub(super) fn map3(
-    x: &[f32],
-    y: &[f32],
-    z: &[f32],
-    f: impl Fn(f32, f32, f32) -> f32 + Sync,
-) -> Vec<f32> {
-    let mut out = vec![0.0; x.len()];
-    let inputs = x.par_chunks(TASK).zip(y.par_chunks(TASK)).zip(z.par_chunks(TASK));
-    out.par_chunks_mut(TASK).zip(inputs).for_each(|(out, ((x, y), z))| {
+/// `out[i] = f(out[i], x[i])`, in parallel.
+pub(super) fn update(out: &mut [f32], x: &[f32], f: impl Fn(f32, f32) -> f32 + Sync) {
+    out.par_chunks_mut(TASK).zip(x.par_chunks(TASK)).for_each(|(out, x)| {
         wide!({
-            for (o, ((x, y), z)) in out.iter_mut().zip(x.iter().zip(y).zip(z)) {
-                *o = f(*x, *y, *z);
+            for (o, x) in out.iter_mut().zip(x) {
+                *o = f(*o, *x);
             }
         });
     });
-    out
 }
 
 /// Folds lanes into one number, in a fixed order.
@@ -214,7 +202,9 @@ mod tests {
     fn vectors_do_not_matter() {
         let x: Vec<f32> = (0..1000).map(|i| (i as f32 * 0.37).sin() * 20.0).collect();
         let plain: Vec<u32> = x.iter().map(|x| exp(*x).to_bits()).collect();
-        let there: Vec<u32> = map(&x, exp).into_iter().map(f32::to_bits).collect();
+        let mut there = vec![0.0; x.len()];
+        map(&mut there, &x, exp);
+        let there: Vec<u32> = there.into_iter().map(f32::to_bits).collect();
         assert_eq!(plain, there);
         let plain = sum(&x, |x| exp(0.1 * x));
         assert_eq!(plain.to_bits(), wide!(sum(&x, |x| exp(0.1 * x))).to_bits());

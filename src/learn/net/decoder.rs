@@ -1,0 +1,214 @@
+//! One layer of a decoder: pre-norm, as Llama.
+
+use anyhow::Result;
+
+use super::norm::RmsNorm;
+use crate::learn::config::{Family, ModelConfig};
+use crate::learn::gradients::Gradients;
+use crate::learn::linear::{Dropout, Linear, Mode, Parameters, Write};
+use crate::learn::ops::{Attention, Buffer, RopeTable, Turn, add, swiglu, swiglu_backward};
+
+#[derive(Debug)]
+pub(super) struct DecoderLayer {
+    input_norm: RmsNorm,
+    query: Linear,
+    key: Linear,
+    value: Linear,
+    out: Linear,
+    query_norm: Option<RmsNorm>,
+    key_norm: Option<RmsNorm>,
+    pub(super) attention_drop: Dropout,
+    pub(super) window: Option<usize>,
+    post_norm: RmsNorm,
+    gate: Linear,
+    up: Linear,
+    down: Linear,
+}
+
+/// What the backward pass reads again; an input of linear layers only where it is read.
+pub(in crate::learn) struct Saved {
+    x: Buffer,
+    normed: Option<Buffer>,
+    /// Queries and keys before their norms, where they have them.
+    before: [Option<Buffer>; 2],
+    attention: [Buffer; 3],
+    mixed: Option<Buffer>,
+    middle: Buffer,
+    middle_normed: Option<Buffer>,
+    gate: Buffer,
+    up: Buffer,
+}
+
+impl DecoderLayer {
+    pub(super) fn new(c: &ModelConfig, p: &Parameters, i: usize) -> Result<Self> {
+        let at = |name: &str| format!("model.layers.{i}.{name}");
+        let linear = |name: &str| p.linear(&at(name));
+        let norm = |name: &str| RmsNorm::new(p, &at(name), c.eps);
+        let qk = c.family == Family::Qwen3;
+        Ok(Self {
+            input_norm: norm("input_layernorm")?,
+            query: linear("self_attn.q_proj")?,
+            key: linear("self_attn.k_proj")?,
+            value: linear("self_attn.v_proj")?,
+            out: linear("self_attn.o_proj")?,
+            query_norm: qk.then(|| norm("self_attn.q_norm")).transpose()?,
+            key_norm: qk.then(|| norm("self_attn.k_norm")).transpose()?,
+            attention_drop: p.dropout(&format!("{i}/attention"), c.attention_dropout),
+            window: c.windows.get(i).copied().flatten(),
+            post_norm: norm("post_attention_layernorm")?,
+            gate: linear("mlp.gate_proj")?,
+            up: linear("mlp.up_proj")?,
+            down: linear("mlp.down_proj")?,
+        })
+    }
+
+    /// Whether anything in it is trained.
+    pub(super) fn trains(&self) -> bool {
+        let attention = [&self.query, &self.key, &self.value, &self.out];
+        let mlp = [&self.gate, &self.up, &self.down];
+        let norms = [Some(&self.input_norm), Some(&self.post_norm)];
+        let heads = [self.query_norm.as_ref(), self.key_norm.as_ref()];
+        attention.iter().any(|l| l.trains())
+            || mlp.iter().any(|l| l.trains())
+            || norms.iter().chain(&heads).flatten().any(|n| n.trains())
+    }
+
+    /// `[tokens, hidden]` to the same.
+    pub(super) fn forward(
+        &self,
+        x: Buffer,
+        how: &Attention,
+        table: Option<&RopeTable>,
+        mode: Mode,
+        keep: bool,
+    ) -> Result<(Buffer, Option<Saved>)> {
+        let normed = self.input_norm.forward(&x)?;
+        let turned = |layer: &Linear, norm: &Option<RmsNorm>| -> Result<_> {
+            let before = layer.forward(&normed, mode)?;
+            let (before, mut y) = match norm {
+                Some(norm) => {
+                    let y = norm.forward(&before)?;
+                    (Some(before), y)
+                }
+                None => (None, before),
+            };
+            if let Some(table) = table {
+                table.rotate(&mut y, layer.outputs(), Turn::Forwards);
+            }
+            Ok((before.filter(|_| keep), y))
+        };
+        let (q_before, q) = turned(&self.query, &self.query_norm)?;
+        let (k_before, k) = turned(&self.key, &self.key_norm)?;
+        let v = self.value.forward(&normed, mode)?;
+        let reads = [&self.query, &self.key, &self.value].iter().any(|l| l.reads_input());
+        let normed = (keep && reads).then_some(normed);
+        let mut mixed = Buffer::new(q.len());
+        how.forward(&q, &k, &v, &mut mixed);
+        let attention = keep.then_some([q, k, v]);
+        let (before, mut middle) = match keep {
+            true => (Some(Buffer::of(&x)), x),
+            false => (None, x),
+        };
+        self.out.forward_into(&mixed, mode, Write::Add, &mut middle)?;
+        let mixed = (keep && self.out.reads_input()).then_some(mixed);
+        let middle_normed = self.post_norm.forward(&middle)?;
+        let gate = self.gate.forward(&middle_normed, mode)?;
+        let up = self.up.forward(&middle_normed, mode)?;
+        let reads = self.gate.reads_input() || self.up.reads_input();
+        let middle_normed = (keep && reads).then_some(middle_normed);
+        let mut product = Buffer::new(up.len());
+        swiglu(&gate, &up, &mut product);
+        let mut out = Buffer::of(&middle);
+        self.down.forward_into(&product, mode, Write::Add, &mut out)?;
+        let saved = attention.zip(before).map(|(attention, x)| Saved {
+            x,
+            normed,
+            before: [q_before, k_before],
+            attention,
+            mixed,
+            middle,
+            middle_normed,
+            gate,
+            up,
+        });
+        Ok((out, saved))
+    }
+
+    /// From the gradient of the result that of the input, if anything `below` wants it.
+    #[expect(clippy::too_many_arguments, reason = "what a backward pass needs")]
+    pub(super) fn backward(
+        &self,
+        saved: Saved,
+        mut grad: Buffer,
+        how: &Attention,
+        table: Option<&RopeTable>,
+        mode: Mode,
+        below: bool,
+        gradients: &mut Gradients,
+    ) -> Result<Option<Buffer>> {
+        let Saved { x, normed, before, attention, mixed, middle, middle_normed, mut gate, up } =
+            saved;
+        let [q, k, v] = attention;
+        let product = self.down.reads_input().then(|| {
+            let mut product = Buffer::new(up.len());
+            swiglu(&gate, &up, &mut product);
+            product
+        });
+        let mut to_up = Buffer::new(up.len());
+        let into = Some((&mut to_up[..], Write::Over));
+        let product = product.as_deref().unwrap_or_default();
+        self.down.backward(product, &grad, mode, into, gradients)?;
+        swiglu_backward(&mut gate, &up, &mut to_up);
+        drop(up);
+        let mut to_normed = Buffer::new(grad.len());
+        let read = middle_normed.as_deref().unwrap_or_default();
+        let into = Some((&mut to_normed[..], Write::Over));
+        self.gate.backward(read, &gate, mode, into, gradients)?;
+        let into = Some((&mut to_normed[..], Write::Add));
+        self.up.backward(read, &to_up, mode, into, gradients)?;
+        drop((gate, to_up, middle_normed));
+        self.post_norm.backward(&middle, &mut to_normed, gradients)?;
+        add(&mut grad, &to_normed);
+        drop((middle, to_normed));
+
+        let norms = [self.query_norm.as_ref(), self.key_norm.as_ref()];
+        let further = below || self.input_norm.trains();
+        let mut wanted = [&self.query, &self.key, &self.value].map(|l| further || l.trains());
+        for (wanted, norm) in wanted.iter_mut().zip(norms) {
+            *wanted |= norm.is_some_and(RmsNorm::trains);
+        }
+        if wanted == [false; 3] && !self.out.trains() {
+            return Ok(None);
+        }
+        let mut to_mixed = Buffer::new(q.len());
+        let into = Some((&mut to_mixed[..], Write::Over));
+        self.out.backward(mixed.as_deref().unwrap_or_default(), &grad, mode, into, gradients)?;
+        drop(mixed);
+        let by = how.backward([&q, &k, &v], &to_mixed, wanted);
+        drop((to_mixed, q, k, v));
+        let read = normed.as_deref().unwrap_or_default();
+        let [q_before, k_before] = before;
+        let layers = [
+            (&self.query, by.query, norms[0].zip(q_before), table),
+            (&self.key, by.key, norms[1].zip(k_before), table),
+            (&self.value, by.value, None, None),
+        ];
+        let mut to_normed: Option<Buffer> = None;
+        for (layer, g, norm, table) in layers {
+            let Some(mut g) = g else { continue };
+            if let Some(table) = table {
+                table.rotate(&mut g, layer.outputs(), Turn::Back);
+            }
+            if let Some((norm, before)) = norm {
+                norm.backward(&before, &mut g, gradients)?;
+            }
+            let write = if to_normed.is_some() { Write::Add } else { Write::Over };
+            let into = further.then(|| to_normed.get_or_insert_with(|| Buffer::new(x.len())));
+            layer.backward(read, &g, mode, into.map(|b| (&mut b[..], write)), gradients)?;
+        }
+        let Some(mut to_normed) = to_normed else { return Ok(None) };
+        self.input_norm.backward(&x, &mut to_normed, gradients)?;
+        add(&mut grad, &to_normed);
+        Ok(below.then_some(grad))
+    }
+}

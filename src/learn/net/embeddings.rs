@@ -1,0 +1,102 @@
+//! The first block: from token ids to vectors.
+
+use anyhow::{Result, ensure};
+use candle_core::Tensor;
+
+use super::norm::LayerNorm;
+use crate::learn::batch::Packed;
+use crate::learn::config::ModelConfig;
+use crate::learn::gradients::Gradients;
+use crate::learn::layout::WORD;
+use crate::learn::linear::{Dropout, Mode, Parameters};
+use crate::learn::ops::{Buffer, add, add_rows, select_rows, with_slices};
+
+#[derive(Debug)]
+pub(super) struct Embeddings {
+    word: Tensor,
+    /// A row of the word table that gets no gradient, as torch's `padding_idx`.
+    pad: Option<u32>,
+    encoder: Option<Encoder>,
+}
+
+/// What encoders do beyond looking up words.
+#[derive(Debug)]
+struct Encoder {
+    position: Tensor,
+    token_type: Option<Tensor>,
+    norm: LayerNorm,
+    drop: Dropout,
+}
+
+fn look_up(table: &Tensor, ids: &[u32]) -> Result<Buffer> {
+    let (rows, cols) = table.dims2()?;
+    if let Some(id) = ids.iter().find(|i| **i as usize >= rows) {
+        anyhow::bail!("row {id} of an embedding of {rows}");
+    }
+    Ok(with_slices([table], |[table]| select_rows(table, cols, ids))?)
+}
+
+impl Embeddings {
+    pub(super) fn new(c: &ModelConfig, p: &Parameters) -> Result<Self> {
+        if c.is_decoder() {
+            return Ok(Self { word: p.tensor(WORD)?, pad: c.pad, encoder: None });
+        }
+        let prefix = c.family.prefix();
+        let table = |name: &str| p.tensor(&format!("{prefix}.embeddings.{name}_embeddings.weight"));
+        let encoder = Encoder {
+            position: table("position")?,
+            token_type: (c.type_vocab > 0).then(|| table("token_type")).transpose()?,
+            norm: LayerNorm::new(p, &format!("{prefix}.embeddings.LayerNorm"), c.eps)?,
+            drop: p.dropout("embeddings", c.hidden_dropout),
+        };
+        Ok(Self { word: table("word")?, pad: c.pad, encoder: Some(encoder) })
+    }
+
+    /// Whether anything in it is trained.
+    pub(super) fn trains(&self) -> bool {
+        let encoder = self.encoder.as_ref().is_some_and(|e| {
+            let types = e.token_type.as_ref().is_some_and(Tensor::track_op);
+            e.position.track_op() || types || e.norm.trains()
+        });
+        self.word.track_op() || encoder
+    }
+
+    /// `[tokens, hidden]`, and what the backward pass reads again.
+    pub(super) fn forward(&self, batch: &Packed, mode: Mode) -> Result<(Buffer, Option<Buffer>)> {
+        let mut x = look_up(&self.word, &batch.ids)?;
+        let Some(e) = &self.encoder else { return Ok((x, None)) };
+        add(&mut x, &look_up(&e.position, &batch.positions)?);
+        if let Some(types) = &e.token_type {
+            add(&mut x, &look_up(types, &batch.types)?);
+        }
+        let mut out = e.norm.forward(&x)?;
+        e.drop.apply(&mut out, mode);
+        Ok((out, Some(x)))
+    }
+
+    /// Gradients of the tables from that of the result.
+    pub(super) fn backward(
+        &self,
+        batch: &Packed,
+        saved: Option<Buffer>,
+        mut grad: Buffer,
+        mode: Mode,
+        gradients: &mut Gradients,
+    ) -> Result<()> {
+        let mut tables = vec![(&self.word, &batch.ids, self.pad)];
+        if let Some(e) = &self.encoder {
+            e.drop.apply(&mut grad, mode);
+            e.norm.backward(saved.as_deref().unwrap_or_default(), &mut grad, gradients)?;
+            tables.push((&e.position, &batch.positions, None));
+            tables.extend(e.token_type.as_ref().map(|types| (types, &batch.types, None)));
+        }
+        for (table, ids, skip) in tables {
+            if table.track_op() {
+                let (_, cols) = table.dims2()?;
+                ensure!(grad.len() == ids.len() * cols, "a gradient of another size");
+                add_rows(&grad, cols, ids, skip, gradients.sum(table).0);
+            }
+        }
+        Ok(())
+    }
+}

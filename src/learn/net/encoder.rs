@@ -1,0 +1,162 @@
+//! One layer of an encoder: post-norm, as BERT.
+
+use anyhow::Result;
+
+use super::norm::LayerNorm;
+use crate::learn::config::{Family, ModelConfig};
+use crate::learn::gradients::Gradients;
+use crate::learn::layout::EncoderNames;
+use crate::learn::linear::{Dropout, Linear, Mode, Parameters, Write};
+use crate::learn::ops::{Attention, Buffer, gelu, gelu_backward};
+
+#[derive(Debug)]
+pub(super) struct EncoderLayer {
+    query: Linear,
+    key: Linear,
+    value: Linear,
+    out: Linear,
+    pub(super) attention_drop: Dropout,
+    /// After the attention's output layer; DistilBERT has none.
+    out_drop: Option<Dropout>,
+    attention_norm: LayerNorm,
+    up: Linear,
+    down: Linear,
+    down_drop: Dropout,
+    output_norm: LayerNorm,
+}
+
+/// What the backward pass reads again; an input of linear layers only where it is read.
+pub(in crate::learn) struct Saved {
+    x: Option<Buffer>,
+    attention: [Buffer; 3],
+    mixed: Option<Buffer>,
+    attention_sum: Buffer,
+    middle: Option<Buffer>,
+    up: Buffer,
+    output_sum: Buffer,
+}
+
+impl EncoderLayer {
+    pub(super) fn new(c: &ModelConfig, p: &Parameters, i: usize) -> Result<Self> {
+        let n = EncoderNames::new(c.family, i);
+        let drop = |name: &str, rate| p.dropout(&format!("{i}/{name}"), rate);
+        let bert = c.family == Family::Bert;
+        Ok(Self {
+            query: p.linear(&n.query)?,
+            key: p.linear(&n.key)?,
+            value: p.linear(&n.value)?,
+            out: p.linear(&n.out)?,
+            attention_drop: drop("attention", c.attention_dropout),
+            out_drop: bert.then(|| drop("out", c.hidden_dropout)),
+            attention_norm: LayerNorm::new(p, &n.attention_norm, c.eps)?,
+            up: p.linear(&n.up)?,
+            down: p.linear(&n.down)?,
+            down_drop: drop("down", c.hidden_dropout),
+            output_norm: LayerNorm::new(p, &n.output_norm, c.eps)?,
+        })
+    }
+
+    /// Whether anything in it is trained.
+    pub(super) fn trains(&self) -> bool {
+        let all = [&self.query, &self.key, &self.value, &self.out, &self.up, &self.down];
+        all.iter().any(|l| l.trains()) || self.attention_norm.trains() || self.output_norm.trains()
+    }
+
+    /// `[tokens, hidden]` to the same.
+    pub(super) fn forward(
+        &self,
+        x: Buffer,
+        how: &Attention,
+        mode: Mode,
+        keep: bool,
+    ) -> Result<(Buffer, Option<Saved>)> {
+        let [q, k, v] = [&self.query, &self.key, &self.value].map(|l| l.forward(&x, mode));
+        let (q, k, v) = (q?, k?, v?);
+        let mut mixed = Buffer::new(q.len());
+        how.forward(&q, &k, &v, &mut mixed);
+        let attention = keep.then_some([q, k, v]);
+        let mut attention_sum = self.out.forward(&mixed, mode)?;
+        let mixed = (keep && self.out.reads_input()).then_some(mixed);
+        if let Some(drop) = &self.out_drop {
+            drop.apply(&mut attention_sum, mode);
+        }
+        let middle = self.attention_norm.add_forward(&mut attention_sum, &x)?;
+        let up = self.up.forward(&middle, mode)?;
+        let mut activated = Buffer::new(up.len());
+        gelu(&up, &mut activated);
+        let mut output_sum = self.down.forward(&activated, mode)?;
+        drop(activated);
+        self.down_drop.apply(&mut output_sum, mode);
+        let out = self.output_norm.add_forward(&mut output_sum, &middle)?;
+        let reads = [&self.query, &self.key, &self.value].iter().any(|l| l.reads_input());
+        let x = reads.then_some(x);
+        let middle = self.up.reads_input().then_some(middle);
+        let saved = attention.map(|attention| Saved {
+            x,
+            attention,
+            mixed,
+            attention_sum,
+            middle,
+            up,
+            output_sum,
+        });
+        Ok((out, saved))
+    }
+
+    /// From the gradient of the result that of the input, if anything `below` wants it.
+    pub(super) fn backward(
+        &self,
+        saved: Saved,
+        mut grad: Buffer,
+        how: &Attention,
+        mode: Mode,
+        below: bool,
+        gradients: &mut Gradients,
+    ) -> Result<Option<Buffer>> {
+        let Saved { x, attention: [q, k, v], mixed, attention_sum, middle, up, output_sum } = saved;
+        self.output_norm.backward(&output_sum, &mut grad, gradients)?;
+        drop(output_sum);
+        // Past the dropout goes a masked copy; the residual takes the gradient as it is.
+        let mut dropped = None;
+        if let Some(mask) = self.down_drop.mask(mode) {
+            dropped = Some(mask.apply(&grad));
+        }
+        let to_down = dropped.as_deref().unwrap_or(&grad);
+        let activated = self.down.reads_input().then(|| {
+            let mut activated = Buffer::new(up.len());
+            gelu(&up, &mut activated);
+            activated
+        });
+        let mut wide = Buffer::new(up.len());
+        let into = Some((&mut wide[..], Write::Over));
+        let activated = activated.as_deref().unwrap_or_default();
+        self.down.backward(activated, to_down, mode, into, gradients)?;
+        gelu_backward(&up, &mut wide);
+        drop((up, dropped));
+        let into = Some((&mut grad[..], Write::Add));
+        self.up.backward(middle.as_deref().unwrap_or_default(), &wide, mode, into, gradients)?;
+        drop((wide, middle));
+        self.attention_norm.backward(&attention_sum, &mut grad, gradients)?;
+        drop(attention_sum);
+        let wanted = [&self.query, &self.key, &self.value].map(|l| below || l.trains());
+        if wanted == [false; 3] && !self.out.trains() {
+            return Ok(None);
+        }
+        let dropped = self.out_drop.and_then(|d| d.mask(mode)).map(|mask| mask.apply(&grad));
+        let to_out = dropped.as_deref().unwrap_or(&grad);
+        let mut to_mixed = Buffer::new(q.len());
+        let into = Some((&mut to_mixed[..], Write::Over));
+        self.out.backward(mixed.as_deref().unwrap_or_default(), to_out, mode, into, gradients)?;
+        drop((mixed, dropped));
+        let by = how.backward([&q, &k, &v], &to_mixed, wanted);
+        drop((to_mixed, q, k, v));
+        let x = x.as_deref().unwrap_or_default();
+        let layers = [(&self.query, by.query), (&self.key, by.key), (&self.value, by.value)];
+        for (layer, g) in layers {
+            let Some(g) = g else { continue };
+            let into = below.then_some((&mut grad[..], Write::Add));
+            layer.backward(x, &g, mode, into, gradients)?;
+        }
+        Ok(below.then_some(grad))
+    }
+}
