@@ -20,6 +20,21 @@ pub(crate) enum Mode {
     Train(u64),
 }
 
+/// A forward or backward pass over some rows of a batch.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Pass<'a> {
+    pub(crate) mode: Mode,
+    /// Which rows of the batch there are, in their order; `None`: all.
+    pub(crate) rows: Option<&'a [u32]>,
+}
+
+impl Pass<'_> {
+    /// A pass over all rows.
+    pub(crate) fn whole(mode: Mode) -> Self {
+        Self { mode, rows: None }
+    }
+}
+
 /// A place where elements are dropped.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Dropout {
@@ -37,10 +52,21 @@ impl Dropout {
     }
 
     /// Drops elements of `x`, or of its gradient.
-    pub(crate) fn apply(&self, x: &mut [f32], mode: Mode) {
-        if let Some(mask) = self.mask(mode) {
-            mask.apply_to(x);
+    pub(crate) fn apply(&self, x: &mut [f32], pass: Pass<'_>) {
+        match (self.mask(pass.mode), pass.rows) {
+            (Some(mask), Some(rows)) => mask.apply_to_rows(rows, x),
+            (Some(mask), None) => mask.apply_to(x),
+            (None, _) => {}
         }
+    }
+
+    /// A copy of `x` with elements dropped, if any are.
+    pub(crate) fn applied(&self, x: &[f32], pass: Pass<'_>) -> Option<Buffer> {
+        self.mask(pass.mode).map(|_| {
+            let mut x = Buffer::of(x);
+            self.apply(&mut x, pass);
+            x
+        })
     }
 }
 
@@ -198,6 +224,11 @@ impl Linear {
         Self { adapter: None, ..self.clone() }
     }
 
+    /// The last size of the argument.
+    pub(crate) fn inputs(&self) -> usize {
+        self.inputs
+    }
+
     /// The last size of the result.
     pub(crate) fn outputs(&self) -> usize {
         self.outputs
@@ -227,9 +258,9 @@ impl Linear {
     }
 
     /// `x W^T + b + s (drop(x) A^T) B^T` (Hu et al. 2021): `[rows, in]` to `[rows, out]`.
-    pub(crate) fn forward(&self, x: &[f32], mode: Mode) -> Result<Buffer> {
+    pub(crate) fn forward(&self, x: &[f32], pass: Pass<'_>) -> Result<Buffer> {
         let mut out = Buffer::new(self.rows(x)? * self.outputs);
-        self.forward_into(x, mode, Write::Over, &mut out)?;
+        self.forward_into(x, pass, Write::Over, &mut out)?;
         Ok(out)
     }
 
@@ -237,7 +268,7 @@ impl Linear {
     pub(crate) fn forward_into(
         &self,
         x: &[f32],
-        mode: Mode,
+        pass: Pass<'_>,
         write: Write,
         out: &mut [f32],
     ) -> Result<()> {
@@ -262,7 +293,7 @@ impl Linear {
             product((&mut *out, outputs), write.beta(), 1.0, x_, w.t(), Threads::All);
         })?;
         let Some(Adapter { a, b }) = &self.adapter else { return Ok(()) };
-        let dropped = self.dropout.mask(mode).map(|mask| mask.apply(x));
+        let dropped = self.dropout.applied(x, pass);
         with_slices([a.as_tensor(), b.as_tensor()], |[a, b]| {
             let h = self.down(dropped.as_deref().unwrap_or(x), a, rows);
             let r = a.len() / inputs;
@@ -288,7 +319,7 @@ impl Linear {
         &self,
         x: &[f32],
         g: &[f32],
-        mode: Mode,
+        pass: Pass<'_>,
         dx: Option<(&mut [f32], Write)>,
         gradients: &mut Gradients,
     ) -> Result<()> {
@@ -310,8 +341,7 @@ impl Linear {
             })?;
         }
         let Some(Adapter { a, b }) = &self.adapter else { return Ok(()) };
-        let mask = self.dropout.mask(mode);
-        let dropped = mask.map(|mask| mask.apply(x));
+        let dropped = self.dropout.applied(x, pass);
         let fed = dropped.as_deref().unwrap_or(x);
         let s = self.scaling;
         with_slices([a.as_tensor(), b.as_tensor()], |[a_, b_]| -> Result<()> {
@@ -324,15 +354,14 @@ impl Linear {
             gradients.product(a.as_tensor(), s, k.t(), Matrix::new(fed, rows, inputs))?;
             let Some((dx, _)) = dx else { return Ok(()) };
             let a = Matrix::new(a_, r, inputs);
-            match mask {
-                None => product((dx, inputs), 1.0, s, k, a, Threads::All),
-                Some(mask) => {
-                    let mut through = Buffer::new(rows * inputs);
-                    product((&mut through, inputs), 0.0, s, k, a, Threads::All);
-                    mask.apply_to(&mut through);
-                    add(dx, &through);
-                }
+            if dropped.is_none() {
+                product((dx, inputs), 1.0, s, k, a, Threads::All);
+                return Ok(());
             }
+            let mut through = Buffer::new(rows * inputs);
+            product((&mut through, inputs), 0.0, s, k, a, Threads::All);
+            self.dropout.apply(&mut through, pass);
+            add(dx, &through);
             Ok(())
         })?
     }
@@ -359,21 +388,21 @@ mod tests {
 
     /// Checks a layer of 5 to 3 that `make` builds of all arguments but the first, the input.
     fn check_layer(args: &[&[f32]], make: impl Fn(&[&[f32]]) -> (Linear, Vec<Tensor>)) {
-        let mode = Mode::Train(3);
-        let forward = |a: &[&[f32]]| make(&a[1..]).0.forward(a[0], mode).unwrap().to_vec();
+        let pass = Pass::whole(Mode::Train(3));
+        let forward = |a: &[&[f32]]| make(&a[1..]).0.forward(a[0], pass).unwrap().to_vec();
         check(args, forward, |a, g| {
             let (layer, trained) = make(&a[1..]);
             let mut gradients = Gradients::default();
             let mut dx = vec![f32::NAN; a[0].len()];
             let into = Some((&mut dx[..], Write::Over));
-            layer.backward(a[0], g, mode, into, &mut gradients).unwrap();
+            layer.backward(a[0], g, pass, into, &mut gradients).unwrap();
             // Onto something, and only what is trained.
             let mut more = vec![1.0; dx.len()];
             let into = Some((&mut more[..], Write::Add));
-            layer.backward(a[0], g, mode, into, &mut Gradients::default()).unwrap();
+            layer.backward(a[0], g, pass, into, &mut Gradients::default()).unwrap();
             assert!(more.iter().zip(&dx).all(|(m, d)| (m - d - 1.0).abs() < 1e-4));
             let mut alone = Gradients::default();
-            layer.backward(a[0], g, mode, None, &mut alone).unwrap();
+            layer.backward(a[0], g, pass, None, &mut alone).unwrap();
             let mut out = vec![dx];
             for var in &trained {
                 let (one, other) = (gradients.take(var).unwrap(), alone.take(var).unwrap());

@@ -5,7 +5,7 @@ use candle_core::{CpuStorage, CustomOp3, Layout, Shape, Tensor, Var};
 
 use super::gradients::Gradients;
 use super::init;
-use super::linear::{Adapter, Linear, Mode, Write};
+use super::linear::{Adapter, Linear, Mode, Pass, Write};
 use super::ops::{slice, tensor, with_slices};
 
 /// One frozen linear layer with a low-rank adapter, alone: what the models are built of.
@@ -50,7 +50,7 @@ impl LoraLinear {
     /// # Errors
     /// When the last size of `x` is not `in`.
     pub fn forward_frozen(&self, x: &Tensor) -> Result<Tensor> {
-        let out = with_slices([x], |[x]| self.linear.bare().forward(x, Mode::Eval))??;
+        let out = with_slices([x], |[x]| self.linear.bare().forward(x, Pass::whole(Mode::Eval)))??;
         Ok(tensor(out.to_vec(), self.shape(x.shape()))?)
     }
 
@@ -90,7 +90,7 @@ impl CustomOp3 for Op {
         _: &CpuStorage,
         _: &Layout,
     ) -> candle_core::Result<(CpuStorage, Shape)> {
-        let out = self.0.linear.forward(slice(s1, l1)?, Mode::Eval);
+        let out = self.0.linear.forward(slice(s1, l1)?, Pass::whole(Mode::Eval));
         let out = out.map_err(candle_core::Error::wrap)?;
         Ok((CpuStorage::F32(out.to_vec()), self.0.shape(l1.shape())))
     }
@@ -107,7 +107,7 @@ impl CustomOp3 for Op {
         let mut dx = vec![0.0; x.elem_count()];
         with_slices([x, grad], |[x, g]| {
             let into = Some((&mut dx[..], Write::Over));
-            self.0.linear.backward(x, g, Mode::Eval, into, &mut gradients)
+            self.0.linear.backward(x, g, Pass::whole(Mode::Eval), into, &mut gradients)
         })?
         .map_err(candle_core::Error::wrap)?;
         let of = |gradients: &mut Gradients, var: &Tensor| {

@@ -14,10 +14,10 @@ use super::batch::{Batch, Labels, Packed};
 use super::config::ModelConfig;
 use super::cuda::{Engine, Float};
 use super::gradients::Gradients;
-use super::linear::{Held, Mode, Parameters, Write};
+use super::linear::{Held, Mode, Parameters, Pass, Write};
 use super::load::{Loaded, Loading};
 use super::net::Net;
-use super::ops::{Buffer, Frozen, add_rows, cross_entropy, log_probs, select_rows, tensor};
+use super::ops::{Buffer, Frozen, cross_entropy, log_probs, select_rows, tensor};
 use super::setup::{Compute, Method, Setup};
 
 /// Where a model's files are. A path need not have an extension.
@@ -202,20 +202,24 @@ impl Model {
         batch.pack(self.config.vocab, self.config.positions)
     }
 
-    /// The last layer's output without dropout, `[tokens, hidden]`.
-    fn hidden(&self, net: &Net, packed: &Packed) -> Result<Buffer> {
+    /// Rows of the last layer's output without dropout, `[rows, hidden]`.
+    fn hidden(&self, net: &Net, packed: &Packed, rows: &[u32]) -> Result<Buffer> {
         let sequences = net.sequences(packed);
-        let (mut x, _) = net.embed(packed, Mode::Eval)?;
+        let pass = Pass::whole(Mode::Eval);
+        // Only keys and values of the other rows are needed in the last layer.
+        let ascending = rows.is_sorted_by(|a, b| a < b);
+        let (mut x, _) = net.embed(packed, pass)?;
         for i in 0..net.layers() {
-            (x, _) = net.layer(i, x, &sequences, Mode::Eval, false)?;
+            let rows = (ascending && i + 1 == net.layers()).then_some(rows);
+            (x, _) = net.layer(i, x, &sequences, Pass { rows, ..pass }, false)?;
         }
-        Ok(x)
+        Ok(if ascending { x } else { select_rows(&x, net.hidden(), rows) })
     }
 
-    /// Logits of some rows of the last layer, without dropout.
-    fn logits_at(&self, net: &Net, x: &[f32], rows: &[u32]) -> Result<Buffer> {
-        let (features, _) = net.features(select_rows(x, net.hidden(), rows), Mode::Eval)?;
-        net.output()?.forward(&features, Mode::Eval)
+    /// Logits of some rows of the last layer's output, without dropout.
+    fn logits_at(&self, net: &Net, rows: Buffer) -> Result<Buffer> {
+        let pass = Pass::whole(Mode::Eval);
+        net.output()?.forward(&net.features(rows, pass)?.0, pass)
     }
 
     /// Logits without dropout, f32: `[size, classes]`, or `[size, length, vocab]` with zeros on
@@ -258,13 +262,16 @@ impl Model {
 
     pub(super) fn logits_of(&self, net: &Net, batch: &Batch) -> Result<Tensor> {
         let packed = self.pack(batch)?;
-        let x = self.hidden(net, &packed)?;
-        if !self.config.is_decoder() {
-            let logits = self.logits_at(net, &x, &first_tokens(&packed))?;
-            return Ok(tensor(logits.to_vec(), (batch.size, net.output()?.outputs()))?);
+        let decoder = self.config.is_decoder();
+        let rows = match decoder {
+            true => (0..packed.ids.len() as u32).collect(),
+            false => first_tokens(&packed),
+        };
+        let logits = self.logits_at(net, self.hidden(net, &packed, &rows)?)?;
+        match decoder {
+            true => self.padded(batch, &packed, &logits),
+            false => Ok(tensor(logits.to_vec(), (batch.size, net.output()?.outputs()))?),
         }
-        let all: Vec<u32> = (0..packed.ids.len() as u32).collect();
-        self.padded(batch, &packed, &self.logits_at(net, &x, &all)?)
     }
 
     /// Logits of what follows each row, without dropout, f32: `[size, vocab]`. Only the last token
@@ -283,8 +290,7 @@ impl Model {
                 return Ok(tensor(logits, (batch.size, self.config.vocab))?);
             }
         };
-        let x = self.hidden(net, &packed)?;
-        let logits = self.logits_at(net, &x, &last)?;
+        let logits = self.logits_at(net, self.hidden(net, &packed, &last)?)?;
         Ok(tensor(logits.to_vec(), (batch.size, self.config.vocab))?)
     }
 
@@ -394,10 +400,11 @@ impl Model {
             Runner::Host(net) => net,
             Runner::Gpu(engine) => return engine.log_probs(packed, rows, targets),
         };
-        let x = self.hidden(net, packed)?;
+        let x = self.hidden(net, packed, rows)?;
         let mut each = Vec::with_capacity(targets.len());
-        for (rows, targets) in rows.chunks(self.chunk()).zip(targets.chunks(self.chunk())) {
-            let logits = self.logits_at(net, &x, rows)?;
+        let width = net.hidden();
+        for (x, targets) in x.chunks(self.chunk() * width).zip(targets.chunks(self.chunk())) {
+            let logits = self.logits_at(net, Buffer::of(x))?;
             each.extend(log_probs(&logits, net.output()?.outputs(), targets)?);
         }
         Ok(each)
@@ -423,7 +430,7 @@ impl Model {
         let net = self.net()?;
         let packed = self.pack(batch)?;
         let targets = self.targets(batch, &packed)?;
-        let mode = Mode::Train(step);
+        let pass = Pass::whole(Mode::Train(step));
         if targets.rows.is_empty() {
             let zeros = self.trainable.iter().map(|(name, var)| {
                 Ok((name.clone(), tensor(vec![0.0; var.elem_count()], var.shape())?))
@@ -431,37 +438,36 @@ impl Model {
             return Ok((0.0, zeros.collect::<Result<_>>()?));
         }
         let sequences = net.sequences(&packed);
-        let (mut x, embedded) = net.embed(&packed, mode)?;
+        // Above the last layer's attention only the rows that predict something are needed.
+        let last = Pass { rows: Some(&targets.rows), ..pass };
+        let (mut x, embedded) = net.embed(&packed, pass)?;
         let mut saved = Vec::with_capacity(net.layers());
         for i in 0..net.layers() {
             // Nothing goes back into layers below the first that is trained.
-            let (output, kept) = net.layer(i, x, &sequences, mode, net.trains_below(i + 1))?;
+            let keep = net.trains_below(i + 1);
+            let pass = if i + 1 == net.layers() { last } else { pass };
+            let (output, kept) = net.layer(i, x, &sequences, pass, keep)?;
             saved.push(kept);
             x = output;
         }
-        let tokens = packed.ids.len();
-        let rows = select_rows(&x, net.hidden(), &targets.rows);
-        drop(x);
-        let (features, kept) = net.features(rows, mode)?;
+        let (features, kept) = net.features(x, pass)?;
         let mut sums = Gradients::default();
         let (loss, grad) = self.output_gradients(&features, &targets, denominator, &mut sums)?;
-        if let Some(grad) = net.features_backward(kept, grad, mode, &mut sums)? {
-            let mut all = Buffer::zeros(tokens * net.hidden());
-            add_rows(&grad, net.hidden(), &targets.rows, None, &mut all);
-            let mut grad = Some(all);
-            while let Some(kept) = saved.pop() {
-                let (Some(kept), Some(seed)) = (kept, grad.take()) else { break };
-                grad = net.layer_backward(saved.len(), kept, seed, &sequences, mode, &mut sums)?;
-            }
-            if let Some(grad) = grad {
-                net.embed_backward(&packed, embedded, grad, mode, &mut sums)?;
-            }
+        let mut grad = net.features_backward(kept, grad, pass, &mut sums)?;
+        while let Some(kept) = saved.pop() {
+            let (Some(kept), Some(seed)) = (kept, grad.take()) else { break };
+            let i = saved.len();
+            let pass = if i + 1 == net.layers() { last } else { pass };
+            grad = net.layer_backward(i, kept, seed, &sequences, pass, &mut sums)?;
+        }
+        if let Some(grad) = grad {
+            net.embed_backward(&packed, embedded, grad, pass, &mut sums)?;
         }
         let mut gradients = BTreeMap::new();
         for (name, var) in &self.trainable {
             let gradient = sums.take(var.as_tensor());
-            let gradient = gradient
-                .with_context(|| format!("no gradient reaches the parameter `{name}`"))?;
+            let gradient =
+                gradient.with_context(|| format!("no gradient reaches the parameter `{name}`"))?;
             gradients.insert(name.clone(), tensor(gradient, var.shape())?);
         }
         Ok((loss, gradients))
@@ -478,14 +484,15 @@ impl Model {
         gradients: &mut Gradients,
     ) -> Result<(f64, Buffer)> {
         let output = self.net()?.output()?;
+        let pass = Pass::whole(Mode::Eval);
         let (mut loss, mut dx) = (0.0, Buffer::new(features.len()));
         let width = features.len() / targets.targets.len();
         let rows = self.chunk();
         let parts = features.chunks(rows * width).zip(dx.chunks_mut(rows * width));
         for ((x, dx), wanted) in parts.zip(targets.targets.chunks(rows)) {
-            let mut logits = output.forward(x, Mode::Eval)?;
+            let mut logits = output.forward(x, pass)?;
             loss += cross_entropy(&mut logits, output.outputs(), wanted, 1.0 / denominator)?;
-            output.backward(x, &logits, Mode::Eval, Some((dx, Write::Over)), gradients)?;
+            output.backward(x, &logits, pass, Some((dx, Write::Over)), gradients)?;
         }
         Ok((loss, dx))
     }

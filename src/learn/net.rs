@@ -18,7 +18,7 @@ use super::batch::Packed;
 use super::config::{Family, ModelConfig};
 use super::gradients::Gradients;
 use super::layout::output_embedding;
-use super::linear::{Dropout, Linear, Mode, Parameters, Write};
+use super::linear::{Dropout, Linear, Parameters, Pass, Write};
 use super::ops::{Attention, Buffer, RopeTable};
 
 impl Drop for Net {
@@ -147,8 +147,8 @@ impl Net {
     ///
     /// # Errors
     /// When an id is outside its table.
-    pub(crate) fn embed(&self, batch: &Packed, mode: Mode) -> Result<(Buffer, Option<Buffer>)> {
-        self.embeddings.forward(batch, mode)
+    pub(crate) fn embed(&self, batch: &Packed, pass: Pass<'_>) -> Result<(Buffer, Option<Buffer>)> {
+        self.embeddings.forward(batch, pass)
     }
 
     /// Gradients of the embedding.
@@ -160,17 +160,17 @@ impl Net {
         batch: &Packed,
         saved: Option<Buffer>,
         grad: Buffer,
-        mode: Mode,
+        pass: Pass<'_>,
         gradients: &mut Gradients,
     ) -> Result<()> {
-        self.embeddings.backward(batch, saved, grad, mode, gradients)
+        self.embeddings.backward(batch, saved, grad, pass, gradients)
     }
 
     fn attention(
         &self,
         s: &Sequences,
         drop: &Dropout,
-        mode: Mode,
+        pass: Pass<'_>,
         (causal, window): (bool, Option<usize>),
     ) -> Attention {
         Attention {
@@ -179,13 +179,14 @@ impl Net {
             head: self.head,
             causal,
             window,
-            dropout: drop.mask(mode),
+            dropout: drop.mask(pass.mode),
+            queries: pass.rows.map(Arc::from),
             starts: s.starts.clone(),
             hidden: s.hidden.clone(),
         }
     }
 
-    /// One layer: `[tokens, hidden]` to the same, and what [`Net::layer_backward`] reads if that
+    /// One layer: `[tokens, hidden]` to the same, or to the rows of the pass, and what [`Net::layer_backward`] reads if that
     /// is to be kept.
     ///
     /// # Errors
@@ -195,18 +196,18 @@ impl Net {
         i: usize,
         x: Buffer,
         s: &Sequences,
-        mode: Mode,
+        pass: Pass<'_>,
         keep: bool,
     ) -> Result<(Buffer, Option<Saved>)> {
         match self.layers.get(i) {
             Some(Layer::Encoder(l)) => {
-                let how = self.attention(s, &l.attention_drop, mode, (false, None));
-                let (x, saved) = l.forward(x, &how, mode, keep)?;
+                let how = self.attention(s, &l.attention_drop, pass, (false, None));
+                let (x, saved) = l.forward(x, &how, pass, keep)?;
                 Ok((x, saved.map(|s| Saved::Encoder(Box::new(s)))))
             }
             Some(Layer::Decoder(l)) => {
-                let how = self.attention(s, &l.attention_drop, mode, (true, l.window));
-                let (x, saved) = l.forward(x, &how, s.rope.as_ref(), mode, keep)?;
+                let how = self.attention(s, &l.attention_drop, pass, (true, l.window));
+                let (x, saved) = l.forward(x, &how, s.rope.as_ref(), pass, keep)?;
                 Ok((x, saved.map(|s| Saved::Decoder(Box::new(s)))))
             }
             None => bail!("no layer {i}"),
@@ -223,18 +224,18 @@ impl Net {
         saved: Saved,
         grad: Buffer,
         s: &Sequences,
-        mode: Mode,
+        pass: Pass<'_>,
         gradients: &mut Gradients,
     ) -> Result<Option<Buffer>> {
         let below = self.trains_below(i);
         match (self.layers.get(i), saved) {
             (Some(Layer::Encoder(l)), Saved::Encoder(saved)) => {
-                let how = self.attention(s, &l.attention_drop, mode, (false, None));
-                l.backward(*saved, grad, &how, mode, below, gradients)
+                let how = self.attention(s, &l.attention_drop, pass, (false, None));
+                l.backward(*saved, grad, &how, pass, below, gradients)
             }
             (Some(Layer::Decoder(l)), Saved::Decoder(saved)) => {
-                let how = self.attention(s, &l.attention_drop, mode, (true, l.window));
-                l.backward(*saved, grad, &how, s.rope.as_ref(), mode, below, gradients)
+                let how = self.attention(s, &l.attention_drop, pass, (true, l.window));
+                l.backward(*saved, grad, &how, s.rope.as_ref(), pass, below, gradients)
             }
             _ => bail!("no layer {i} of that kind"),
         }
@@ -244,16 +245,26 @@ impl Net {
     ///
     /// # Errors
     /// When shapes do not fit.
-    pub(crate) fn features(&self, rows: Buffer, mode: Mode) -> Result<(Buffer, SavedFeatures)> {
+    pub(crate) fn features(&self, rows: Buffer, pass: Pass<'_>) -> Result<(Buffer, SavedFeatures)> {
         match &self.features {
-            Features::Norm(norm) => Ok((norm.forward(&rows)?, SavedFeatures { rows, pooled: None })),
+            Features::Norm(norm) => {
+                Ok((norm.forward(&rows)?, SavedFeatures { rows, pooled: None }))
+            }
             Features::Pool { dense, tanh, drop } => {
-                let mut pooled = dense.forward(&rows, mode)?;
+                let mut pooled = dense.forward(&rows, pass)?;
                 // Not `max`, which passes over what is not a number.
-                let activate = |x: f32| if *tanh { x.tanh() } else if x < 0.0 { 0.0 } else { x };
+                let activate = |x: f32| {
+                    if *tanh {
+                        x.tanh()
+                    } else if x < 0.0 {
+                        0.0
+                    } else {
+                        x
+                    }
+                };
                 pooled.iter_mut().for_each(|x| *x = activate(*x));
                 let mut out = Buffer::of(&pooled);
-                drop.apply(&mut out, mode);
+                drop.apply(&mut out, pass);
                 Ok((out, SavedFeatures { rows, pooled: Some(pooled) }))
             }
             Features::Bare => Ok((Buffer::of(&rows), SavedFeatures { rows, pooled: None })),
@@ -269,7 +280,7 @@ impl Net {
         &self,
         saved: SavedFeatures,
         mut grad: Buffer,
-        mode: Mode,
+        pass: Pass<'_>,
         gradients: &mut Gradients,
     ) -> Result<Option<Buffer>> {
         let below = self.trains_below(self.layers());
@@ -277,7 +288,7 @@ impl Net {
         match (&self.features, pooled) {
             (Features::Norm(norm), _) => norm.backward(&rows, &mut grad, gradients)?,
             (Features::Pool { dense, tanh, drop }, Some(pooled)) => {
-                drop.apply(&mut grad, mode);
+                drop.apply(&mut grad, pass);
                 let slope = |y: f32| match tanh {
                     true => 1.0 - y * y,
                     false => f32::from(u8::from(y > 0.0)),
@@ -285,7 +296,7 @@ impl Net {
                 grad.iter_mut().zip(&*pooled).for_each(|(g, y)| *g *= slope(*y));
                 let mut to_rows = Buffer::new(rows.len());
                 let into = below.then_some((&mut to_rows[..], Write::Over));
-                dense.backward(&rows, &grad, mode, into, gradients)?;
+                dense.backward(&rows, &grad, pass, into, gradients)?;
                 grad = to_rows;
             }
             _ => {}

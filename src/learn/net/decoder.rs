@@ -5,8 +5,10 @@ use anyhow::Result;
 use super::norm::RmsNorm;
 use crate::learn::config::{Family, ModelConfig};
 use crate::learn::gradients::Gradients;
-use crate::learn::linear::{Dropout, Linear, Mode, Parameters, Write};
-use crate::learn::ops::{Attention, Buffer, RopeTable, Turn, add, swiglu, swiglu_backward};
+use crate::learn::linear::{Dropout, Linear, Parameters, Pass, Write};
+use crate::learn::ops::{
+    Attention, Buffer, RopeTable, Turn, add, add_rows, select_rows, swiglu, swiglu_backward,
+};
 
 #[derive(Debug)]
 pub(super) struct DecoderLayer {
@@ -29,12 +31,18 @@ pub(super) struct DecoderLayer {
 pub(in crate::learn) struct Saved {
     x: Buffer,
     normed: Option<Buffer>,
+    /// The rows of `normed` that there are results for, if not all.
+    chosen: Option<Buffer>,
     /// Queries and keys before their norms, where they have them.
     before: [Option<Buffer>; 2],
     attention: [Buffer; 3],
     mixed: Option<Buffer>,
     middle: Buffer,
-    middle_normed: Option<Buffer>,
+    mlp: Mlp,
+}
+
+struct Mlp {
+    normed: Option<Buffer>,
     gate: Buffer,
     up: Buffer,
 }
@@ -73,18 +81,23 @@ impl DecoderLayer {
             || norms.iter().chain(&heads).flatten().any(|n| n.trains())
     }
 
-    /// `[tokens, hidden]` to the same.
+    /// `[tokens, hidden]` to the same, or to the rows of the pass: only keys and values are needed
+    /// of the others.
     pub(super) fn forward(
         &self,
         x: Buffer,
         how: &Attention,
         table: Option<&RopeTable>,
-        mode: Mode,
+        pass: Pass<'_>,
         keep: bool,
     ) -> Result<(Buffer, Option<Saved>)> {
         let normed = self.input_norm.forward(&x)?;
-        let turned = |layer: &Linear, norm: &Option<RmsNorm>| -> Result<_> {
-            let before = layer.forward(&normed, mode)?;
+        let whole = Pass::whole(pass.mode);
+        let width = self.query.inputs();
+        let chosen = pass.rows.map(|rows| select_rows(&normed, width, rows));
+        let own = chosen.as_deref().unwrap_or(&normed);
+        let turned = |layer: &Linear, norm: &Option<RmsNorm>, x: &[f32], pass| -> Result<_> {
+            let before = layer.forward(x, pass)?;
             let (before, mut y) = match norm {
                 Some(norm) => {
                     let y = norm.forward(&before)?;
@@ -93,43 +106,45 @@ impl DecoderLayer {
                 None => (None, before),
             };
             if let Some(table) = table {
-                table.rotate(&mut y, layer.outputs(), Turn::Forwards);
+                table.rotate(&mut y, layer.outputs(), pass.rows, Turn::Forwards);
             }
             Ok((before.filter(|_| keep), y))
         };
-        let (q_before, q) = turned(&self.query, &self.query_norm)?;
-        let (k_before, k) = turned(&self.key, &self.key_norm)?;
-        let v = self.value.forward(&normed, mode)?;
+        let (q_before, q) = turned(&self.query, &self.query_norm, own, pass)?;
+        let (k_before, k) = turned(&self.key, &self.key_norm, &normed, whole)?;
+        let v = self.value.forward(&normed, whole)?;
         let reads = [&self.query, &self.key, &self.value].iter().any(|l| l.reads_input());
+        let chosen = chosen.filter(|_| keep && self.query.reads_input());
         let normed = (keep && reads).then_some(normed);
         let mut mixed = Buffer::new(q.len());
         how.forward(&q, &k, &v, &mut mixed);
         let attention = keep.then_some([q, k, v]);
-        let (before, mut middle) = match keep {
-            true => (Some(Buffer::of(&x)), x),
-            false => (None, x),
+        let residual = pass.rows.map(|rows| select_rows(&x, width, rows));
+        let (before, mut middle) = match (keep, residual) {
+            (true, None) => (Some(Buffer::of(&x)), x),
+            (false, None) => (None, x),
+            (_, Some(residual)) => (Some(x), residual),
         };
-        self.out.forward_into(&mixed, mode, Write::Add, &mut middle)?;
+        self.out.forward_into(&mixed, pass, Write::Add, &mut middle)?;
         let mixed = (keep && self.out.reads_input()).then_some(mixed);
         let middle_normed = self.post_norm.forward(&middle)?;
-        let gate = self.gate.forward(&middle_normed, mode)?;
-        let up = self.up.forward(&middle_normed, mode)?;
+        let gate = self.gate.forward(&middle_normed, pass)?;
+        let up = self.up.forward(&middle_normed, pass)?;
         let reads = self.gate.reads_input() || self.up.reads_input();
         let middle_normed = (keep && reads).then_some(middle_normed);
         let mut product = Buffer::new(up.len());
         swiglu(&gate, &up, &mut product);
         let mut out = Buffer::of(&middle);
-        self.down.forward_into(&product, mode, Write::Add, &mut out)?;
+        self.down.forward_into(&product, pass, Write::Add, &mut out)?;
         let saved = attention.zip(before).map(|(attention, x)| Saved {
             x,
             normed,
+            chosen,
             before: [q_before, k_before],
             attention,
             mixed,
             middle,
-            middle_normed,
-            gate,
-            up,
+            mlp: Mlp { normed: middle_normed, gate, up },
         });
         Ok((out, saved))
     }
@@ -142,12 +157,13 @@ impl DecoderLayer {
         mut grad: Buffer,
         how: &Attention,
         table: Option<&RopeTable>,
-        mode: Mode,
+        pass: Pass<'_>,
         below: bool,
         gradients: &mut Gradients,
     ) -> Result<Option<Buffer>> {
-        let Saved { x, normed, before, attention, mixed, middle, middle_normed, mut gate, up } =
-            saved;
+        let Saved { x, normed, chosen, before, attention, mixed, middle, mlp } = saved;
+        let Mlp { normed: middle_normed, mut gate, up } = mlp;
+
         let [q, k, v] = attention;
         let product = self.down.reads_input().then(|| {
             let mut product = Buffer::new(up.len());
@@ -157,20 +173,21 @@ impl DecoderLayer {
         let mut to_up = Buffer::new(up.len());
         let into = Some((&mut to_up[..], Write::Over));
         let product = product.as_deref().unwrap_or_default();
-        self.down.backward(product, &grad, mode, into, gradients)?;
+        self.down.backward(product, &grad, pass, into, gradients)?;
         swiglu_backward(&mut gate, &up, &mut to_up);
         drop(up);
         let mut to_normed = Buffer::new(grad.len());
         let read = middle_normed.as_deref().unwrap_or_default();
         let into = Some((&mut to_normed[..], Write::Over));
-        self.gate.backward(read, &gate, mode, into, gradients)?;
+        self.gate.backward(read, &gate, pass, into, gradients)?;
         let into = Some((&mut to_normed[..], Write::Add));
-        self.up.backward(read, &to_up, mode, into, gradients)?;
+        self.up.backward(read, &to_up, pass, into, gradients)?;
         drop((gate, to_up, middle_normed));
         self.post_norm.backward(&middle, &mut to_normed, gradients)?;
         add(&mut grad, &to_normed);
         drop((middle, to_normed));
 
+        let width = self.query.inputs();
         let norms = [self.query_norm.as_ref(), self.key_norm.as_ref()];
         let further = below || self.input_norm.trains();
         let mut wanted = [&self.query, &self.key, &self.value].map(|l| further || l.trains());
@@ -182,33 +199,56 @@ impl DecoderLayer {
         }
         let mut to_mixed = Buffer::new(q.len());
         let into = Some((&mut to_mixed[..], Write::Over));
-        self.out.backward(mixed.as_deref().unwrap_or_default(), &grad, mode, into, gradients)?;
+        self.out.backward(mixed.as_deref().unwrap_or_default(), &grad, pass, into, gradients)?;
         drop(mixed);
         let by = how.backward([&q, &k, &v], &to_mixed, wanted);
         drop((to_mixed, q, k, v));
-        let read = normed.as_deref().unwrap_or_default();
+        let normed = normed.as_deref().unwrap_or_default();
+        let own = chosen.as_deref().unwrap_or(normed);
         let [q_before, k_before] = before;
+        let whole = Pass::whole(pass.mode);
         let layers = [
-            (&self.query, by.query, norms[0].zip(q_before), table),
-            (&self.key, by.key, norms[1].zip(k_before), table),
-            (&self.value, by.value, None, None),
+            (&self.query, by.query, norms[0].zip(q_before), table, own, pass),
+            (&self.key, by.key, norms[1].zip(k_before), table, normed, whole),
+            (&self.value, by.value, None, None, normed, whole),
         ];
         let mut to_normed: Option<Buffer> = None;
-        for (layer, g, norm, table) in layers {
+        for (layer, g, norm, table, read, at) in layers {
             let Some(mut g) = g else { continue };
             if let Some(table) = table {
-                table.rotate(&mut g, layer.outputs(), Turn::Back);
+                table.rotate(&mut g, layer.outputs(), at.rows, Turn::Back);
             }
             if let Some((norm, before)) = norm {
                 norm.backward(&before, &mut g, gradients)?;
             }
             let write = if to_normed.is_some() { Write::Add } else { Write::Over };
-            let into = further.then(|| to_normed.get_or_insert_with(|| Buffer::new(x.len())));
-            layer.backward(read, &g, mode, into.map(|b| (&mut b[..], write)), gradients)?;
+            let size = at.rows.map_or(x.len(), |rows| rows.len() * width);
+            let into = further.then(|| to_normed.get_or_insert_with(|| Buffer::new(size)));
+            layer.backward(read, &g, at, into.map(|b| (&mut b[..], write)), gradients)?;
+            // What the chosen rows got is part of what all get.
+            if let (Some(rows), Some(some)) = (at.rows, &mut to_normed) {
+                *some = spread(some, rows, x.len());
+            }
         }
         let Some(mut to_normed) = to_normed else { return Ok(None) };
         self.input_norm.backward(&x, &mut to_normed, gradients)?;
-        add(&mut grad, &to_normed);
-        Ok(below.then_some(grad))
+        if !below {
+            return Ok(None);
+        }
+        match pass.rows {
+            None => add(&mut grad, &to_normed),
+            Some(rows) => {
+                add_rows(&grad, width, rows, None, &mut to_normed);
+                grad = to_normed;
+            }
+        }
+        Ok(Some(grad))
     }
+}
+
+/// Rows at their places among zeros, `all` numbers together.
+fn spread(some: &[f32], rows: &[u32], all: usize) -> Buffer {
+    let mut out = Buffer::zeros(all);
+    add_rows(some, some.len() / rows.len().max(1), rows, None, &mut out);
+    out
 }

@@ -8,7 +8,7 @@ use crate::learn::batch::Packed;
 use crate::learn::config::ModelConfig;
 use crate::learn::gradients::Gradients;
 use crate::learn::layout::WORD;
-use crate::learn::linear::{Dropout, Mode, Parameters};
+use crate::learn::linear::{Dropout, Parameters, Pass};
 use crate::learn::ops::{Buffer, add, add_rows, select_rows, with_slices};
 
 #[derive(Debug)]
@@ -62,7 +62,11 @@ impl Embeddings {
     }
 
     /// `[tokens, hidden]`, and what the backward pass reads again.
-    pub(super) fn forward(&self, batch: &Packed, mode: Mode) -> Result<(Buffer, Option<Buffer>)> {
+    pub(super) fn forward(
+        &self,
+        batch: &Packed,
+        pass: Pass<'_>,
+    ) -> Result<(Buffer, Option<Buffer>)> {
         let mut x = look_up(&self.word, &batch.ids)?;
         let Some(e) = &self.encoder else { return Ok((x, None)) };
         add(&mut x, &look_up(&e.position, &batch.positions)?);
@@ -70,7 +74,7 @@ impl Embeddings {
             add(&mut x, &look_up(types, &batch.types)?);
         }
         let mut out = e.norm.forward(&x)?;
-        e.drop.apply(&mut out, mode);
+        e.drop.apply(&mut out, pass);
         Ok((out, Some(x)))
     }
 
@@ -80,12 +84,12 @@ impl Embeddings {
         batch: &Packed,
         saved: Option<Buffer>,
         mut grad: Buffer,
-        mode: Mode,
+        pass: Pass<'_>,
         gradients: &mut Gradients,
     ) -> Result<()> {
         let mut tables = vec![(&self.word, &batch.ids, self.pad)];
         if let Some(e) = &self.encoder {
-            e.drop.apply(&mut grad, mode);
+            e.drop.apply(&mut grad, pass);
             e.norm.backward(saved.as_deref().unwrap_or_default(), &mut grad, gradients)?;
             tables.push((&e.position, &batch.positions, None));
             tables.extend(e.token_type.as_ref().map(|types| (types, &batch.types, None)));

@@ -6,8 +6,8 @@ use super::norm::LayerNorm;
 use crate::learn::config::{Family, ModelConfig};
 use crate::learn::gradients::Gradients;
 use crate::learn::layout::EncoderNames;
-use crate::learn::linear::{Dropout, Linear, Mode, Parameters, Write};
-use crate::learn::ops::{Attention, Buffer, gelu, gelu_backward};
+use crate::learn::linear::{Dropout, Linear, Parameters, Pass, Write};
+use crate::learn::ops::{Attention, Buffer, add_rows, gelu, gelu_backward, select_rows};
 
 #[derive(Debug)]
 pub(super) struct EncoderLayer {
@@ -28,6 +28,8 @@ pub(super) struct EncoderLayer {
 /// What the backward pass reads again; an input of linear layers only where it is read.
 pub(in crate::learn) struct Saved {
     x: Option<Buffer>,
+    /// The rows of `x` that there are results for, if not all.
+    chosen: Option<Buffer>,
     attention: [Buffer; 3],
     mixed: Option<Buffer>,
     attention_sum: Buffer,
@@ -62,37 +64,43 @@ impl EncoderLayer {
         all.iter().any(|l| l.trains()) || self.attention_norm.trains() || self.output_norm.trains()
     }
 
-    /// `[tokens, hidden]` to the same.
+    /// `[tokens, hidden]` to the same, or to the rows of the pass: only keys and values are needed
+    /// of the others.
     pub(super) fn forward(
         &self,
         x: Buffer,
         how: &Attention,
-        mode: Mode,
+        pass: Pass<'_>,
         keep: bool,
     ) -> Result<(Buffer, Option<Saved>)> {
-        let [q, k, v] = [&self.query, &self.key, &self.value].map(|l| l.forward(&x, mode));
-        let (q, k, v) = (q?, k?, v?);
+        let whole = Pass::whole(pass.mode);
+        let chosen = pass.rows.map(|rows| select_rows(&x, self.query.inputs(), rows));
+        let own = chosen.as_deref().unwrap_or(&x);
+        let q = self.query.forward(own, pass)?;
+        let [k, v] = [&self.key, &self.value].map(|l| l.forward(&x, whole));
+        let (k, v) = (k?, v?);
         let mut mixed = Buffer::new(q.len());
         how.forward(&q, &k, &v, &mut mixed);
         let attention = keep.then_some([q, k, v]);
-        let mut attention_sum = self.out.forward(&mixed, mode)?;
+        let mut attention_sum = self.out.forward(&mixed, pass)?;
         let mixed = (keep && self.out.reads_input()).then_some(mixed);
         if let Some(drop) = &self.out_drop {
-            drop.apply(&mut attention_sum, mode);
+            drop.apply(&mut attention_sum, pass);
         }
-        let middle = self.attention_norm.add_forward(&mut attention_sum, &x)?;
-        let up = self.up.forward(&middle, mode)?;
+        let middle = self.attention_norm.add_forward(&mut attention_sum, own)?;
+        let up = self.up.forward(&middle, pass)?;
         let mut activated = Buffer::new(up.len());
         gelu(&up, &mut activated);
-        let mut output_sum = self.down.forward(&activated, mode)?;
+        let mut output_sum = self.down.forward(&activated, pass)?;
         drop(activated);
-        self.down_drop.apply(&mut output_sum, mode);
+        self.down_drop.apply(&mut output_sum, pass);
         let out = self.output_norm.add_forward(&mut output_sum, &middle)?;
-        let reads = [&self.query, &self.key, &self.value].iter().any(|l| l.reads_input());
-        let x = reads.then_some(x);
+        let chosen = chosen.filter(|_| self.query.reads_input());
+        let x = [&self.query, &self.key, &self.value].iter().any(|l| l.reads_input()).then_some(x);
         let middle = self.up.reads_input().then_some(middle);
         let saved = attention.map(|attention| Saved {
             x,
+            chosen,
             attention,
             mixed,
             attention_sum,
@@ -109,18 +117,16 @@ impl EncoderLayer {
         saved: Saved,
         mut grad: Buffer,
         how: &Attention,
-        mode: Mode,
+        pass: Pass<'_>,
         below: bool,
         gradients: &mut Gradients,
     ) -> Result<Option<Buffer>> {
-        let Saved { x, attention: [q, k, v], mixed, attention_sum, middle, up, output_sum } = saved;
+        let Saved { x, chosen, attention, mixed, attention_sum, middle, up, output_sum } = saved;
+        let [q, k, v] = attention;
         self.output_norm.backward(&output_sum, &mut grad, gradients)?;
         drop(output_sum);
         // Past the dropout goes a masked copy; the residual takes the gradient as it is.
-        let mut dropped = None;
-        if let Some(mask) = self.down_drop.mask(mode) {
-            dropped = Some(mask.apply(&grad));
-        }
+        let dropped = self.down_drop.applied(&grad, pass);
         let to_down = dropped.as_deref().unwrap_or(&grad);
         let activated = self.down.reads_input().then(|| {
             let mut activated = Buffer::new(up.len());
@@ -130,11 +136,11 @@ impl EncoderLayer {
         let mut wide = Buffer::new(up.len());
         let into = Some((&mut wide[..], Write::Over));
         let activated = activated.as_deref().unwrap_or_default();
-        self.down.backward(activated, to_down, mode, into, gradients)?;
+        self.down.backward(activated, to_down, pass, into, gradients)?;
         gelu_backward(&up, &mut wide);
         drop((up, dropped));
         let into = Some((&mut grad[..], Write::Add));
-        self.up.backward(middle.as_deref().unwrap_or_default(), &wide, mode, into, gradients)?;
+        self.up.backward(middle.as_deref().unwrap_or_default(), &wide, pass, into, gradients)?;
         drop((wide, middle));
         self.attention_norm.backward(&attention_sum, &mut grad, gradients)?;
         drop(attention_sum);
@@ -142,20 +148,31 @@ impl EncoderLayer {
         if wanted == [false; 3] && !self.out.trains() {
             return Ok(None);
         }
-        let dropped = self.out_drop.and_then(|d| d.mask(mode)).map(|mask| mask.apply(&grad));
+        let dropped = self.out_drop.and_then(|d| d.applied(&grad, pass));
         let to_out = dropped.as_deref().unwrap_or(&grad);
         let mut to_mixed = Buffer::new(q.len());
         let into = Some((&mut to_mixed[..], Write::Over));
-        self.out.backward(mixed.as_deref().unwrap_or_default(), to_out, mode, into, gradients)?;
+        self.out.backward(mixed.as_deref().unwrap_or_default(), to_out, pass, into, gradients)?;
         drop((mixed, dropped));
         let by = how.backward([&q, &k, &v], &to_mixed, wanted);
+        let tokens = k.len() / self.key.outputs();
         drop((to_mixed, q, k, v));
         let x = x.as_deref().unwrap_or_default();
-        let layers = [(&self.query, by.query), (&self.key, by.key), (&self.value, by.value)];
-        for (layer, g) in layers {
+        if let Some(g) = by.query {
+            let into = below.then_some((&mut grad[..], Write::Add));
+            self.query.backward(chosen.as_deref().unwrap_or(x), &g, pass, into, gradients)?;
+        }
+        // What the chosen rows got is part of what all get.
+        if let Some(rows) = pass.rows.filter(|_| below) {
+            let width = self.key.inputs();
+            let mut all = Buffer::zeros(tokens * width);
+            add_rows(&grad, width, rows, None, &mut all);
+            grad = all;
+        }
+        for (layer, g) in [(&self.key, by.key), (&self.value, by.value)] {
             let Some(g) = g else { continue };
             let into = below.then_some((&mut grad[..], Write::Add));
-            layer.backward(x, &g, mode, into, gradients)?;
+            layer.backward(x, &g, Pass::whole(pass.mode), into, gradients)?;
         }
         Ok(below.then_some(grad))
     }

@@ -27,6 +27,8 @@ pub(crate) struct Attention {
     pub(crate) window: Option<usize>,
     /// Drops attention probabilities.
     pub(crate) dropout: Option<Mask>,
+    /// The tokens that there are queries of, in their order; `None`: all.
+    pub(crate) queries: Option<Arc<[u32]>>,
     /// Where each sequence begins, and the number of tokens.
     pub(crate) starts: Arc<[usize]>,
     /// Tokens of its sequence that each token does not see among those that it would; empty: none.
@@ -35,13 +37,12 @@ pub(crate) struct Attention {
 
 /// Some queries of one head of a sequence.
 struct Queries {
+    sequence: usize,
     /// The sequence's tokens in the batch.
     rows: Range<usize>,
-    /// The sequence.
-    sequence: usize,
     head: usize,
-    /// Of the sequence.
-    queries: Range<usize>,
+    /// Rows of the queries.
+    at: Range<usize>,
 }
 
 /// Gradients of an attention's arguments; those that are not wanted are left out.
@@ -59,6 +60,24 @@ impl Attention {
         self.starts.windows(2).map(|w| w[0]..w[1]).enumerate()
     }
 
+    /// Rows of the queries of a sequence with these tokens.
+    fn queries(&self, rows: &Range<usize>) -> Range<usize> {
+        let Some(chosen) = &self.queries else { return rows.clone() };
+        let before = |end: usize| chosen.partition_point(|q| (*q as usize) < end);
+        before(rows.start)..before(rows.end)
+    }
+
+    /// The rows of the queries of a sequence in blocks.
+    fn blocks(&self, rows: &Range<usize>) -> impl Iterator<Item = Range<usize>> + use<> {
+        let all = self.queries(rows);
+        all.clone().step_by(QUERIES).map(move |first| first..(first + QUERIES).min(all.end))
+    }
+
+    /// Where in its sequence a query stands.
+    fn position(&self, rows: &Range<usize>, query: usize) -> usize {
+        self.queries.as_ref().map_or(query, |chosen| chosen[query] as usize) - rows.start
+    }
+
     /// Keys that a query of a sequence of `n` sees.
     fn keys(&self, query: usize, n: usize) -> Range<usize> {
         let end = if self.causal { query + 1 } else { n };
@@ -66,9 +85,10 @@ impl Attention {
         start..end
     }
 
-    /// Keys that any of some queries sees.
-    fn keys_of(&self, queries: &Range<usize>, n: usize) -> Range<usize> {
-        self.keys(queries.start, n).start..self.keys(queries.end - 1, n).end
+    /// Keys that any of some queries of a sequence sees.
+    fn keys_of(&self, at: &Range<usize>, rows: &Range<usize>) -> Range<usize> {
+        let keys = |query| self.keys(self.position(rows, query), rows.len());
+        keys(at.start).start..keys(at.end - 1).end
     }
 
     fn part<'a>(&self, data: &'a [f32], rows: Range<usize>, heads: usize, i: usize) -> Matrix<'a> {
@@ -85,26 +105,29 @@ impl Attention {
     fn drop(&self, q: &Queries, keys: &Range<usize>, p: &mut [f32]) {
         let Some(mask) = self.dropout else { return };
         let mask = mask.at((q.sequence * self.heads + q.head) as u64);
-        for (query, p) in q.queries.clone().zip(p.chunks_exact_mut(keys.len())) {
-            mask.apply_from(query * q.rows.len() + keys.start, p);
+        for (query, p) in q.at.clone().zip(p.chunks_exact_mut(keys.len())) {
+            let position = self.position(&q.rows, query);
+            mask.apply_from(position * q.rows.len() + keys.start, p);
         }
     }
 
     /// Softmax of the scaled scores of some queries and `keys`, 0 where a key is not seen.
     /// `[queries, keys]`.
-    fn probabilities(&self, q: &[f32], k: &[f32], at: &Queries, keys: &Range<usize>) -> Buffer {
-        let (n, m, start) = (at.rows.len(), keys.len(), at.rows.start);
-        let kv = at.head / (self.heads / self.kv_heads);
-        let q = self.part(q, start + at.queries.start..start + at.queries.end, self.heads, at.head);
+    fn probabilities(&self, q: &[f32], k: &[f32], these: &Queries, keys: &Range<usize>) -> Buffer {
+        let Queries { rows, at, head, .. } = these;
+        let (n, m, start) = (rows.len(), keys.len(), rows.start);
+        let kv = head / (self.heads / self.kv_heads);
+        let q = self.part(q, at.clone(), self.heads, *head);
         let k = self.part(k, start + keys.start..start + keys.end, self.kv_heads, kv);
-        let mut p = Buffer::new(at.queries.len() * m);
+        let mut p = Buffer::new(at.len() * m);
         product((&mut p, m), 0.0, self.scale(), q, k.t(), Threads::One);
         wide!({
-            for (query, row) in at.queries.clone().zip(p.chunks_exact_mut(m)) {
-                let seen = self.keys(query, n);
+            for (query, row) in at.clone().zip(p.chunks_exact_mut(m)) {
+                let position = self.position(rows, query);
+                let seen = self.keys(position, n);
                 row[..seen.start - keys.start].fill(0.0);
                 row[seen.end - keys.start..].fill(0.0);
-                if let Some(hidden) = self.hidden.get(start + query) {
+                if let Some(hidden) = self.hidden.get(start + position) {
                     let hidden = hidden.start.max(keys.start)..hidden.end.min(keys.end);
                     if !hidden.is_empty() {
                         row[hidden.start - keys.start..hidden.end - keys.start]
@@ -126,28 +149,28 @@ impl Attention {
     }
 
     /// `out = softmax(q k^T / sqrt(head)) v` within each sequence. `q` and `out` are
-    /// `[tokens, heads * head]`, `k` and `v` are `[tokens, kv_heads * head]`.
+    /// `[queries, heads * head]`, `k` and `v` are `[tokens, kv_heads * head]`.
     pub(crate) fn forward(&self, q: &[f32], k: &[f32], v: &[f32], out: &mut [f32]) {
-        let width = self.heads * self.head;
+        let (width, group) = (self.heads * self.head, self.heads / self.kv_heads);
         let mut tasks = Vec::new();
         let mut rest = out;
         for (sequence, rows) in self.sequences() {
-            for first in (0..rows.len()).step_by(QUERIES) {
-                let queries = first..(first + QUERIES).min(rows.len());
-                let (out, others) = rest.split_at_mut(queries.len() * width);
-                tasks.push((sequence, rows.clone(), queries, out));
+            for at in self.blocks(&rows) {
+                let (out, others) = rest.split_at_mut(at.len() * width);
+                tasks.push((Queries { sequence, rows: rows.clone(), head: 0, at }, out));
                 rest = others;
             }
         }
-        tasks.into_par_iter().for_each(|(sequence, rows, queries, out)| {
-            let keys = self.keys_of(&queries, rows.len());
+        tasks.into_par_iter().for_each(|(mut these, out)| {
+            let keys = self.keys_of(&these.at, &these.rows);
+            let start = these.rows.start;
             for head in 0..self.heads {
-                let at = Queries { rows: rows.clone(), sequence, head, queries: queries.clone() };
-                let mut p = self.probabilities(q, k, &at, &keys);
-                self.drop(&at, &keys, &mut p);
-                let kv = head / (self.heads / self.kv_heads);
-                let v = self.part(v, rows.start + keys.start..rows.start + keys.end, self.kv_heads, kv);
-                let p = Matrix::new(&p, queries.len(), keys.len());
+                these.head = head;
+                let mut p = self.probabilities(q, k, &these, &keys);
+                self.drop(&these, &keys, &mut p);
+                let those = start + keys.start..start + keys.end;
+                let v = self.part(v, those, self.kv_heads, head / group);
+                let p = Matrix::new(&p, these.at.len(), keys.len());
                 let out = &mut out[head * self.head..];
                 product((out, width), 0.0, 1.0, p, v, Threads::One);
             }
@@ -172,39 +195,38 @@ impl Attention {
             .into_par_iter()
             .map(|(sequence, rows, kv)| {
                 let (n, d) = (rows.len(), self.head);
-                let mut dq = wanted[0].then(|| Buffer::new(n * group * d));
+                let all = self.queries(&rows);
+                let mut dq = wanted[0].then(|| Buffer::new(all.len() * group * d));
                 let mut dk = wanted[1].then(|| Buffer::zeros(n * d));
                 let mut dv = wanted[2].then(|| Buffer::zeros(n * d));
-                for first in (0..n).step_by(QUERIES) {
-                    let queries = first..(first + QUERIES).min(n);
-                    let keys = self.keys_of(&queries, n);
+                for at in self.blocks(&rows) {
+                    let keys = self.keys_of(&at, &rows);
                     let (m, from) = (keys.len(), keys.start * d);
-                    let these = rows.start + queries.start..rows.start + queries.end;
                     let those = rows.start + keys.start..rows.start + keys.end;
                     let k_ = self.part(k, those.clone(), self.kv_heads, kv);
                     let v_ = self.part(v, those, self.kv_heads, kv);
                     for head in kv * group..(kv + 1) * group {
-                        let (rows, queries) = (rows.clone(), queries.clone());
-                        let at = Queries { rows, sequence, head, queries };
-                        let q_ = self.part(q, these.clone(), self.heads, head);
-                        let g = self.part(grad, these.clone(), self.heads, head);
-                        let p = self.probabilities(q, k, &at, &keys);
+                        let rows = rows.clone();
+                        let these = Queries { sequence, rows, head, at: at.clone() };
+                        let q_ = self.part(q, at.clone(), self.heads, head);
+                        let g = self.part(grad, at.clone(), self.heads, head);
+                        let p = self.probabilities(q, k, &these, &keys);
                         if let Some(dv) = &mut dv {
                             let kept = self.dropout.map(|_| {
                                 let mut kept = Buffer::of(&p);
-                                self.drop(&at, &keys, &mut kept);
+                                self.drop(&these, &keys, &mut kept);
                                 kept
                             });
                             let kept = kept.as_ref().unwrap_or(&p);
-                            let kept = Matrix::new(kept, these.len(), m);
+                            let kept = Matrix::new(kept, at.len(), m);
                             product((&mut dv[from..], d), 1.0, 1.0, kept.t(), g, Threads::One);
                         }
                         if dq.is_none() && dk.is_none() {
                             continue;
                         }
-                        let mut ds = Buffer::new(these.len() * m);
+                        let mut ds = Buffer::new(at.len() * m);
                         product((&mut ds, m), 0.0, 1.0, g, v_.t(), Threads::One);
-                        self.drop(&at, &keys, &mut ds);
+                        self.drop(&these, &keys, &mut ds);
                         wide!({
                             for (p, ds) in p.chunks_exact(m).zip(ds.chunks_exact_mut(m)) {
                                 let dot = dot(p, ds);
@@ -213,10 +235,11 @@ impl Attention {
                                 }
                             }
                         });
-                        let ds = Matrix::new(&ds, these.len(), m);
+                        let ds = Matrix::new(&ds, at.len(), m);
                         if let Some(dq) = &mut dq {
-                            let at = first * group * d + (head - kv * group) * d;
-                            let out = (&mut dq[at..], group * d);
+                            let row = at.start - all.start;
+                            let out = &mut dq[(row * group + head - kv * group) * d..];
+                            let out = (out, group * d);
                             product(out, 0.0, self.scale(), ds, k_, Threads::One);
                         }
                         if let Some(dk) = &mut dk {
@@ -228,19 +251,22 @@ impl Attention {
                 [dq, dk, dv]
             })
             .collect();
-        let (wide, narrow) = (self.heads * self.head, self.kv_heads * self.head);
-        let whole = |i: usize, width| wanted[i].then(|| self.assemble(&done, i, width));
-        AttentionGradients { query: whole(0, wide), key: whole(1, narrow), value: whole(2, narrow) }
+        let whole = |i: usize, heads| wanted[i].then(|| self.assemble(&done, i, heads));
+        let (query, key) = (whole(0, self.heads), whole(1, self.kv_heads));
+        AttentionGradients { query, key, value: whole(2, self.kv_heads) }
     }
 
-    /// `[tokens, width]` from what the tasks computed for their heads.
-    fn assemble(&self, done: &[[Option<Buffer>; 3]], i: usize, width: usize) -> Buffer {
-        let part = width / self.kv_heads;
-        let mut out = Buffer::new(self.starts.last().copied().unwrap_or(0) * width);
+    /// `[queries or tokens, heads * head]` from what the tasks computed for their heads.
+    fn assemble(&self, done: &[[Option<Buffer>; 3]], i: usize, heads: usize) -> Buffer {
+        let (width, part) = (heads * self.head, heads / self.kv_heads * self.head);
+        let count =
+            |rows: &Range<usize>| if i == 0 { self.queries(rows).len() } else { rows.len() };
+        let counts: Vec<usize> = self.sequences().map(|(_, rows)| count(&rows)).collect();
+        let mut out = Buffer::new(counts.iter().sum::<usize>() * width);
         let mut rest = &mut *out;
         let mut sequences = Vec::new();
-        for (_, rows) in self.sequences() {
-            let (first, others) = rest.split_at_mut(rows.len() * width);
+        for rows in counts {
+            let (first, others) = rest.split_at_mut(rows * width);
             sequences.push(first);
             rest = others;
         }
@@ -260,6 +286,7 @@ impl Attention {
 #[cfg(test)]
 mod tests {
     use super::super::tests::{check, normal};
+    use super::super::{add_rows, select_rows};
     use super::*;
     use crate::learn::random::Stream;
 
@@ -271,6 +298,7 @@ mod tests {
             causal,
             window,
             dropout: None,
+            queries: None,
             starts: [0, 5, 6, 13].into(),
             hidden: [].into(),
         }
@@ -287,20 +315,24 @@ mod tests {
         let q = normal("q", tokens * how.heads * how.head);
         let [k, v] = ["k", "v"].map(|n| normal(n, tokens * how.kv_heads * how.head));
         let args = [&q[..], &k, &v];
-        check(&args, |a| run(how, a), |a, g| {
-            let all = how.backward([a[0], a[1], a[2]], g, [true; 3]);
-            let all = [all.query, all.key, all.value].map(|x| x.unwrap().to_vec());
-            // What is not wanted does not disturb the rest.
-            for i in 0..3 {
-                let mut wanted = [false; 3];
-                wanted[i] = true;
-                let one = how.backward([a[0], a[1], a[2]], g, wanted);
-                let one = [one.query, one.key, one.value];
-                assert!(one.iter().enumerate().all(|(j, x)| x.is_some() == (i == j)));
-                assert_eq!(one[i].as_ref().unwrap()[..], all[i][..]);
-            }
-            all.to_vec()
-        });
+        check(
+            &args,
+            |a| run(how, a),
+            |a, g| {
+                let all = how.backward([a[0], a[1], a[2]], g, [true; 3]);
+                let all = [all.query, all.key, all.value].map(|x| x.unwrap().to_vec());
+                // What is not wanted does not disturb the rest.
+                for i in 0..3 {
+                    let mut wanted = [false; 3];
+                    wanted[i] = true;
+                    let one = how.backward([a[0], a[1], a[2]], g, wanted);
+                    let one = [one.query, one.key, one.value];
+                    assert!(one.iter().enumerate().all(|(j, x)| x.is_some() == (i == j)));
+                    assert_eq!(one[i].as_ref().unwrap()[..], all[i][..]);
+                }
+                all.to_vec()
+            },
+        );
     }
 
     #[test]
@@ -318,6 +350,30 @@ mod tests {
         check_gradients(&Attention { dropout, ..shape(2, true, None) });
     }
 
+    /// Some of the queries: the same as for all, with and without dropout.
+    #[test]
+    fn chosen_queries() {
+        let [q, k, v] = ["q", "k", "v"].map(|n| normal(n, 13 * 12));
+        let chosen = [2u32, 5, 6, 11, 12];
+        let take = |x: &[f32]| select_rows(x, 12, &chosen).to_vec();
+        for p in [0.0, 0.4] {
+            let dropout = Mask::new(Stream::new(3, "p"), p);
+            let all = Attention { dropout, ..shape(4, true, Some(4)) };
+            let some = Attention { queries: Some(chosen.into()), ..all.clone() };
+            let out = run(&some, &[&take(&q), &k, &v]);
+            assert_eq!(out, take(&run(&all, &[&q, &k, &v])));
+            let g = normal("g", 5 * 12);
+            let mut spread = vec![0.0; 13 * 12];
+            add_rows(&g, 12, &chosen, None, &mut spread);
+            let want = all.backward([&q, &k, &v], &spread, [true; 3]);
+            let found = some.backward([&take(&q), &k, &v], &g, [true; 3]);
+            let near = |a: &[f32], b: &[f32]| a.iter().zip(b).all(|(a, b)| (a - b).abs() < 1e-5);
+            assert!(near(&found.query.unwrap(), &take(&want.query.unwrap())));
+            assert!(near(&found.key.unwrap(), &want.key.unwrap()));
+            assert!(near(&found.value.unwrap(), &want.value.unwrap()));
+        }
+    }
+
     /// More queries than are in memory at once: the same as each query on its own, from the
     /// definition, in f64.
     #[test]
@@ -326,11 +382,7 @@ mod tests {
         let [q, k, v] = ["q", "k", "v"].map(|name| normal(name, n * 6));
         let starts: Arc<[usize]> = [0, n].into();
         for (causal, window) in [(false, None), (true, None), (true, Some(70))] {
-            let how = Attention {
-                heads: 2,
-                starts: starts.clone(),
-                ..shape(2, causal, window)
-            };
+            let how = Attention { heads: 2, starts: starts.clone(), ..shape(2, causal, window) };
             let out = run(&how, &[&q, &k, &v]);
             let dot = |i: usize, j: usize, h: usize| -> f64 {
                 let pair = |e| f64::from(q[i * 6 + h * 3 + e]) * f64::from(k[j * 6 + h * 3 + e]);

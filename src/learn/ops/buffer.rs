@@ -119,7 +119,12 @@ mod tests {
 
     #[test]
     fn memory_is_used_again_but_not_hoarded() {
-        let mut pool = Pool { free: vec![vec![0.0; 9000], vec![0.0; 5000]], spare: 14_000, used: 0, peak: 10_000 };
+        let mut pool = Pool {
+            free: vec![vec![0.0; 9000], vec![0.0; 5000]],
+            spare: 14_000,
+            used: 0,
+            peak: 10_000,
+        };
         assert_eq!(pool.take(4900).map(|v| v.len()), Some(5000));
         assert!(pool.take(9001).is_none() && pool.take(100).is_none());
         pool.make_room(4000);

@@ -71,6 +71,13 @@ impl Mask {
         let tasks = data.par_chunks_mut(TASK).enumerate();
         tasks.for_each(|(i, part)| self.apply_from(i * TASK, part));
     }
+
+    /// Multiplies these rows of a matrix, which are all that is there, by the mask of the matrix.
+    pub(crate) fn apply_to_rows(&self, rows: &[u32], data: &mut [f32]) {
+        let cols = data.len() / rows.len().max(1);
+        let each = data.par_chunks_mut(cols.max(1)).with_min_len(16).zip(rows);
+        each.for_each(|(row, i)| self.apply_from(*i as usize * cols, row));
+    }
 }
 
 #[cfg(test)]
@@ -99,5 +106,8 @@ mod tests {
             mask.apply_from(start, &mut part);
             assert_eq!(part, whole[start..end], "{start}..{end}");
         }
+        let mut rows = vec![1.0; 200];
+        mask.apply_to_rows(&[1, 4], &mut rows);
+        assert_eq!(rows, [&whole[100..200], &whole[400..]].concat());
     }
 }

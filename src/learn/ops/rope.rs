@@ -39,11 +39,13 @@ impl RopeTable {
         &self.sin
     }
 
-    /// Rotates every head of `[tokens, width]` in place: forwards, or back as gradients go.
-    pub(crate) fn rotate(&self, x: &mut [f32], width: usize, turn: Turn) {
+    /// Rotates every head of `[tokens, width]`, or of the `rows` of it that there are, in place:
+    /// forwards, or back as gradients go.
+    pub(crate) fn rotate(&self, x: &mut [f32], width: usize, rows: Option<&[u32]>, turn: Turn) {
         let half = self.half;
         let sign = if turn == Turn::Forwards { 1.0 } else { -1.0 };
-        x.par_chunks_mut(width).with_min_len(16).enumerate().for_each(|(t, x)| {
+        x.par_chunks_mut(width).with_min_len(16).enumerate().for_each(|(i, x)| {
+            let t = rows.map_or(i, |rows| rows[i] as usize);
             let (cos, sin) = (&self.cos[t * half..][..half], &self.sin[t * half..][..half]);
             wide!({
                 for x in x.chunks_exact_mut(2 * half) {
@@ -77,7 +79,7 @@ mod tests {
         let table = RopeTable::new(&[1.0, 0.3, 0.01], &[0, 1, 2, 0, 1]);
         let turned = |x: &[f32], turn| {
             let mut x = x.to_vec();
-            table.rotate(&mut x, 18, turn);
+            table.rotate(&mut x, 18, None, turn);
             x
         };
         let x = normal("x", 5 * 18);
@@ -89,9 +91,12 @@ mod tests {
         let table = RopeTable::new(&[1.0, 0.3], &[0, 7]);
         let x = normal("x", 8);
         let mut y = x.clone();
-        table.rotate(&mut y, 4, Turn::Forwards);
+        table.rotate(&mut y, 4, None, Turn::Forwards);
         assert_eq!(x[..4], y[..4]);
         let norm = |v: &[f32]| v.iter().map(|x| x * x).sum::<f32>();
         assert!((norm(&x[4..]) - norm(&y[4..])).abs() < 1e-5);
+        let mut second = x[4..].to_vec();
+        table.rotate(&mut second, 4, Some(&[1]), Turn::Forwards);
+        assert_eq!(second, y[4..]);
     }
 }

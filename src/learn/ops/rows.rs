@@ -38,11 +38,15 @@ mod tests {
     #[test]
     fn selects_and_adds() {
         let (x, indices) = (normal("x", 35), [3, 0, 3, 1, 3]);
-        check(&[&x], |a| select_rows(a[0], 7, &indices).to_vec(), |_, g| {
-            let mut dx = vec![0.0; 35];
-            add_rows(g, 7, &indices, None, &mut dx);
-            vec![dx]
-        });
+        check(
+            &[&x],
+            |a| select_rows(a[0], 7, &indices).to_vec(),
+            |_, g| {
+                let mut dx = vec![0.0; 35];
+                add_rows(g, 7, &indices, None, &mut dx);
+                vec![dx]
+            },
+        );
     }
 
     #[test]
