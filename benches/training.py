@@ -1,4 +1,4 @@
-"""The works of training.rs in PyTorch, transformers and PEFT, f32: same weights, same rows.
+"""The works of training.rs in PyTorch, transformers and PEFT, f32 or bf16 autocast: same weights and rows.
 
 Started by `cargo bench --bench training -- --peer PYTHON`; prints one line of JSON.
 Needs: pip install torch transformers peft
@@ -48,6 +48,7 @@ infer = work["method"] == "infer"
 model.train(not infer)
 trained = [p for p in model.parameters() if p.requires_grad]
 optimizer = torch.optim.AdamW(trained, lr=1e-4)
+autocast = torch.autocast("cpu", torch.bfloat16, enabled=work["bf16"])
 seconds, start = [], 0.0
 for i in range(work["steps"] + 1):
     part = rows[i * work["batch"]:(i + 1) * work["batch"]]
@@ -55,10 +56,12 @@ for i in range(work["steps"] + 1):
         start = cpu()
     begin = time.perf_counter()
     if infer:
-        with torch.inference_mode():
+        with torch.inference_mode(), autocast:
             model(**batch(part)).logits.sum().item()
     else:
-        model(**batch(part)).loss.backward()
+        with autocast:
+            loss = model(**batch(part)).loss
+        loss.backward()
         torch.nn.utils.clip_grad_norm_(trained, 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)

@@ -4,13 +4,13 @@
 //! cargo bench --bench training                      # flow alone
 //! python3 -m venv peer && peer/bin/pip install torch transformers peft
 //! cargo bench --bench training -- --peer peer/bin/python
-//! cargo bench --bench training -- --peer peer/bin/python minilm
+//! cargo bench --bench training -- --peer peer/bin/python minilm bf16
 //! ```
 //!
 //! Each work is one process after another on the same weights (random, of the shapes of real
-//! models) and the same rows, f32. Seconds are the median of the steps; CPU seconds and the peak of
-//! memory are the process's, so they also tell on a machine that does other things. A last word
-//! chooses works by name.
+//! models) and the same rows, in f32 and in bf16 (PyTorch: autocast). Seconds are the median of the
+//! steps; CPU seconds and the peak of memory are the process's, so they also tell on a machine that
+//! does other things. Words choose works by name: those that hold all of them.
 #![expect(
     clippy::unwrap_used,
     clippy::print_stdout,
@@ -52,6 +52,7 @@ struct Work {
     length: usize,
     causal: bool,
     steps: usize,
+    bf16: bool,
 }
 
 /// What a program measured.
@@ -82,8 +83,16 @@ fn decoder() -> Value {
 }
 
 fn works() -> Vec<(Work, Value)> {
+    let all = [false, true].map(works_in);
+    let [f32, bf16] = all;
+    f32.into_iter().zip(bf16).flat_map(|(f32, bf16)| [f32, bf16]).collect()
+}
+
+fn works_in(bf16: bool) -> Vec<(Work, Value)> {
+    let arithmetic = if bf16 { "bf16" } else { "f32" };
     let work = |name: &str, method: &str, r, targets: &[&str], batch, length| Work {
-        name: name.to_owned(),
+        bf16,
+        name: format!("{name}, {arithmetic}"),
         method: method.to_owned(),
         r,
         targets: targets.iter().map(|t| (*t).to_owned()).collect(),
@@ -108,7 +117,7 @@ fn works() -> Vec<(Work, Value)> {
 /// Rows of a work: classes at full length; for a causal model 28 % of the length, of which the last
 /// 4 tokens are the answer.
 fn rows(work: &Work) -> Vec<Row> {
-    let stream = Stream::new(7, &work.name);
+    let stream = Stream::new(7, &work.method);
     let row = |i: usize| {
         let s = stream.at(i as u64);
         let n = if work.causal { work.length * 28 / 100 } else { work.length };
@@ -207,7 +216,7 @@ fn measure(dir: &Path) -> Value {
         quantization,
         seed: 1,
         dropout: None,
-        compute: Compute::Cpu,
+        compute: if work.bf16 { Compute::CpuBf16 } else { Compute::Cpu },
         gradient_checkpointing: false,
     };
     let model = Model::load(&files, &setup).unwrap();
@@ -270,7 +279,8 @@ fn main() {
         return;
     }
     let peer = after("--peer");
-    let chosen = arguments.last().filter(|a| !a.starts_with("--") && Some(*a) != peer.as_ref());
+    let words = arguments.iter().filter(|a| !a.starts_with("--") && Some(*a) != peer.as_ref());
+    let words: Vec<&String> = words.collect();
     let threads = std::thread::available_parallelism().map_or(1, usize::from);
     println!(
         "{threads} threads; per step: seconds, CPU seconds, rows a second; peak memory in GB\n"
@@ -278,7 +288,7 @@ fn main() {
     println!("| work | | s | CPU s | rows/s | GB | times the peer's speed |");
     println!("|---|---|---:|---:|---:|---:|---:|");
     for (work, config) in works() {
-        if chosen.is_some_and(|name| !work.name.contains(name.as_str())) {
+        if !words.iter().all(|word| work.name.contains(word.as_str())) {
             continue;
         }
         let dir = tempfile::tempdir().unwrap();

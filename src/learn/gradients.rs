@@ -5,7 +5,8 @@ use std::collections::HashMap;
 use anyhow::{Result, ensure};
 use candle_core::{Tensor, TensorId};
 
-use super::matrix::{Matrix, Threads, product};
+use super::arithmetic::Arithmetic;
+use super::matrix::{Matrix, Threads};
 
 /// Gradients by parameter; one that is used in several places gets the sum.
 #[derive(Debug, Default)]
@@ -35,15 +36,17 @@ impl Gradients {
     pub(crate) fn product(
         &mut self,
         parameter: &Tensor,
+        arithmetic: Arithmetic,
         alpha: f32,
         lhs: Matrix<'_>,
         rhs: Matrix<'_>,
     ) -> Result<()> {
         let n = parameter.elem_count();
-        let (found, cols) = (lhs.rows() * rhs.cols(), rhs.cols());
+        let ((rows, _), (_, cols)) = (lhs.size(), rhs.size());
+        let found = rows * cols;
         ensure!(n == found, "a gradient of {found} numbers for a parameter of {n}");
         let (sum, beta) = self.sum(parameter);
-        product((sum, cols), beta, alpha, lhs, rhs, Threads::All);
+        arithmetic.product((sum, cols), beta, alpha, lhs, rhs, Threads::All);
         Ok(())
     }
 

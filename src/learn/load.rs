@@ -8,6 +8,7 @@ use anyhow::{Context, Result, bail, ensure};
 use candle_core::{DType, Tensor, Var};
 
 use super::adapter::SavedAdapter;
+use super::arithmetic::Arithmetic;
 use super::config::ModelConfig;
 use super::files::Weights;
 use super::init;
@@ -133,14 +134,19 @@ impl Loading<'_> {
                         Frozen::Nf4(Arc::new(packed.with_context(|| p.name.clone())?))
                     }
                     // Another arithmetic takes the numbers as they came.
-                    _ if setup.compute != Compute::Cpu => Frozen::Dense(tensor),
+                    _ if !setup.compute.on_cpu() => Frozen::Dense(tensor),
                     _ => Frozen::Dense(tensor.to_dtype(DType::F32)?),
                 })
             };
             held.insert(p.name, (value, dtype));
         }
         let (seed, dropout) = (setup.seed, setup.dropout);
-        let parameters = Parameters { held, fresh, seed, dropout, ..Parameters::default() };
+        let arithmetic = match setup.compute {
+            Compute::CpuBf16 => Arithmetic::Bf16,
+            _ => Arithmetic::F32,
+        };
+        let parameters =
+            Parameters { held, fresh, seed, dropout, arithmetic, ..Parameters::default() };
         Ok((parameters, trainable))
     }
 

@@ -24,19 +24,24 @@ impl<'a> Matrix<'a> {
         Self { data, rows, cols, row: stride, col: 1 }
     }
 
-    /// How many rows.
-    pub(crate) fn rows(&self) -> usize {
-        self.rows
-    }
-
-    /// How many columns.
-    pub(crate) fn cols(&self) -> usize {
-        self.cols
-    }
-
     /// The transpose.
     pub(crate) fn t(self) -> Self {
         Self { rows: self.cols, cols: self.rows, row: self.col, col: self.row, ..self }
+    }
+
+    /// Rows and columns.
+    pub(crate) fn size(self) -> (usize, usize) {
+        (self.rows, self.cols)
+    }
+
+    /// Elements from one row to the next, and from one column to the next; one of them is 1.
+    pub(crate) fn strides(self) -> (usize, usize) {
+        (self.row, self.col)
+    }
+
+    /// The slice that it lies in, from element (0, 0) on.
+    pub(crate) fn data(self) -> &'a [f32] {
+        self.data
     }
 }
 

@@ -8,7 +8,10 @@
 //! same models on an NVIDIA GPU.
 
 mod adapter;
+mod arithmetic;
 mod batch;
+mod bf16;
+mod buffer;
 mod checkpoint;
 mod config;
 mod cuda;

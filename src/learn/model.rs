@@ -11,13 +11,14 @@ use candle_core::{Tensor, Var};
 
 use super::adapter::SavedAdapter;
 use super::batch::{Batch, Labels, Packed};
+use super::buffer::Buffer;
 use super::config::ModelConfig;
 use super::cuda::{Engine, Float};
 use super::gradients::Gradients;
 use super::linear::{Held, Mode, Parameters, Pass, Write};
 use super::load::{Loaded, Loading};
 use super::net::Net;
-use super::ops::{Buffer, Frozen, cross_entropy, log_probs, select_rows, tensor};
+use super::ops::{Frozen, cross_entropy, log_probs, select_rows, tensor};
 use super::setup::{Compute, Method, Setup};
 
 /// Where a model's files are. A path need not have an extension.
@@ -125,7 +126,7 @@ impl Model {
     ) -> Result<Self> {
         ensure!(!trainable.is_empty(), "nothing in the model is trained");
         let float = match setup.compute {
-            Compute::Cpu => None,
+            Compute::Cpu | Compute::CpuBf16 => None,
             Compute::GpuF32 => Some(Float::F32),
             Compute::GpuBf16 => Some(Float::Bf16),
         };

@@ -14,16 +14,18 @@ use self::decoder::DecoderLayer;
 use self::embeddings::Embeddings;
 use self::encoder::EncoderLayer;
 use self::norm::RmsNorm;
+use super::arithmetic::Arithmetic;
 use super::batch::Packed;
+use super::buffer::{Buffer, release};
 use super::config::{Family, ModelConfig};
 use super::gradients::Gradients;
 use super::layout::output_embedding;
 use super::linear::{Dropout, Linear, Parameters, Pass, Write};
-use super::ops::{Attention, Buffer, RopeTable};
+use super::ops::{Attention, RopeTable};
 
 impl Drop for Net {
     fn drop(&mut self) {
-        Buffer::release();
+        release();
     }
 }
 
@@ -37,6 +39,7 @@ pub(crate) struct Sequences {
 /// A model's blocks.
 #[derive(Debug)]
 pub(crate) struct Net {
+    arithmetic: Arithmetic,
     heads: usize,
     kv_heads: usize,
     head: usize,
@@ -101,6 +104,7 @@ impl Net {
             (Features::Bare, None)
         };
         Ok(Self {
+            arithmetic: p.arithmetic,
             heads: c.heads,
             kv_heads: c.kv_heads,
             head: c.head,
@@ -174,6 +178,7 @@ impl Net {
         (causal, window): (bool, Option<usize>),
     ) -> Attention {
         Attention {
+            arithmetic: self.arithmetic,
             heads: self.heads,
             kv_heads: self.kv_heads,
             head: self.head,

@@ -2,6 +2,7 @@
 //! a scale, each is the nearest of 16 quantiles; with double quantization the scales are 8-bit
 //! numbers in blocks of 256.
 
+use std::ops::Range;
 use std::sync::OnceLock;
 
 use anyhow::{Result, bail, ensure};
@@ -188,37 +189,60 @@ impl Nf4 {
 
     /// The scale of each block of [`BLOCK`] numbers.
     pub fn block_scales(&self) -> Vec<f32> {
-        match &self.scales {
-            Scales::Single(scales) => scales.clone(),
-            Scales::Double { codes, nested, offset } => {
-                let map = dynamic_map();
-                let groups = codes.chunks(NESTED_BLOCK).zip(nested);
-                groups
-                    .flat_map(|(codes, scale)| {
-                        codes.iter().map(move |c| map[usize::from(*c)] * scale + offset)
-                    })
-                    .collect()
-            }
-        }
+        (0..(self.rows * self.cols).div_ceil(BLOCK)).map(|block| self.scale(block)).collect()
     }
 
     /// The numbers, row-major, rounded to the type that they had.
     pub fn dequantize(&self) -> Vec<f32> {
-        let scales = self.block_scales();
         let mut out = vec![0.0; self.rows * self.cols];
-        let blocks = self.packed.par_chunks(BLOCK / 2).zip(&scales);
-        out.par_chunks_mut(BLOCK).with_min_len(64).zip(blocks).for_each(
-            |(out, (packed, scale))| {
-                let values = CODES.map(|code| self.round(code * scale));
-                for (pair, byte) in out.chunks_mut(2).zip(packed) {
+        self.dequantize_into(&mut out);
+        out
+    }
+
+    /// The same into memory that is there.
+    pub(super) fn dequantize_into(&self, out: &mut [f32]) {
+        const PART: usize = 64 * BLOCK;
+        out.par_chunks_mut(PART).enumerate().for_each(|(i, out)| {
+            self.dequantize_range(i * PART..i * PART + out.len(), out);
+        });
+    }
+
+    /// The numbers at some places, on this thread.
+    pub(super) fn dequantize_range(&self, range: Range<usize>, out: &mut [f32]) {
+        let (mut at, mut rest) = (range.start, &mut out[..range.len()]);
+        while !rest.is_empty() {
+            let block = at / BLOCK;
+            let (part, others) = rest.split_at_mut(((block + 1) * BLOCK - at).min(rest.len()));
+            let scale = self.scale(block);
+            let values = CODES.map(|code| self.round(code * scale));
+            let value = |i: usize| {
+                let byte = self.packed[i / 2];
+                values[usize::from(if i % 2 == 0 { byte >> 4 } else { byte & 15 })]
+            };
+            if at % 2 == 0 {
+                let packed = &self.packed[at / 2..];
+                for (pair, byte) in part.chunks_mut(2).zip(packed) {
                     pair[0] = values[usize::from(byte >> 4)];
                     if let Some(low) = pair.get_mut(1) {
                         *low = values[usize::from(byte & 15)];
                     }
                 }
-            },
-        );
-        out
+            } else {
+                part.iter_mut().zip(at..).for_each(|(x, i)| *x = value(i));
+            }
+            at += part.len();
+            rest = others;
+        }
+    }
+
+    /// The scale of a block.
+    fn scale(&self, block: usize) -> f32 {
+        match &self.scales {
+            Scales::Single(scales) => scales[block],
+            Scales::Double { codes, nested, offset } => {
+                dynamic_map()[usize::from(codes[block])] * nested[block / NESTED_BLOCK] + offset
+            }
+        }
     }
 
     fn round(&self, x: f32) -> f32 {

@@ -146,11 +146,21 @@ pub enum Compute {
     /// The processor, in f32.
     #[default]
     Cpu,
+    /// The processor: the operands of products are rounded to bf16, on matrix tiles (AMX) where
+    /// there are any; sums and everything else are f32.
+    CpuBf16,
     /// An NVIDIA GPU, in f32 throughout.
     GpuF32,
     /// An NVIDIA GPU: activations and frozen weights are bf16, sums, trained weights, gradients
     /// and the optimizer's state f32.
     GpuBf16,
+}
+
+impl Compute {
+    /// Whether it is the processor.
+    pub fn on_cpu(self) -> bool {
+        matches!(self, Self::Cpu | Self::CpuBf16)
+    }
 }
 
 /// Everything that makes a trainable model out of files.

@@ -3,11 +3,12 @@
 use anyhow::Result;
 
 use super::norm::RmsNorm;
+use crate::learn::buffer::Buffer;
 use crate::learn::config::{Family, ModelConfig};
 use crate::learn::gradients::Gradients;
 use crate::learn::linear::{Dropout, Linear, Parameters, Pass, Write};
 use crate::learn::ops::{
-    Attention, Buffer, RopeTable, Turn, add, add_rows, select_rows, swiglu, swiglu_backward,
+    Attention, RopeTable, Turn, add, add_rows, select_rows, swiglu, swiglu_backward,
 };
 
 #[derive(Debug)]

@@ -5,11 +5,12 @@ use candle_core::Tensor;
 
 use super::norm::LayerNorm;
 use crate::learn::batch::Packed;
+use crate::learn::buffer::Buffer;
 use crate::learn::config::ModelConfig;
 use crate::learn::gradients::Gradients;
 use crate::learn::layout::WORD;
 use crate::learn::linear::{Dropout, Parameters, Pass};
-use crate::learn::ops::{Buffer, add, add_rows, select_rows, with_slices};
+use crate::learn::ops::{add, add_rows, select_rows, with_slices};
 
 #[derive(Debug)]
 pub(super) struct Embeddings {

@@ -3,11 +3,12 @@
 use anyhow::Result;
 
 use super::norm::LayerNorm;
+use crate::learn::buffer::Buffer;
 use crate::learn::config::{Family, ModelConfig};
 use crate::learn::gradients::Gradients;
 use crate::learn::layout::EncoderNames;
 use crate::learn::linear::{Dropout, Linear, Parameters, Pass, Write};
-use crate::learn::ops::{Attention, Buffer, add_rows, gelu, gelu_backward, select_rows};
+use crate::learn::ops::{Attention, add_rows, gelu, gelu_backward, select_rows};
 
 #[derive(Debug)]
 pub(super) struct EncoderLayer {

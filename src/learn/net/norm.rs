@@ -3,11 +3,12 @@
 use anyhow::{Result, ensure};
 use candle_core::Tensor;
 
+use crate::learn::buffer::Buffer;
 use crate::learn::gradients::Gradients;
 use crate::learn::linear::Parameters;
 use crate::learn::matrix::sum_rows;
 use crate::learn::ops::{
-    Buffer, add_layer_norm, layer_norm, layer_norm_backward, layer_norm_weight, rms_norm,
+    add_layer_norm, layer_norm, layer_norm_backward, layer_norm_weight, rms_norm,
     rms_norm_backward, rms_norm_weight, with_slices,
 };
 

@@ -7,7 +7,8 @@ use rayon::prelude::*;
 
 use super::dropout::Mask;
 use super::{Buffer, dot, exp, max, sum, wide};
-use crate::learn::matrix::{Matrix, Threads, product};
+use crate::learn::arithmetic::Arithmetic;
+use crate::learn::matrix::{Matrix, Threads};
 
 /// Queries whose scores are in memory at once. Fixed, so that no sum depends on the threads.
 const QUERIES: usize = 64;
@@ -15,6 +16,8 @@ const QUERIES: usize = 64;
 /// The shape of an attention.
 #[derive(Debug, Clone)]
 pub(crate) struct Attention {
+    /// In which its products are computed.
+    pub(crate) arithmetic: Arithmetic,
     /// Query heads.
     pub(crate) heads: usize,
     /// Key and value heads; each serves `heads / kv_heads` query heads.
@@ -120,7 +123,7 @@ impl Attention {
         let q = self.part(q, at.clone(), self.heads, *head);
         let k = self.part(k, start + keys.start..start + keys.end, self.kv_heads, kv);
         let mut p = Buffer::new(at.len() * m);
-        product((&mut p, m), 0.0, self.scale(), q, k.t(), Threads::One);
+        self.arithmetic.product((&mut p, m), 0.0, self.scale(), q, k.t(), Threads::One);
         wide!({
             for (query, row) in at.clone().zip(p.chunks_exact_mut(m)) {
                 let position = self.position(rows, query);
@@ -172,7 +175,7 @@ impl Attention {
                 let v = self.part(v, those, self.kv_heads, head / group);
                 let p = Matrix::new(&p, these.at.len(), keys.len());
                 let out = &mut out[head * self.head..];
-                product((out, width), 0.0, 1.0, p, v, Threads::One);
+                self.arithmetic.product((out, width), 0.0, 1.0, p, v, Threads::One);
             }
         });
     }
@@ -219,13 +222,20 @@ impl Attention {
                             });
                             let kept = kept.as_ref().unwrap_or(&p);
                             let kept = Matrix::new(kept, at.len(), m);
-                            product((&mut dv[from..], d), 1.0, 1.0, kept.t(), g, Threads::One);
+                            self.arithmetic.product(
+                                (&mut dv[from..], d),
+                                1.0,
+                                1.0,
+                                kept.t(),
+                                g,
+                                Threads::One,
+                            );
                         }
                         if dq.is_none() && dk.is_none() {
                             continue;
                         }
                         let mut ds = Buffer::new(at.len() * m);
-                        product((&mut ds, m), 0.0, 1.0, g, v_.t(), Threads::One);
+                        self.arithmetic.product((&mut ds, m), 0.0, 1.0, g, v_.t(), Threads::One);
                         self.drop(&these, &keys, &mut ds);
                         wide!({
                             for (p, ds) in p.chunks_exact(m).zip(ds.chunks_exact_mut(m)) {
@@ -240,11 +250,18 @@ impl Attention {
                             let row = at.start - all.start;
                             let out = &mut dq[(row * group + head - kv * group) * d..];
                             let out = (out, group * d);
-                            product(out, 0.0, self.scale(), ds, k_, Threads::One);
+                            self.arithmetic.product(out, 0.0, self.scale(), ds, k_, Threads::One);
                         }
                         if let Some(dk) = &mut dk {
                             let out = (&mut dk[from..], d);
-                            product(out, 1.0, self.scale(), ds.t(), q_, Threads::One);
+                            self.arithmetic.product(
+                                out,
+                                1.0,
+                                self.scale(),
+                                ds.t(),
+                                q_,
+                                Threads::One,
+                            );
                         }
                     }
                 }
@@ -292,6 +309,7 @@ mod tests {
 
     fn shape(kv_heads: usize, causal: bool, window: Option<usize>) -> Attention {
         Attention {
+            arithmetic: Arithmetic::F32,
             heads: 4,
             kv_heads,
             head: 3,

@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use candle_core::{Result, Shape, Tensor, bail};
 
-use super::{tensor, with_slices};
+use super::{Buffer, tensor, with_slices};
 use crate::learn::nf4::Nf4;
 
 /// A frozen weight, `[out, in]`.
@@ -46,7 +46,11 @@ impl Frozen {
     pub(crate) fn with<T>(&self, f: impl FnOnce(&[f32]) -> T) -> Result<T> {
         match self {
             Self::Dense(w) => with_slices([w], |[w]| f(w)),
-            Self::Nf4(w) => Ok(f(&w.dequantize())),
+            Self::Nf4(w) => {
+                let mut all = Buffer::new(self.len());
+                w.dequantize_into(&mut all);
+                Ok(f(&all))
+            }
             Self::Away(_) => bail!("{AWAY}"),
         }
     }

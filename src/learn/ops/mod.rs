@@ -6,7 +6,6 @@
 
 mod activation;
 mod attention;
-mod buffer;
 mod dropout;
 mod frozen;
 mod loss;
@@ -15,9 +14,9 @@ mod rope;
 mod rows;
 mod wide;
 
+use super::buffer::Buffer;
 pub(crate) use activation::{add, gelu, gelu_backward, swiglu, swiglu_backward};
 pub(crate) use attention::Attention;
-pub(crate) use buffer::Buffer;
 pub(crate) use dropout::Mask;
 pub(crate) use frozen::Frozen;
 pub(crate) use loss::{cross_entropy, log_probs};

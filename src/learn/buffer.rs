@@ -5,9 +5,9 @@ use std::ops::{Deref, DerefMut};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
 /// What no buffer uses at the moment.
-struct Pool {
+pub(crate) struct Pool<T> {
     /// The longest unused first.
-    free: Vec<Vec<f32>>,
+    free: Vec<Vec<T>>,
     /// Numbers in `free`.
     spare: usize,
     /// Numbers in buffers.
@@ -16,16 +16,32 @@ struct Pool {
     peak: usize,
 }
 
-static POOL: Mutex<Pool> = Mutex::new(Pool { free: Vec::new(), spare: 0, used: 0, peak: 0 });
-
-fn pool() -> MutexGuard<'static, Pool> {
-    POOL.lock().unwrap_or_else(PoisonError::into_inner)
+/// Numbers that buffers are made of.
+pub(crate) trait Pooled: Copy + Default + 'static {
+    #[doc(hidden)]
+    fn pool() -> MutexGuard<'static, Pool<Self>>;
 }
 
-impl Pool {
+macro_rules! pooled {
+    ($($number:ty),*) => {$(
+        impl Pooled for $number {
+            fn pool() -> MutexGuard<'static, Pool<Self>> {
+                static POOL: Mutex<Pool<$number>> = Mutex::new(Pool::new());
+                POOL.lock().unwrap_or_else(PoisonError::into_inner)
+            }
+        }
+    )*};
+}
+pooled!(f32, u16);
+
+impl<T> Pool<T> {
+    const fn new() -> Self {
+        Self { free: Vec::new(), spare: 0, used: 0, peak: 0 }
+    }
+
     /// The smallest free memory that holds `len` and is not much larger.
-    fn take(&mut self, len: usize) -> Option<Vec<f32>> {
-        let fits = |v: &Vec<f32>| v.len() >= len && v.len() <= len + len / 2 + 4096;
+    fn take(&mut self, len: usize) -> Option<Vec<T>> {
+        let fits = |v: &Vec<T>| v.len() >= len && v.len() <= len + len / 2 + 4096;
         let all = self.free.iter().enumerate().filter(|(_, v)| fits(v));
         let (at, _) = all.min_by_key(|(_, v)| v.len())?;
         let found = self.free.remove(at);
@@ -49,19 +65,19 @@ impl Pool {
 
 /// Numbers in memory that other buffers use before and after.
 #[derive(Debug)]
-pub(crate) struct Buffer {
+pub(crate) struct Buffer<T: Pooled = f32> {
     /// All that there is, at least `len`.
-    data: Vec<f32>,
+    data: Vec<T>,
     len: usize,
 }
 
-impl Buffer {
+impl<T: Pooled> Buffer<T> {
     /// So many numbers, of which nothing is known.
     pub(crate) fn new(len: usize) -> Self {
-        let mut pool = pool();
+        let mut pool = T::pool();
         let data = pool.take(len).unwrap_or_else(|| {
             pool.make_room(len);
-            vec![0.0; len]
+            vec![T::default(); len]
         });
         pool.used += data.len();
         pool.peak = pool.peak.max(pool.used);
@@ -71,44 +87,48 @@ impl Buffer {
     /// So many zeros.
     pub(crate) fn zeros(len: usize) -> Self {
         let mut buffer = Self::new(len);
-        buffer.fill(0.0);
+        buffer.fill(T::default());
         buffer
     }
 
     /// A copy.
-    pub(crate) fn of(data: &[f32]) -> Self {
+    pub(crate) fn of(data: &[T]) -> Self {
         let mut buffer = Self::new(data.len());
         buffer.copy_from_slice(data);
         buffer
     }
-
-    /// Gives back to the system what no buffer uses.
-    pub(crate) fn release() {
-        let mut pool = pool();
-        (pool.free, pool.spare, pool.peak) = (Vec::new(), 0, pool.used);
-    }
 }
 
-impl Drop for Buffer {
+/// Gives back to the system what no buffer uses.
+pub(crate) fn release() {
+    fn of<T: Pooled>() {
+        let mut pool = T::pool();
+        (pool.free, pool.spare, pool.peak) = (Vec::new(), 0, pool.used);
+    }
+    of::<f32>();
+    of::<u16>();
+}
+
+impl<T: Pooled> Drop for Buffer<T> {
     fn drop(&mut self) {
         let data = std::mem::take(&mut self.data);
-        let mut pool = pool();
+        let mut pool = T::pool();
         pool.used -= data.len();
         pool.spare += data.len();
         pool.free.push(data);
     }
 }
 
-impl Deref for Buffer {
-    type Target = [f32];
+impl<T: Pooled> Deref for Buffer<T> {
+    type Target = [T];
 
-    fn deref(&self) -> &[f32] {
+    fn deref(&self) -> &[T] {
         &self.data[..self.len]
     }
 }
 
-impl DerefMut for Buffer {
-    fn deref_mut(&mut self) -> &mut [f32] {
+impl<T: Pooled> DerefMut for Buffer<T> {
+    fn deref_mut(&mut self) -> &mut [T] {
         &mut self.data[..self.len]
     }
 }
@@ -120,7 +140,7 @@ mod tests {
     #[test]
     fn memory_is_used_again_but_not_hoarded() {
         let mut pool = Pool {
-            free: vec![vec![0.0; 9000], vec![0.0; 5000]],
+            free: vec![vec![0.0f32; 9000], vec![0.0; 5000]],
             spare: 14_000,
             used: 0,
             peak: 10_000,
@@ -133,9 +153,9 @@ mod tests {
 
     #[test]
     fn a_buffer_is_as_long_as_asked() {
-        let first = Buffer::of(&[1.0; 70_000]);
+        let first = Buffer::of(&[1.0f32; 70_000]);
         drop(first);
-        let again = Buffer::zeros(69_000);
+        let again = Buffer::<f32>::zeros(69_000);
         assert!(again.len() == 69_000 && again.iter().all(|x| *x == 0.0));
     }
 }

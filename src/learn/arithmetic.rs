@@ -1,0 +1,36 @@
+//! In which numbers products are computed.
+
+use super::bf16::{self, Lhs, Rhs};
+use super::matrix::{self, Matrix, Threads};
+
+/// In which numbers products are computed. Everything else is f32.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub(crate) enum Arithmetic {
+    /// In f32.
+    #[default]
+    F32,
+    /// Operands are rounded to bf16 (to nearest, ties to even), sums are f32.
+    Bf16,
+}
+
+impl Arithmetic {
+    /// `out = beta * out + alpha * lhs * rhs`, see [`matrix::product`]; `beta` is 0 or 1.
+    pub(crate) fn product(
+        self,
+        out: (&mut [f32], usize),
+        beta: f32,
+        alpha: f32,
+        lhs: Matrix<'_>,
+        rhs: Matrix<'_>,
+        threads: Threads,
+    ) {
+        match (self, threads) {
+            (Self::F32, _) => matrix::product(out, beta, alpha, lhs, rhs, threads),
+            (Self::Bf16, Threads::One) => bf16::product_of(out, beta != 0.0, alpha, lhs, rhs),
+            (Self::Bf16, Threads::All) => {
+                let (lhs, rhs) = (Lhs::scaled(alpha, lhs, threads), Rhs::new(rhs, threads));
+                bf16::product(out, beta != 0.0, None, &[(&lhs, &rhs)], threads);
+            }
+        }
+    }
+}

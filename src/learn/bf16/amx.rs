@@ -1,0 +1,84 @@
+//! The product on the processor's matrix tiles (AMX): Sapphire Rapids and later, under Linux.
+//!
+//! A tile has 16 rows of 64 bytes. One instruction multiplies a tile of the left-hand side (16
+//! rows x 32 k, bf16) with one of the right-hand side (16 pairs of k x 16 columns) and adds the
+//! product to a tile of sums (16 x 16, f32).
+
+mod blocks;
+mod kernel;
+mod pack;
+
+use std::arch::asm;
+use std::arch::x86_64::{__cpuid, __cpuid_count};
+use std::sync::OnceLock;
+
+use super::pack::Side;
+use super::{Block, Output, Packed};
+use crate::learn::matrix::{Matrix, Threads};
+
+/// Proof that this process may use the tiles.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct Amx(());
+
+impl Amx {
+    /// Asks the processor whether it has tiles and, once a process, the kernel for leave to use
+    /// them. Without that leave the first tile instruction kills the process.
+    pub(super) fn detect() -> Option<Self> {
+        static FOUND: OnceLock<bool> = OnceLock::new();
+        FOUND.get_or_init(|| has_tiles() && permitted()).then_some(Self(()))
+    }
+
+    /// Packs rows `first..first + 32` of `x` (`[rows or columns of the operand, k]`) times
+    /// `scale`, over all of k, into `out`. What lies outside `x` becomes 0.
+    pub(super) fn pack(self, side: Side, x: Matrix<'_>, first: usize, scale: f32, out: &mut [u16]) {
+        pack::panel(self, side, x, first, scale, out);
+    }
+
+    /// `out = beta * out + bias + ` the sum over the terms of lhs times rhs.
+    pub(super) fn product<F: Fn(&mut Block<'_>) + Sync>(
+        self,
+        out: Output<'_>,
+        beta: bool,
+        bias: Option<&[f32]>,
+        terms: &[(&Packed, &Packed)],
+        threads: Threads,
+        finish: Option<&F>,
+    ) {
+        blocks::product(self, out, beta, bias, terms, threads, finish);
+    }
+}
+
+/// Whether the processor has tiles of bf16, and the vectors that the packing uses.
+fn has_tiles() -> bool {
+    const BF16: u32 = 1 << 22;
+    const TILE: u32 = 1 << 24;
+    __cpuid(0).eax >= 7
+        && __cpuid_count(7, 0).edx & (BF16 | TILE) == BF16 | TILE
+        && is_x86_feature_detected!("avx512f")
+        && is_x86_feature_detected!("avx512bw")
+        && is_x86_feature_detected!("avx512bf16")
+}
+
+/// Asks the kernel for the tiles' state in this process: `arch_prctl(ARCH_REQ_XCOMP_PERM, 18)`.
+/// An old kernel, or a thread whose signal stack is too small for that state, says no.
+#[expect(unsafe_code, reason = "neither std nor rustix has this system call")]
+fn permitted() -> bool {
+    const ARCH_PRCTL: usize = 158;
+    const ARCH_REQ_XCOMP_PERM: usize = 0x1023;
+    const XTILEDATA: usize = 18;
+    let result: isize;
+    // SAFETY: the call takes two numbers, touches no memory of ours, and changes nothing but
+    // which instructions are allowed. `rcx` and `r11` are what a system call overwrites.
+    unsafe {
+        asm!(
+            "syscall",
+            inlateout("rax") ARCH_PRCTL => result,
+            in("rdi") ARCH_REQ_XCOMP_PERM,
+            in("rsi") XTILEDATA,
+            lateout("rcx") _,
+            lateout("r11") _,
+            options(nostack),
+        );
+    }
+    result == 0
+}

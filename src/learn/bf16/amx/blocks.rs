@@ -1,0 +1,328 @@
+//! The blocking: what stays in which cache, and which thread does what.
+//!
+//! A task is some rows by some columns of the product, over all of k. In it one panel of 32
+//! columns of the right-hand side, as far as it fits into the first cache, meets all the rows;
+//! the rows' part of the left-hand side is small enough to stay in the second cache. Sums that
+//! are not complete wait in a strip beside. Every element is summed over the terms and over k in
+//! their order whatever the blocks are, so these change no bit.
+
+use std::mem::MaybeUninit;
+use std::ops::Range;
+use std::ptr;
+
+use rayon::prelude::*;
+
+use super::super::output::Shared;
+use super::super::pack::{PANEL, STEP, STEP_LEN};
+use super::super::{Block, MAX_TERMS, Output, Packed};
+use super::Amx;
+use super::kernel::{FETCHED, Run, Square, Tiles, add_product, settle, write, write_past};
+use crate::learn::matrix::Threads;
+
+/// Steps of a panel of columns that stay in the first cache (48 KiB): 36 KiB.
+const NEAR_STEPS: usize = 18;
+/// Panels of rows of a task, with at most [`MANY_ROWS_STEPS`] of k: 0.83 MB in the second cache.
+const MANY_ROWS: usize = 16;
+const MANY_ROWS_STEPS: usize = 26;
+/// Panels of rows with more of k, and the most of k at a time: the same size.
+const FEW_ROWS: usize = 8;
+const FAR_STEPS: usize = 52;
+/// Panels of columns that are finished together.
+const GROUP: usize = 4;
+/// Tasks for each thread, so that one that is held up does not hold up all.
+const TASKS: usize = 4;
+/// From this size on, in bytes, an output is written past the caches.
+const LARGE: usize = 16 << 20;
+
+/// 32 x 32 sums.
+#[repr(C, align(64))]
+struct Sums([f32; PANEL * PANEL]);
+
+/// Part `i` of `n` nearly equal parts of `range`.
+fn part(range: &Range<usize>, n: usize, i: usize) -> Range<usize> {
+    let at = |i| range.start + range.len() * i / n;
+    at(i)..at(i + 1)
+}
+
+/// One product.
+struct Job<'a, F> {
+    amx: Amx,
+    out: Shared<'a>,
+    beta: bool,
+    bias: Option<&'a [f32]>,
+    terms: &'a [(&'a Packed, &'a Packed)],
+    /// Of all terms together.
+    steps: usize,
+    /// Columns of the product.
+    cols: usize,
+    /// Whether to write past the caches.
+    past: bool,
+    finish: Option<&'a F>,
+}
+
+/// `out = beta * out + bias + ` the sum over the terms of lhs times rhs.
+pub(super) fn product<F: Fn(&mut Block<'_>) + Sync>(
+    amx: Amx,
+    out: Output<'_>,
+    beta: bool,
+    bias: Option<&[f32]>,
+    terms: &[(&Packed, &Packed)],
+    threads: Threads,
+    finish: Option<&F>,
+) {
+    let (rows, cols) = (0..out.rows.div_ceil(PANEL), 0..out.cols.div_ceil(PANEL));
+    let steps: usize = terms.iter().map(|(lhs, _)| lhs.k().div_ceil(STEP)).sum();
+    let large = out.rows * out.cols * size_of::<f32>() >= LARGE;
+    let past = large && !beta && finish.is_none();
+    let columns = out.cols;
+    let out = out.share();
+    let job = Job { amx, out, beta, bias, terms, steps, cols: columns, past, finish };
+
+    let most = if steps > MANY_ROWS_STEPS { FEW_ROWS } else { MANY_ROWS };
+    let row_parts = rows.len().div_ceil(most);
+    let count = match threads {
+        Threads::One => 1,
+        Threads::All => rayon::current_num_threads(),
+    };
+    let wanted = if count == 1 { 1 } else { (count * TASKS).div_ceil(row_parts) };
+    let col_parts = wanted.min(cols.len().div_ceil(2));
+    let task = |i: usize| {
+        let (row, col) = (i / col_parts, i % col_parts);
+        job.run(part(&rows, row_parts, row), part(&cols, col_parts, col));
+    };
+    let tasks = 0..row_parts * col_parts;
+    if count == 1 { tasks.for_each(task) } else { tasks.into_par_iter().for_each(task) }
+}
+
+/// Squares of sums beside the output.
+struct Space {
+    /// Where sums of a panel of columns wait.
+    strip: [MaybeUninit<Sums>; MANY_ROWS],
+    /// Stands for a square that is not whole.
+    scratch: MaybeUninit<Sums>,
+}
+
+/// Runs of steps in both operands of each term, and how far the left one's panels are apart.
+struct Runs {
+    runs: [Run; MAX_TERMS],
+    pitches: [usize; MAX_TERMS],
+    len: usize,
+}
+
+impl Runs {
+    fn new() -> Self {
+        let none = Run { lhs: ptr::null(), rhs: ptr::null(), steps: 0 };
+        Self { runs: [none; MAX_TERMS], pitches: [0; MAX_TERMS], len: 0 }
+    }
+
+    fn get(&self) -> &[Run] {
+        &self.runs[..self.len]
+    }
+
+    /// Moves on to the next panel of rows.
+    fn advance(&mut self) {
+        for (run, pitch) in self.runs[..self.len].iter_mut().zip(self.pitches) {
+            run.lhs = run.lhs.wrapping_add(pitch);
+        }
+    }
+}
+
+/// Some steps of one panel of columns that stay in the first cache while all rows meet them.
+struct Round<'a> {
+    runs: Runs,
+    /// What to fetch into the second cache on the way.
+    next: *const u16,
+    bias: Option<&'a [f32; PANEL]>,
+    /// The first steps of the product.
+    begins: bool,
+    /// The last steps of the product.
+    ends: bool,
+    /// Whether sums wait in the strip before and after.
+    waited: bool,
+    waits: bool,
+}
+
+impl<F: Fn(&mut Block<'_>) + Sync> Job<'_, F> {
+    /// One task: panels of rows by panels of columns.
+    #[expect(unsafe_code, reason = "takes its block of the output")]
+    fn run(&self, rows: Range<usize>, cols: Range<usize>) {
+        let tiles = Tiles::new(self.amx);
+        let mut space = Space {
+            strip: [const { MaybeUninit::uninit() }; MANY_ROWS],
+            scratch: MaybeUninit::uninit(),
+        };
+        let far = self.steps.div_ceil(FAR_STEPS).max(1);
+        for i in 0..far {
+            let steps = part(&(0..self.steps), far, i);
+            for first in cols.clone().step_by(GROUP) {
+                let group = first..(first + GROUP).min(cols.end);
+                for col in group.clone() {
+                    self.column(&tiles, &mut space, &steps, rows.clone(), col);
+                }
+                if let (Some(finish), true) = (self.finish, i + 1 == far) {
+                    let (rows, cols) = (elements(&rows), elements(&group));
+                    // SAFETY: tasks have different blocks, and no other of this one exists now.
+                    finish(&mut unsafe { self.out.block(rows, cols) });
+                }
+            }
+        }
+        if self.past {
+            settle();
+        }
+    }
+
+    /// Some steps of one panel of columns, for all rows of a task.
+    fn column(
+        &self,
+        tiles: &Tiles,
+        space: &mut Space,
+        steps: &Range<usize>,
+        rows: Range<usize>,
+        col: usize,
+    ) {
+        let bias = self.bias.map(|bias| {
+            let mut padded = [0.0; PANEL];
+            let some = &bias[col * PANEL..((col + 1) * PANEL).min(self.cols)];
+            padded[..some.len()].copy_from_slice(some);
+            padded
+        });
+        let near = steps.len().div_ceil(NEAR_STEPS).max(1);
+        let after = (col + 1).min((self.cols - 1) / PANEL);
+        for i in 0..near {
+            let some = part(steps, near, i);
+            // More of k comes next or, after all of it, more columns.
+            let next = if i + 1 < near {
+                self.rhs(part(steps, near, i + 1).start, col)
+            } else {
+                self.rhs(steps.start, after)
+            };
+            let mut round = Round {
+                runs: Runs::new(),
+                next,
+                bias: bias.as_ref(),
+                begins: some.start == 0,
+                ends: some.end == self.steps,
+                waited: i > 0,
+                waits: i + 1 < near,
+            };
+            self.place(&some, rows.start, col, &mut round.runs);
+            for (row, slot) in rows.clone().zip(0..) {
+                self.square(tiles, space, &round, (row, slot, col));
+                round.runs.advance();
+                round.next = round.next.wrapping_add(some.len() * FETCHED);
+            }
+        }
+    }
+
+    /// One square of the output; its sums wait in `slot` of the strip.
+    #[expect(unsafe_code, reason = "works on the output through pointers")]
+    fn square(
+        &self,
+        tiles: &Tiles,
+        space: &mut Space,
+        round: &Round<'_>,
+        (row, slot, col): (usize, usize, usize),
+    ) {
+        // SAFETY: the task's block, and so this part of it, is held by this thread only.
+        let mut block =
+            unsafe { self.out.block(elements(&(row..row + 1)), elements(&(col..col + 1))) };
+        let whole = block.rows().len() == PANEL && block.cols().len() == PANEL;
+        let there = Square { first: block.first(), pitch: block.stride() * size_of::<f32>() };
+        let past = round.ends && self.past && whole && there.aligned();
+        let waiting = square(&mut space.strip[slot]);
+        let from = match round.bias {
+            _ if round.waited => waiting,
+            // The same row 32 times.
+            Some(bias) if round.begins && !self.beta => {
+                Square { first: bias.as_ptr().cast_mut(), pitch: 0 }
+            }
+            None if round.begins && !self.beta => Square { first: ptr::null_mut(), pitch: 0 },
+            Some(bias) if round.begins => {
+                load(&mut block, Some(bias), &mut space.scratch);
+                square(&mut space.scratch)
+            }
+            _ if whole => there,
+            _ => {
+                load(&mut block, None, &mut space.scratch);
+                square(&mut space.scratch)
+            }
+        };
+        let direct = whole && !past && there.aligned();
+        let to = match (round.waits, direct) {
+            (true, _) => waiting,
+            (false, true) => there,
+            (false, false) => square(&mut space.scratch),
+        };
+        // SAFETY: the squares are whole ones of the output, the strip or the scratch; what is
+        // read of the strip was written in the last round. The runs lie in the operands, as
+        // `place` has seen.
+        unsafe { add_product(tiles, round.runs.get(), from, to, round.next) };
+        if !round.waits && !direct {
+            // SAFETY: the scratch was just written. The square has these rows and columns; if it
+            // is to be written past the caches it is whole and aligned, as `past` says. Where
+            // there are tiles, there is AVX-512.
+            unsafe {
+                let sums = &space.scratch.assume_init_ref().0;
+                if past {
+                    write_past(sums, there);
+                } else {
+                    write(sums, there, block.rows().len(), block.cols().len());
+                }
+            }
+        }
+    }
+
+    /// Where a step, counted over all terms, of a panel of columns lies.
+    fn rhs(&self, step: usize, col: usize) -> *const u16 {
+        let mut first = 0;
+        for (_, rhs) in self.terms {
+            let all = rhs.k().div_ceil(STEP);
+            if step < first + all {
+                return rhs.data()[(col * all + step - first) * STEP_LEN..].as_ptr();
+            }
+            first += all;
+        }
+        ptr::null()
+    }
+
+    /// Where some steps, counted over all terms, lie in the operands, for one panel of each. In
+    /// place: to copy the runs would wait until all the sums stored before are in the cache.
+    fn place(&self, steps: &Range<usize>, row: usize, col: usize, runs: &mut Runs) {
+        let mut first = 0;
+        for (lhs, rhs) in self.terms {
+            let all = lhs.k().div_ceil(STEP);
+            let (start, end) = (steps.start.max(first), steps.end.min(first + all));
+            if start < end {
+                let at = |panel: usize| (panel * all + start - first) * STEP_LEN;
+                let (lhs, rhs) = (&lhs.data()[at(row)..], &rhs.data()[at(col)..]);
+                let steps = end - start;
+                runs.runs[runs.len] = Run { lhs: lhs.as_ptr(), rhs: rhs.as_ptr(), steps };
+                runs.pitches[runs.len] = all * STEP_LEN;
+                runs.len += 1;
+            }
+            first += all;
+        }
+    }
+}
+
+/// The rows or columns of some panels.
+fn elements(panels: &Range<usize>) -> Range<usize> {
+    panels.start * PANEL..panels.end * PANEL
+}
+
+/// As the kernel sees it.
+fn square(sums: &mut MaybeUninit<Sums>) -> Square {
+    Square { first: sums.as_mut_ptr().cast(), pitch: PANEL * size_of::<f32>() }
+}
+
+/// Reads a block, and adds the bias.
+fn load(block: &mut Block<'_>, bias: Option<&[f32; PANEL]>, sums: &mut MaybeUninit<Sums>) {
+    let sums = sums.write(Sums([0.0; PANEL * PANEL]));
+    for (i, sums) in block.rows().zip(sums.0.chunks_exact_mut(PANEL)) {
+        let row = block.row(i);
+        sums[..row.len()].copy_from_slice(row);
+        if let Some(bias) = bias {
+            sums.iter_mut().zip(bias).for_each(|(x, b)| *x += b);
+        }
+    }
+}

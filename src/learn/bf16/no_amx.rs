@@ -1,0 +1,34 @@
+//! Stands for the product on tiles where there are none.
+
+use super::pack::Side;
+use super::{Block, Output, Packed};
+use crate::learn::matrix::{Matrix, Threads};
+
+/// Proof that this process may use the tiles: there is none.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Amx {}
+
+impl Amx {
+    /// None.
+    pub(super) fn detect() -> Option<Self> {
+        None
+    }
+
+    /// Cannot be called.
+    pub(super) fn pack(self, _: Side, _: Matrix<'_>, _: usize, _: f32, _: &mut [u16]) {
+        match self {}
+    }
+
+    /// Cannot be called.
+    pub(super) fn product<F: Fn(&mut Block<'_>) + Sync>(
+        self,
+        _: Output<'_>,
+        _: bool,
+        _: Option<&[f32]>,
+        _: &[(&Packed, &Packed)],
+        _: Threads,
+        _: Option<&F>,
+    ) {
+        match self {}
+    }
+}

@@ -1,0 +1,98 @@
+//! Where a product is written: the whole matrix, and the blocks of it that threads hold.
+
+use std::marker::PhantomData;
+use std::ops::Range;
+
+/// A row-major matrix `[rows, cols]` in a slice, `stride` elements from row to row.
+pub(super) struct Output<'a> {
+    pub(super) data: &'a mut [f32],
+    pub(super) stride: usize,
+    pub(super) rows: usize,
+    pub(super) cols: usize,
+}
+
+impl<'a> Output<'a> {
+    /// Panics if it does not fit into its slice.
+    pub(super) fn new(
+        (data, stride): (&'a mut [f32], usize),
+        (rows, cols): (usize, usize),
+    ) -> Self {
+        let fits = rows == 0 || (rows - 1) * stride + cols <= data.len();
+        assert!(cols <= stride && fits, "product outside its slice");
+        Self { data, stride, rows, cols }
+    }
+
+    /// To be written by several threads.
+    pub(super) fn share(self) -> Shared<'a> {
+        let Self { data, stride, rows, cols } = self;
+        Shared { first: data.as_mut_ptr(), stride, rows, cols, slice: PhantomData }
+    }
+}
+
+/// A matrix of which threads hold different blocks.
+pub(super) struct Shared<'a> {
+    first: *mut f32,
+    stride: usize,
+    rows: usize,
+    cols: usize,
+    slice: PhantomData<&'a mut [f32]>,
+}
+
+// SAFETY: it stands for a mutable slice of numbers, and gives parts of it away only by an unsafe
+// function whose callers see to it that no two of them overlap.
+#[expect(unsafe_code, reason = "holds a pointer, for a slice that several threads fill")]
+unsafe impl Sync for Shared<'_> {}
+
+impl Shared<'_> {
+    /// A block of it; what is outside the matrix is cut off.
+    ///
+    /// # Safety
+    /// No two blocks that exist at a time may overlap.
+    #[expect(unsafe_code, reason = "hands out parts of one slice")]
+    pub(super) unsafe fn block(&self, rows: Range<usize>, cols: Range<usize>) -> Block<'_> {
+        let rows = rows.start.min(self.rows)..rows.end.min(self.rows);
+        let cols = cols.start.min(self.cols)..cols.end.min(self.cols);
+        let first = self.first.wrapping_add(rows.start * self.stride + cols.start);
+        Block { first, stride: self.stride, rows, cols, slice: PhantomData }
+    }
+}
+
+/// A block of a product that one thread holds.
+pub(crate) struct Block<'a> {
+    first: *mut f32,
+    stride: usize,
+    rows: Range<usize>,
+    cols: Range<usize>,
+    slice: PhantomData<&'a mut [f32]>,
+}
+
+impl Block<'_> {
+    /// Its rows in the product.
+    pub(crate) fn rows(&self) -> Range<usize> {
+        self.rows.clone()
+    }
+
+    /// Its columns in the product.
+    pub(crate) fn cols(&self) -> Range<usize> {
+        self.cols.clone()
+    }
+
+    /// The part of row `i` of the product, one of [`Block::rows`], that is in the block.
+    #[expect(unsafe_code, reason = "a block is no slice: other threads hold what is between")]
+    pub(crate) fn row(&mut self, i: usize) -> &mut [f32] {
+        assert!(self.rows.contains(&i), "row outside the block");
+        let first = self.first.wrapping_add((i - self.rows.start) * self.stride);
+        // SAFETY: the block lies in the slice of its matrix and is held by this thread only.
+        unsafe { std::slice::from_raw_parts_mut(first, self.cols.len()) }
+    }
+
+    /// Its first element.
+    pub(super) fn first(&mut self) -> *mut f32 {
+        self.first
+    }
+
+    /// Elements from row to row.
+    pub(super) fn stride(&self) -> usize {
+        self.stride
+    }
+}

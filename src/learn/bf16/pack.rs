@@ -1,0 +1,191 @@
+//! Operands rounded to bf16 and laid out for the kernel.
+
+use std::ops::Range;
+
+use rayon::prelude::*;
+
+use super::amx::Amx;
+use super::plain;
+use crate::learn::buffer::Buffer;
+use crate::learn::matrix::{Matrix, Threads};
+
+/// Of k, what one instruction takes.
+pub(super) const STEP: usize = 32;
+/// Rows of the left-hand side, or columns of the right-hand side, that are multiplied together.
+pub(super) const PANEL: usize = 32;
+/// Elements of a tile.
+pub(super) const TILE_LEN: usize = 512;
+/// Elements of a step of a panel: two tiles.
+pub(super) const STEP_LEN: usize = 2 * TILE_LEN;
+
+/// Which operand it is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Side {
+    /// The left one: a tile is [16 rows][32 k].
+    Lhs,
+    /// The right one: a tile is [16 pairs of k][16 columns][2].
+    Rhs,
+}
+
+/// How operands are held.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Form {
+    /// For tiles: `[outer / 32][k / 32][2]` tiles, filled up with zeros.
+    Tiles(Amx),
+    /// Row by row, as the source lies.
+    Plain,
+}
+
+impl Form {
+    /// The fastest there is.
+    pub(super) fn best() -> Self {
+        Amx::detect().map_or(Self::Plain, Self::Tiles)
+    }
+}
+
+/// Elements at a multiple of 64 bytes, in memory that is used again.
+#[derive(Debug, Default)]
+struct Aligned {
+    data: Option<Buffer<u16>>,
+    start: usize,
+    len: usize,
+}
+
+impl Aligned {
+    /// `len` elements, with any content.
+    fn resize(&mut self, len: usize) -> &mut [u16] {
+        let room = len + 32;
+        let data = match self.data.take() {
+            Some(data) if data.len() >= room => data,
+            _ => Buffer::new(room),
+        };
+        (self.start, self.len) = (data.as_ptr().align_offset(64), len);
+        &mut self.data.insert(data)[self.start..][..len]
+    }
+
+    fn get(&self) -> &[u16] {
+        self.data.as_ref().map_or(&[], |data| &data[self.start..][..self.len])
+    }
+}
+
+/// An operand in bf16, `[outer, k]`: `outer` are the rows of the left-hand side or the columns
+/// of the right-hand side.
+#[derive(Debug)]
+pub(super) struct Packed {
+    form: Form,
+    side: Side,
+    outer: usize,
+    k: usize,
+    /// Held as `[k, outer]` (form `Plain` only).
+    flipped: bool,
+    buffer: Aligned,
+}
+
+impl Packed {
+    /// Of size 0.
+    pub(super) fn empty(side: Side, form: Form) -> Self {
+        Self { form, side, outer: 0, k: 0, flipped: false, buffer: Aligned::default() }
+    }
+
+    pub(super) fn form(&self) -> Form {
+        self.form
+    }
+
+    pub(super) fn outer(&self) -> usize {
+        self.outer
+    }
+
+    pub(super) fn k(&self) -> usize {
+        self.k
+    }
+
+    /// Whether it is held as `[k, outer]`.
+    pub(super) fn flipped(&self) -> bool {
+        self.flipped
+    }
+
+    /// The elements, laid out as the form says.
+    pub(super) fn data(&self) -> &[u16] {
+        self.buffer.get()
+    }
+
+    /// Takes the content of `x`, `[outer, k]`, times `scale`.
+    pub(super) fn fill(&mut self, x: Matrix<'_>, scale: f32, threads: Threads) {
+        (self.outer, self.k) = x.size();
+        let Form::Tiles(amx) = self.form else {
+            self.flipped = x.strides().1 != 1;
+            let x = if self.flipped { x.t() } else { x };
+            let (rows, cols) = x.size();
+            return plain::round(x, scale, self.buffer.resize(rows * cols), threads);
+        };
+        let (side, panel) = (self.side, self.k.div_ceil(STEP) * STEP_LEN);
+        let out = self.buffer.resize(self.outer.div_ceil(PANEL) * panel);
+        let pack = |(i, out): (usize, &mut [u16])| amx.pack(side, x, i * PANEL, scale, out);
+        // A size of 0 would be refused; then there is no chunk anyway.
+        match threads {
+            Threads::One => out.chunks_mut(panel.max(1)).enumerate().for_each(pack),
+            Threads::All => out.par_chunks_mut(panel.max(1)).enumerate().for_each(pack),
+        }
+    }
+
+    /// Takes the content of rows that `make` makes: of a row-major matrix `[outer, k]` or, if
+    /// `flipped`, `[k, outer]`.
+    pub(super) fn fill_rows(
+        &mut self,
+        (outer, k): (usize, usize),
+        flipped: bool,
+        make: impl Fn(Range<usize>, &mut [f32]) + Sync,
+    ) {
+        (self.outer, self.k) = (outer, k);
+        let (rows, cols) = if flipped { (k, outer) } else { (outer, k) };
+        // Both a panel and a step are 32 rows.
+        let block = |i: usize| i * PANEL..((i + 1) * PANEL).min(rows);
+        let made = |i: usize, buffer: &mut Vec<f32>| {
+            buffer.resize(PANEL * cols, 0.0);
+            make(block(i), &mut buffer[..block(i).len() * cols]);
+        };
+        let side = self.side;
+        match self.form {
+            Form::Plain => {
+                self.flipped = flipped;
+                let out = self.buffer.resize(rows * cols);
+                out.par_chunks_mut((PANEL * cols).max(1)).enumerate().for_each_init(
+                    Vec::new,
+                    |buffer, (i, out)| {
+                        made(i, buffer);
+                        let x = Matrix::new(buffer, block(i).len(), cols);
+                        plain::round(x, 1.0, out, Threads::One);
+                    },
+                );
+            }
+            Form::Tiles(amx) if !flipped => {
+                let panel = k.div_ceil(STEP) * STEP_LEN;
+                let out = self.buffer.resize(outer.div_ceil(PANEL) * panel);
+                out.par_chunks_mut(panel.max(1)).enumerate().for_each_init(
+                    Vec::new,
+                    |buffer, (i, out)| {
+                        made(i, buffer);
+                        amx.pack(side, Matrix::new(buffer, block(i).len(), cols), 0, 1.0, out);
+                    },
+                );
+            }
+            Form::Tiles(amx) => {
+                let (panels, steps) = (outer.div_ceil(PANEL), k.div_ceil(STEP));
+                let out = self.buffer.resize(panels * steps * STEP_LEN);
+                // A block of rows is one step of every panel.
+                let mut by_step: Vec<Vec<&mut [u16]>> =
+                    (0..steps).map(|_| Vec::with_capacity(panels)).collect();
+                for (i, out) in out.chunks_exact_mut(STEP_LEN).enumerate() {
+                    by_step[i % steps].push(out);
+                }
+                by_step.into_par_iter().enumerate().for_each_init(Vec::new, |buffer, (i, outs)| {
+                    made(i, buffer);
+                    let x = Matrix::new(buffer, block(i).len(), cols).t();
+                    for (panel, out) in outs.into_iter().enumerate() {
+                        amx.pack(side, x, panel * PANEL, 1.0, out);
+                    }
+                });
+            }
+        }
+    }
+}

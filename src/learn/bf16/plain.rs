@@ -1,0 +1,116 @@
+//! Where there are no tiles: operands rounded to bf16, products in f32.
+
+use half::bf16;
+use rayon::prelude::*;
+
+use super::{Block, Output, Packed};
+use crate::learn::matrix::{self, Matrix, Threads};
+
+/// Columns of the product at a time; bounds the f32 copy of the right-hand side. Fixed, so that
+/// sums do not depend on the number of threads.
+const COLS: usize = 512;
+/// Rows of a block that is finished.
+const ROWS: usize = 64;
+/// Elements of a task.
+const TASK: usize = 1 << 14;
+
+/// Rounds `x` times `scale` row by row into `out`. The columns of `x` must be contiguous.
+pub(super) fn round(x: Matrix<'_>, scale: f32, out: &mut [u16], threads: Threads) {
+    let ((_, cols), (stride, _)) = (x.size(), x.strides());
+    let round = |(i, out): (usize, &mut [u16])| {
+        for (x, out) in x.data()[i * stride..].iter().zip(out) {
+            *out = bf16::from_f32(x * scale).to_bits();
+        }
+    };
+    match threads {
+        Threads::One => out.chunks_mut(cols.max(1)).enumerate().for_each(round),
+        Threads::All => out.par_chunks_mut(cols.max(1)).enumerate().for_each(round),
+    }
+}
+
+fn widen(x: &[u16], out: &mut [f32]) {
+    for (x, out) in x.iter().zip(out) {
+        *out = f32::from_bits(u32::from(*x) << 16);
+    }
+}
+
+/// Elements `cols` of every row of a row-major matrix with `width` elements a row, in f32.
+fn part(x: &[u16], width: usize, cols: std::ops::Range<usize>, threads: Threads) -> Vec<f32> {
+    let rows = x.len() / width.max(1);
+    let mut out = vec![0.0; rows * cols.len()];
+    let some = (TASK / cols.len().max(1)).max(1);
+    let fill = |(x, out): (&[u16], &mut [f32])| {
+        for (x, out) in x.chunks_exact(width).zip(out.chunks_exact_mut(cols.len())) {
+            widen(&x[cols.clone()], out);
+        }
+    };
+    let (of_x, of_out) = ((some * width).max(1), (some * cols.len()).max(1));
+    match threads {
+        Threads::One => x.chunks(of_x).zip(out.chunks_mut(of_out)).for_each(fill),
+        Threads::All => x.par_chunks(of_x).zip(out.par_chunks_mut(of_out)).for_each(fill),
+    }
+    out
+}
+
+/// `out = beta * out + bias + ` the sum over the terms of lhs times rhs.
+pub(super) fn product<F: Fn(&mut Block<'_>) + Sync>(
+    out: Output<'_>,
+    beta: bool,
+    bias: Option<&[f32]>,
+    terms: &[(&Packed, &Packed)],
+    threads: Threads,
+    finish: Option<&F>,
+) {
+    let (rows, cols, stride) = (out.rows, out.cols, out.stride);
+    for row in out.data.chunks_mut(stride).take(rows) {
+        match (beta, bias) {
+            (false, None) => row[..cols].fill(0.0),
+            (false, Some(bias)) => row[..cols].copy_from_slice(bias),
+            (true, None) => {}
+            (true, Some(bias)) => row.iter_mut().zip(bias).for_each(|(x, b)| *x += b),
+        }
+    }
+    for (lhs, rhs) in terms {
+        let width = if lhs.flipped() { rows } else { lhs.k() };
+        let left = part(lhs.data(), width, 0..width, threads);
+        let left = if lhs.flipped() {
+            Matrix::new(&left, lhs.k(), rows).t()
+        } else {
+            Matrix::new(&left, rows, lhs.k())
+        };
+        let k = rhs.k();
+        for first in (0..cols).step_by(COLS) {
+            let some = first..(first + COLS).min(cols);
+            let right;
+            let rhs = if rhs.flipped() {
+                right = part(rhs.data(), cols, some.clone(), threads);
+                Matrix::new(&right, k, some.len())
+            } else {
+                let lines = &rhs.data()[some.start * k..some.end * k];
+                right = part(lines, k, 0..k, threads);
+                Matrix::new(&right, some.len(), k).t()
+            };
+            // One product after another only reads what is in the slice: the last row may be cut.
+            matrix::product((&mut out.data[first..], stride), 1.0, 1.0, left, rhs, threads);
+        }
+    }
+    if let Some(finish) = finish {
+        done(out, threads, finish);
+    }
+}
+
+/// Runs `finish` on blocks of whole rows.
+#[expect(unsafe_code, reason = "shares the output between threads")]
+fn done<F: Fn(&mut Block<'_>) + Sync>(out: Output<'_>, threads: Threads, finish: &F) {
+    let (rows, cols) = (out.rows, out.cols);
+    let out = out.share();
+    let task = |i: usize| {
+        // SAFETY: each task has other rows.
+        finish(&mut unsafe { out.block(i * ROWS..(i + 1) * ROWS, 0..cols) });
+    };
+    let tasks = 0..rows.div_ceil(ROWS);
+    match threads {
+        Threads::One => tasks.for_each(task),
+        Threads::All => tasks.into_par_iter().for_each(task),
+    }
+}

@@ -1,0 +1,495 @@
+//! One linear layer, forward and backward.
+
+use std::sync::{Arc, OnceLock};
+
+use anyhow::{Result, bail, ensure};
+use candle_core::Tensor;
+use rayon::prelude::*;
+
+use super::{Adapter, Dropout, Held, Parameters, Pass};
+use crate::learn::arithmetic::Arithmetic;
+use crate::learn::bf16::{self, Lhs, Rhs};
+use crate::learn::buffer::Buffer;
+use crate::learn::gradients::Gradients;
+use crate::learn::matrix::{Matrix, Threads, product, sum_rows};
+use crate::learn::ops::{Frozen, add, with_slices};
+use crate::learn::random::Stream;
+
+/// What a result does to what was there.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Write {
+    /// Takes its place.
+    Over,
+    /// Is added to it.
+    Add,
+}
+
+impl Write {
+    fn beta(self) -> f32 {
+        if self == Self::Add { 1.0 } else { 0.0 }
+    }
+}
+
+/// `x W^T + b`: trained, frozen or quantized, with or without an adapter.
+#[derive(Debug, Clone)]
+pub(crate) struct Linear {
+    weight: Held,
+    bias: Option<Tensor>,
+    adapter: Option<Adapter>,
+    scaling: f32,
+    dropout: Dropout,
+    inputs: usize,
+    outputs: usize,
+    arithmetic: Arithmetic,
+    packed: Arc<Packed>,
+}
+
+/// A frozen weight laid out for products in bf16, each way from when it is first needed.
+#[derive(Debug, Default)]
+struct Packed {
+    /// W^T.
+    forward: OnceLock<Rhs>,
+    /// W.
+    backward: OnceLock<Rhs>,
+}
+
+/// Which way a pass goes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Way {
+    Forward,
+    Backward,
+}
+
+impl Linear {
+    pub(super) fn new(
+        weight: Held,
+        bias: Option<Tensor>,
+        adapter: Option<Adapter>,
+        scaling: f64,
+        dropout: Dropout,
+    ) -> Result<Self> {
+        let (outputs, inputs) = match &weight {
+            Held::Frozen(weight) => weight.dims(),
+            Held::Trained(weight) => weight.dims2()?,
+        };
+        let bias_fits = bias.as_ref().is_none_or(|b| b.elem_count() == outputs);
+        ensure!(bias_fits && outputs > 0, "a bias of another size than its {outputs} outputs");
+        if let Some(Adapter { a, b }) = &adapter {
+            ensure!(!matches!(weight, Held::Trained(_)), "an adapter on a layer trained whole");
+            let (r, _) = a.dims2()?;
+            if a.dims2()? != (r, inputs) || b.dims2()? != (outputs, r) {
+                bail!("an adapter of {:?} and {:?} on {outputs} x {inputs}", a.dims(), b.dims());
+            }
+        }
+        let (arithmetic, packed) = (Arithmetic::F32, Arc::default());
+        let scaling = scaling as f32;
+        Ok(Self { weight, bias, adapter, scaling, dropout, inputs, outputs, arithmetic, packed })
+    }
+
+    /// The same with its products in these numbers.
+    pub(super) fn within(self, arithmetic: Arithmetic) -> Self {
+        Self { arithmetic, ..self }
+    }
+
+    /// A layer without bias around a tensor that may be shared (a tied output embedding).
+    pub(crate) fn of(parameters: &Parameters, weight: &str) -> Result<Self> {
+        let dropout = Dropout { stream: Stream::new(0, weight), p: 0.0 };
+        let linear = Self::new(parameters.held(weight)?.clone(), None, None, 1.0, dropout)?;
+        Ok(linear.within(parameters.arithmetic))
+    }
+
+    /// A frozen layer with an adapter that drops nothing.
+    pub(crate) fn adapted(
+        weight: &Tensor,
+        bias: Option<&Tensor>,
+        adapter: Adapter,
+        scaling: f64,
+    ) -> Result<Self> {
+        let weight = Held::Frozen(Frozen::Dense(weight.detach()));
+        let dropout = Dropout { stream: Stream::new(0, "linear"), p: 0.0 };
+        Self::new(weight, bias.map(Tensor::detach), Some(adapter), scaling, dropout)
+    }
+
+    /// The same without its adapter.
+    pub(crate) fn bare(&self) -> Self {
+        Self { adapter: None, ..self.clone() }
+    }
+
+    /// The last size of the argument.
+    pub(crate) fn inputs(&self) -> usize {
+        self.inputs
+    }
+
+    /// The last size of the result.
+    pub(crate) fn outputs(&self) -> usize {
+        self.outputs
+    }
+
+    /// Whether anything in it is trained.
+    pub(crate) fn trains(&self) -> bool {
+        self.reads_input() || self.bias.as_ref().is_some_and(Tensor::track_op)
+    }
+
+    /// Whether its backward pass reads the input.
+    pub(crate) fn reads_input(&self) -> bool {
+        self.adapter.is_some() || matches!(self.weight, Held::Trained(_))
+    }
+
+    fn with_weight<T>(&self, f: impl FnOnce(&[f32]) -> T) -> Result<T> {
+        Ok(match &self.weight {
+            Held::Trained(weight) => with_slices([weight.as_tensor()], |[w]| f(w))?,
+            Held::Frozen(weight) => weight.with(f)?,
+        })
+    }
+
+    fn rows(&self, x: &[f32]) -> Result<usize> {
+        let fits = x.len().is_multiple_of(self.inputs.max(1));
+        ensure!(fits, "a linear map of {} inputs on {} numbers", self.inputs, x.len());
+        Ok(x.len() / self.inputs.max(1))
+    }
+
+    /// `x W^T + b + s (drop(x) A^T) B^T` (Hu et al. 2021): `[rows, in]` to `[rows, out]`.
+    pub(crate) fn forward(&self, x: &[f32], pass: Pass<'_>) -> Result<Buffer> {
+        let mut out = Buffer::new(self.rows(x)? * self.outputs);
+        self.forward_into(x, pass, Write::Over, &mut out)?;
+        Ok(out)
+    }
+
+    /// The same, into or onto `out`.
+    pub(crate) fn forward_into(
+        &self,
+        x: &[f32],
+        pass: Pass<'_>,
+        write: Write,
+        out: &mut [f32],
+    ) -> Result<()> {
+        let (rows, inputs, outputs) = (self.rows(x)?, self.inputs, self.outputs);
+        ensure!(out.len() == rows * outputs, "a result of {} numbers for {rows} rows", out.len());
+        let bias = self.bias.as_ref().map(|b| with_slices([b], |[b]| b.to_vec())).transpose()?;
+        let x_ = Matrix::new(x, rows, inputs);
+        let dropped = self.adapter.as_ref().and_then(|_| self.dropout.applied(x, pass));
+        if self.arithmetic == Arithmetic::Bf16 {
+            let x = Lhs::new(x_, Threads::All);
+            let base = self.rhs(Way::Forward)?;
+            let mut terms = vec![(&x, &*base)];
+            let adapter = self.adapter.as_ref().map(|Adapter { a, b }| {
+                with_slices([a.as_tensor(), b.as_tensor()], |[a, b]| {
+                    let dropped = dropped.as_deref().map(|x| Matrix::new(x, rows, inputs));
+                    let dropped = dropped.map(|x| Lhs::new(x, Threads::All));
+                    let r = a.len() / inputs;
+                    let h = self.down_bf16(dropped.as_ref().unwrap_or(&x), a, rows);
+                    let b = Matrix::new(b, outputs, r).t();
+                    let h = Lhs::new(Matrix::new(&h, rows, r), Threads::All);
+                    (h, Rhs::scaled(self.scaling, b, Threads::All))
+                })
+            });
+            let adapter = adapter.transpose()?;
+            terms.extend(adapter.as_ref().map(|(h, b)| (h, b)));
+            let add = write == Write::Add;
+            bf16::product((out, outputs), add, bias.as_deref(), &terms, Threads::All);
+            return Ok(());
+        }
+        let mut beta = write.beta();
+        if let Some(b) = bias {
+            let rows = out.par_chunks_mut(outputs).with_min_len(16);
+            match write {
+                Write::Over => rows.for_each(|row| row.copy_from_slice(&b)),
+                Write::Add => rows.for_each(|row| {
+                    row.iter_mut().zip(&b).for_each(|(x, b)| *x += b);
+                }),
+            }
+            beta = 1.0;
+        }
+        self.with_weight(|w| {
+            let w = Matrix::new(w, outputs, inputs);
+            product((&mut *out, outputs), beta, 1.0, x_, w.t(), Threads::All);
+        })?;
+        let Some(Adapter { a, b }) = &self.adapter else { return Ok(()) };
+        with_slices([a.as_tensor(), b.as_tensor()], |[a, b]| {
+            let h = self.down(dropped.as_deref().unwrap_or(x), a, rows);
+            let r = a.len() / inputs;
+            let (h, b) = (Matrix::new(&h, rows, r), Matrix::new(b, outputs, r));
+            product((out, outputs), 1.0, self.scaling, h, b.t(), Threads::All);
+        })?;
+        Ok(())
+    }
+
+    /// The weight for products in bf16.
+    fn rhs(&self, way: Way) -> Result<RhsRef<'_>> {
+        let (outputs, inputs) = (self.outputs, self.inputs);
+        let pack = |w: &[f32]| {
+            let w = Matrix::new(w, outputs, inputs);
+            Rhs::new(if way == Way::Forward { w.t() } else { w }, Threads::All)
+        };
+        match &self.weight {
+            Held::Frozen(Frozen::Nf4(w)) => {
+                let unpack = |rows: std::ops::Range<usize>, out: &mut [f32]| {
+                    w.dequantize_range(rows.start * inputs..rows.end * inputs, out);
+                };
+                let rhs = Rhs::from_rows((outputs, inputs), way == Way::Forward, unpack);
+                Ok(RhsRef::Made(rhs))
+            }
+            Held::Frozen(w) => {
+                let slot = match way {
+                    Way::Forward => &self.packed.forward,
+                    Way::Backward => &self.packed.backward,
+                };
+                if let Some(rhs) = slot.get() {
+                    return Ok(RhsRef::Kept(rhs));
+                }
+                let rhs = w.with(pack)?;
+                Ok(RhsRef::Kept(slot.get_or_init(|| rhs)))
+            }
+            Held::Trained(_) => Ok(RhsRef::Made(self.with_weight(pack)?)),
+        }
+    }
+
+    /// `x A^T`, `[rows, r]`, in bf16.
+    fn down_bf16(&self, x: &Lhs, a: &[f32], rows: usize) -> Buffer {
+        let r = a.len() / self.inputs;
+        let mut h = Buffer::new(rows * r);
+        let a = Rhs::new(Matrix::new(a, r, self.inputs).t(), Threads::All);
+        bf16::product((&mut h, r), false, None, &[(x, &a)], Threads::All);
+        h
+    }
+
+    /// `x A^T`, `[rows, r]`.
+    fn down(&self, x: &[f32], a: &[f32], rows: usize) -> Buffer {
+        let r = a.len() / self.inputs;
+        let mut h = Buffer::new(rows * r);
+        let (x, a) = (Matrix::new(x, rows, self.inputs), Matrix::new(a, r, self.inputs));
+        product((&mut h, r), 0.0, 1.0, x, a.t(), Threads::All);
+        h
+    }
+
+    /// From the gradient `g` of the result: those of what is trained into `gradients`, and that of
+    /// `x` into `dx`. With K = G B: dA = s K^T drop(X), dB = s G^T H, dX = G W + s mask(K A).
+    /// B A is never formed. Where [`Linear::reads_input`] is false, `x` may be empty.
+    pub(crate) fn backward(
+        &self,
+        x: &[f32],
+        g: &[f32],
+        pass: Pass<'_>,
+        dx: Option<(&mut [f32], Write)>,
+        gradients: &mut Gradients,
+    ) -> Result<()> {
+        let (inputs, outputs) = (self.inputs, self.outputs);
+        let rows = g.len() / outputs;
+        let g_ = Matrix::new(g, rows, outputs);
+        if let Some(bias) = self.bias.as_ref().filter(|b| b.track_op()) {
+            gradients.add(bias, sum_rows(g, outputs))?;
+        }
+        if let Held::Trained(weight) = &self.weight {
+            let x = Matrix::new(x, rows, inputs);
+            gradients.product(weight.as_tensor(), self.arithmetic, 1.0, g_.t(), x)?;
+        }
+        if self.arithmetic == Arithmetic::Bf16 {
+            return self.backward_bf16(x, g_, pass, dx, gradients);
+        }
+        let mut dx = dx;
+        if let Some((dx, write)) = &mut dx {
+            self.with_weight(|w| {
+                let w = Matrix::new(w, outputs, inputs);
+                product((&mut **dx, inputs), write.beta(), 1.0, g_, w, Threads::All);
+            })?;
+        }
+        let Some(Adapter { a, b }) = &self.adapter else { return Ok(()) };
+        let dropped = self.dropout.applied(x, pass);
+        let fed = dropped.as_deref().unwrap_or(x);
+        let s = self.scaling;
+        with_slices([a.as_tensor(), b.as_tensor()], |[a_, b_]| -> Result<()> {
+            let r = a_.len() / inputs;
+            let mut k = Buffer::new(rows * r);
+            product((&mut k, r), 0.0, 1.0, g_, Matrix::new(b_, outputs, r), Threads::All);
+            let k = Matrix::new(&k, rows, r);
+            let h = self.down(fed, a_, rows);
+            let (h, fed) = (Matrix::new(&h, rows, r), Matrix::new(fed, rows, inputs));
+            gradients.product(b.as_tensor(), self.arithmetic, s, g_.t(), h)?;
+            gradients.product(a.as_tensor(), self.arithmetic, s, k.t(), fed)?;
+            let Some((dx, _)) = dx else { return Ok(()) };
+            let a = Matrix::new(a_, r, inputs);
+            if dropped.is_none() {
+                product((dx, inputs), 1.0, s, k, a, Threads::All);
+                return Ok(());
+            }
+            let mut through = Buffer::new(rows * inputs);
+            product((&mut through, inputs), 0.0, s, k, a, Threads::All);
+            self.dropout.apply(&mut through, pass);
+            add(dx, &through);
+            Ok(())
+        })?
+    }
+
+    /// The same from the gradients of the input and of an adapter on.
+    fn backward_bf16(
+        &self,
+        x: &[f32],
+        g_: Matrix<'_>,
+        pass: Pass<'_>,
+        dx: Option<(&mut [f32], Write)>,
+        gradients: &mut Gradients,
+    ) -> Result<()> {
+        let (inputs, outputs) = (self.inputs, self.outputs);
+        let (rows, _) = g_.size();
+        if dx.is_none() && self.adapter.is_none() {
+            return Ok(());
+        }
+        let g = Lhs::new(g_, Threads::All);
+        let mut onto = None;
+        let mut through = None;
+        if let Some(Adapter { a, b }) = &self.adapter {
+            let dropped = self.dropout.applied(x, pass);
+            let s = self.scaling;
+            with_slices([a.as_tensor(), b.as_tensor()], |[a_, b_]| -> Result<()> {
+                let r = a_.len() / inputs;
+                let fed = Matrix::new(dropped.as_deref().unwrap_or(x), rows, inputs);
+                let mut k = Buffer::new(rows * r);
+                let up = Rhs::new(Matrix::new(b_, outputs, r), Threads::All);
+                bf16::product((&mut k, r), false, None, &[(&g, &up)], Threads::All);
+                let k_ = Matrix::new(&k, rows, r);
+                let h = self.down_bf16(&Lhs::new(fed, Threads::All), a_, rows);
+                let h = Matrix::new(&h, rows, r);
+                gradients.product(b.as_tensor(), self.arithmetic, s, g_.t(), h)?;
+                gradients.product(a.as_tensor(), self.arithmetic, s, k_.t(), fed)?;
+                if dx.is_none() {
+                    return Ok(());
+                }
+                let k = Lhs::new(k_, Threads::All);
+                let a = Rhs::scaled(s, Matrix::new(a_, r, inputs), Threads::All);
+                if dropped.is_none() {
+                    onto = Some((k, a));
+                    return Ok(());
+                }
+                let mut out = Buffer::new(rows * inputs);
+                bf16::product((&mut out, inputs), false, None, &[(&k, &a)], Threads::All);
+                self.dropout.apply(&mut out, pass);
+                through = Some(out);
+                Ok(())
+            })??;
+        }
+        let Some((dx, write)) = dx else { return Ok(()) };
+        let base = self.rhs(Way::Backward)?;
+        let mut terms = vec![(&g, &*base)];
+        terms.extend(onto.as_ref().map(|(k, a)| (k, a)));
+        let onto = write == Write::Add;
+        bf16::product((&mut *dx, inputs), onto, None, &terms, Threads::All);
+        if let Some(through) = through {
+            add(dx, &through);
+        }
+        Ok(())
+    }
+}
+
+/// A weight that is kept, or made for one use.
+enum RhsRef<'a> {
+    Kept(&'a Rhs),
+    Made(Rhs),
+}
+
+impl std::ops::Deref for RhsRef<'_> {
+    type Target = Rhs;
+
+    fn deref(&self) -> &Rhs {
+        match self {
+            Self::Kept(rhs) => rhs,
+            Self::Made(rhs) => rhs,
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::Arc;
+
+    use candle_core::{Device, Var};
+
+    use super::super::Mode;
+    use super::*;
+    use crate::learn::nf4::Nf4;
+    use crate::learn::ops::tensor;
+    use crate::learn::ops::tests::{check, normal};
+
+    fn matrix(name: &str, rows: usize, cols: usize) -> Tensor {
+        tensor(normal(name, rows * cols), (rows, cols)).unwrap()
+    }
+
+    fn var(data: &[f32], shape: &[usize]) -> Var {
+        Var::from_slice(data, shape, &Device::Cpu).unwrap()
+    }
+
+    /// Checks a layer of 5 to 3 that `make` builds of all arguments but the first, the input.
+    fn check_layer(args: &[&[f32]], make: impl Fn(&[&[f32]]) -> (Linear, Vec<Tensor>)) {
+        let pass = Pass::whole(Mode::Train(3));
+        let forward = |a: &[&[f32]]| make(&a[1..]).0.forward(a[0], pass).unwrap().to_vec();
+        check(args, forward, |a, g| {
+            let (layer, trained) = make(&a[1..]);
+            let mut gradients = Gradients::default();
+            let mut dx = vec![f32::NAN; a[0].len()];
+            let into = Some((&mut dx[..], Write::Over));
+            layer.backward(a[0], g, pass, into, &mut gradients).unwrap();
+            // Onto something, and only what is trained.
+            let mut more = vec![1.0; dx.len()];
+            let into = Some((&mut more[..], Write::Add));
+            layer.backward(a[0], g, pass, into, &mut Gradients::default()).unwrap();
+            assert!(more.iter().zip(&dx).all(|(m, d)| (m - d - 1.0).abs() < 1e-4));
+            let mut alone = Gradients::default();
+            layer.backward(a[0], g, pass, None, &mut alone).unwrap();
+            let mut out = vec![dx];
+            for var in &trained {
+                let (one, other) = (gradients.take(var).unwrap(), alone.take(var).unwrap());
+                assert_eq!(one, other);
+                out.push(one);
+            }
+            out
+        });
+    }
+
+    const NO_DROPOUT: f64 = 0.0;
+
+    fn dropout(p: f64) -> Dropout {
+        Dropout { stream: Stream::new(1, "m"), p }
+    }
+
+    #[test]
+    fn trained() {
+        let (x, w, b) = (normal("x", 67 * 5), normal("w", 15), normal("b", 3));
+        check_layer(&[&x, &w, &b], |a| {
+            let (w, b) = (var(a[0], &[3, 5]), var(a[1], &[3]));
+            let trained = vec![w.as_tensor().clone(), b.as_tensor().clone()];
+            let bias = Some(b.as_tensor().clone());
+            (Linear::new(Held::Trained(w), bias, None, 1.0, dropout(NO_DROPOUT)).unwrap(), trained)
+        });
+        let bias = Some(tensor(normal("b", 4), 4).unwrap());
+        let weight = Held::Trained(var(&w, &[3, 5]));
+        assert!(Linear::new(weight, bias, None, 1.0, dropout(NO_DROPOUT)).is_err());
+    }
+
+    #[test]
+    fn frozen() {
+        let w = matrix("w", 3, 5);
+        let packed = Frozen::Nf4(Arc::new(Nf4::quantize(&w, true).unwrap()));
+        for weight in [Frozen::Dense(w), packed] {
+            let bias = Some(tensor(normal("b", 3), 3).unwrap());
+            check_layer(&[&normal("x", 35)], |_| {
+                let held = Held::Frozen(weight.clone());
+                let drop = dropout(NO_DROPOUT);
+                (Linear::new(held, bias.clone(), None, 1.0, drop).unwrap(), Vec::new())
+            });
+        }
+    }
+
+    #[test]
+    fn adapted() {
+        let (x, a, b) = (normal("x", 35), normal("A", 10), normal("B", 6));
+        for p in [NO_DROPOUT, 0.3] {
+            check_layer(&[&x, &a, &b], |args| {
+                let (a, b) = (var(args[0], &[2, 5]), var(args[1], &[3, 2]));
+                let trained = vec![a.as_tensor().clone(), b.as_tensor().clone()];
+                let weight = Held::Frozen(Frozen::Dense(matrix("w", 3, 5)));
+                let bias = Some(tensor(normal("b", 3), 3).unwrap());
+                let adapter = Some(Adapter { a, b });
+                (Linear::new(weight, bias, adapter, 1.5, dropout(p)).unwrap(), trained)
+            });
+        }
+    }
+}
