@@ -52,6 +52,16 @@ impl Lhs {
         lhs
     }
 
+    /// Packs `[rows, cols]` whose rows are made some at a time, see [`Rhs::from_rows`].
+    pub(crate) fn from_rows(
+        size: (usize, usize),
+        make: impl Fn(Range<usize>, &mut [f32]) + Sync,
+    ) -> Self {
+        let mut lhs = Self::empty();
+        lhs.0.fill_rows(size, false, make);
+        lhs
+    }
+
     /// `[0, 0]`: a buffer to be filled.
     pub(crate) fn empty() -> Self {
         Self(Packed::empty(Side::Lhs, Form::best()))

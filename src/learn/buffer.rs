@@ -63,25 +63,32 @@ impl<T> Pool<T> {
     }
 }
 
-/// Numbers in memory that other buffers use before and after.
+/// Numbers in memory that other buffers use before and after; they begin at a line of the cache.
 #[derive(Debug)]
 pub(crate) struct Buffer<T: Pooled = f32> {
-    /// All that there is, at least `len`.
+    /// All that there is.
     data: Vec<T>,
+    /// The first number of a line of the cache.
+    start: usize,
     len: usize,
 }
+
+/// Bytes of a line of the cache: what tiles and vectors like their rows to begin at.
+const LINE: usize = 64;
 
 impl<T: Pooled> Buffer<T> {
     /// So many numbers, of which nothing is known.
     pub(crate) fn new(len: usize) -> Self {
+        let room = len + LINE / size_of::<T>();
         let mut pool = T::pool();
-        let data = pool.take(len).unwrap_or_else(|| {
-            pool.make_room(len);
-            vec![T::default(); len]
+        let data = pool.take(room).unwrap_or_else(|| {
+            pool.make_room(room);
+            vec![T::default(); room]
         });
         pool.used += data.len();
         pool.peak = pool.peak.max(pool.used);
-        Self { data, len }
+        let start = data.as_ptr().align_offset(LINE);
+        Self { data, start, len }
     }
 
     /// So many zeros.
@@ -123,13 +130,13 @@ impl<T: Pooled> Deref for Buffer<T> {
     type Target = [T];
 
     fn deref(&self) -> &[T] {
-        &self.data[..self.len]
+        &self.data[self.start..][..self.len]
     }
 }
 
 impl<T: Pooled> DerefMut for Buffer<T> {
     fn deref_mut(&mut self) -> &mut [T] {
-        &mut self.data[..self.len]
+        &mut self.data[self.start..][..self.len]
     }
 }
 
@@ -157,5 +164,6 @@ mod tests {
         drop(first);
         let again = Buffer::<f32>::zeros(69_000);
         assert!(again.len() == 69_000 && again.iter().all(|x| *x == 0.0));
+        assert_eq!(again.as_ptr().align_offset(LINE), 0);
     }
 }

@@ -5,8 +5,8 @@ use std::collections::HashMap;
 use anyhow::{Result, ensure};
 use candle_core::{Tensor, TensorId};
 
-use super::arithmetic::Arithmetic;
-use super::matrix::{Matrix, Threads};
+use super::bf16::{self, Lhs, Rhs};
+use super::matrix::{Matrix, Threads, product};
 
 /// Gradients by parameter; one that is used in several places gets the sum.
 #[derive(Debug, Default)]
@@ -36,7 +36,6 @@ impl Gradients {
     pub(crate) fn product(
         &mut self,
         parameter: &Tensor,
-        arithmetic: Arithmetic,
         alpha: f32,
         lhs: Matrix<'_>,
         rhs: Matrix<'_>,
@@ -46,7 +45,25 @@ impl Gradients {
         let found = rows * cols;
         ensure!(n == found, "a gradient of {found} numbers for a parameter of {n}");
         let (sum, beta) = self.sum(parameter);
-        arithmetic.product((sum, cols), beta, alpha, lhs, rhs, Threads::All);
+        product((sum, cols), beta, alpha, lhs, rhs, Threads::All);
+        Ok(())
+    }
+
+    /// Adds `lhs * rhs`, a product in bf16 with `cols` columns.
+    ///
+    /// # Errors
+    /// When the parameter's last size is another.
+    pub(crate) fn product_bf16(
+        &mut self,
+        parameter: &Tensor,
+        lhs: &Lhs,
+        rhs: &Rhs,
+        cols: usize,
+    ) -> Result<()> {
+        let last = parameter.dims().last().copied();
+        ensure!(last == Some(cols), "a gradient of {cols} columns for {:?}", parameter.dims());
+        let (sum, beta) = self.sum(parameter);
+        bf16::product((sum, cols), beta != 0.0, None, &[(lhs, rhs)], Threads::All);
         Ok(())
     }
 

@@ -5,7 +5,7 @@ use candle_core::{CpuStorage, CustomOp3, Layout, Shape, Tensor, Var};
 
 use super::gradients::Gradients;
 use super::init;
-use super::linear::{Adapter, Linear, Mode, Pass, Write};
+use super::linear::{Adapter, Input, Linear, Mode, Pass, Write};
 use super::ops::{slice, tensor, with_slices};
 
 /// One frozen linear layer with a low-rank adapter, alone: what the models are built of.
@@ -50,7 +50,10 @@ impl LoraLinear {
     /// # Errors
     /// When the last size of `x` is not `in`.
     pub fn forward_frozen(&self, x: &Tensor) -> Result<Tensor> {
-        let out = with_slices([x], |[x]| self.linear.bare().forward(x, Pass::whole(Mode::Eval)))??;
+        let layer = self.linear.bare();
+        let pass = Pass::whole(Mode::Eval);
+        let run = |[x]: [&[f32]; 1]| layer.forward(&Input::of(x, layer.inputs()), pass);
+        let out = with_slices([x], run)??;
         Ok(tensor(out.to_vec(), self.shape(x.shape()))?)
     }
 
@@ -90,7 +93,10 @@ impl CustomOp3 for Op {
         _: &CpuStorage,
         _: &Layout,
     ) -> candle_core::Result<(CpuStorage, Shape)> {
-        let out = self.0.linear.forward(slice(s1, l1)?, Pass::whole(Mode::Eval));
+        let out = {
+            let x = Input::of(slice(s1, l1)?, self.0.linear.inputs());
+            self.0.linear.forward(&x, Pass::whole(Mode::Eval))
+        };
         let out = out.map_err(candle_core::Error::wrap)?;
         Ok((CpuStorage::F32(out.to_vec()), self.0.shape(l1.shape())))
     }
@@ -107,7 +113,9 @@ impl CustomOp3 for Op {
         let mut dx = vec![0.0; x.elem_count()];
         with_slices([x, grad], |[x, g]| {
             let into = Some((&mut dx[..], Write::Over));
-            self.0.linear.backward(x, g, Pass::whole(Mode::Eval), into, &mut gradients)
+            let layer = &self.0.linear;
+            let (x, g) = (Input::of(x, layer.inputs()), Input::of(g, layer.outputs()));
+            layer.backward(&x, &g, Pass::whole(Mode::Eval), into, &mut gradients)
         })?
         .map_err(candle_core::Error::wrap)?;
         let of = |gradients: &mut Gradients, var: &Tensor| {

@@ -15,7 +15,7 @@ use super::buffer::Buffer;
 use super::config::ModelConfig;
 use super::cuda::{Engine, Float};
 use super::gradients::Gradients;
-use super::linear::{Held, Mode, Parameters, Pass, Write};
+use super::linear::{Held, Input, Mode, Parameters, Pass, Write};
 use super::load::{Loaded, Loading};
 use super::net::Net;
 use super::ops::{Frozen, cross_entropy, log_probs, select_rows, tensor};
@@ -220,7 +220,8 @@ impl Model {
     /// Logits of some rows of the last layer's output, without dropout.
     fn logits_at(&self, net: &Net, rows: Buffer) -> Result<Buffer> {
         let pass = Pass::whole(Mode::Eval);
-        net.output()?.forward(&net.features(rows, pass)?.0, pass)
+        let (features, _) = net.features(rows, pass)?;
+        net.output()?.forward(&Input::of(&features, net.output()?.inputs()), pass)
     }
 
     /// Logits without dropout, f32: `[size, classes]`, or `[size, length, vocab]` with zeros on
@@ -491,9 +492,11 @@ impl Model {
         let rows = self.chunk();
         let parts = features.chunks(rows * width).zip(dx.chunks_mut(rows * width));
         for ((x, dx), wanted) in parts.zip(targets.targets.chunks(rows)) {
-            let mut logits = output.forward(x, pass)?;
+            let x = Input::of(x, output.inputs());
+            let mut logits = output.forward(&x, pass)?;
             loss += cross_entropy(&mut logits, output.outputs(), wanted, 1.0 / denominator)?;
-            output.backward(x, &logits, pass, Some((dx, Write::Over)), gradients)?;
+            let g = Input::of(&logits, output.outputs());
+            output.backward(&x, &g, pass, Some((dx, Write::Over)), gradients)?;
         }
         Ok((loss, dx))
     }

@@ -20,7 +20,7 @@ use super::buffer::{Buffer, release};
 use super::config::{Family, ModelConfig};
 use super::gradients::Gradients;
 use super::layout::output_embedding;
-use super::linear::{Dropout, Linear, Parameters, Pass, Write};
+use super::linear::{Dropout, Input, Linear, Parameters, Pass, Write};
 use super::ops::{Attention, RopeTable};
 
 impl Drop for Net {
@@ -256,7 +256,7 @@ impl Net {
                 Ok((norm.forward(&rows)?, SavedFeatures { rows, pooled: None }))
             }
             Features::Pool { dense, tanh, drop } => {
-                let mut pooled = dense.forward(&rows, pass)?;
+                let mut pooled = dense.forward(&Input::of(&rows, dense.inputs()), pass)?;
                 // Not `max`, which passes over what is not a number.
                 let activate = |x: f32| {
                     if *tanh {
@@ -301,7 +301,8 @@ impl Net {
                 grad.iter_mut().zip(&*pooled).for_each(|(g, y)| *g *= slope(*y));
                 let mut to_rows = Buffer::new(rows.len());
                 let into = below.then_some((&mut to_rows[..], Write::Over));
-                dense.backward(&rows, &grad, pass, into, gradients)?;
+                let x = Input::of(&rows, dense.inputs());
+                dense.backward(&x, &Input::of(&grad, dense.outputs()), pass, into, gradients)?;
                 grad = to_rows;
             }
             _ => {}

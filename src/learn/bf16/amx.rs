@@ -28,10 +28,11 @@ impl Amx {
         FOUND.get_or_init(|| has_tiles() && permitted()).then_some(Self(()))
     }
 
-    /// Packs rows `first..first + 32` of `x` (`[rows or columns of the operand, k]`) times
-    /// `scale`, over all of k, into `out`. What lies outside `x` becomes 0.
+    /// Packs `x` (`[rows or columns of the operand, k]`) times `scale`, over all of k, from row
+    /// `first` on into `out`: as many panels of 32 rows as that holds. What lies outside `x`
+    /// becomes 0.
     pub(super) fn pack(self, side: Side, x: Matrix<'_>, first: usize, scale: f32, out: &mut [u16]) {
-        pack::panel(self, side, x, first, scale, out);
+        pack::panels(self, side, x, first, scale, out);
     }
 
     /// `out = beta * out + bias + ` the sum over the terms of lhs times rhs.

@@ -17,7 +17,7 @@ impl<'a> Output<'a> {
         (data, stride): (&'a mut [f32], usize),
         (rows, cols): (usize, usize),
     ) -> Self {
-        let fits = rows == 0 || (rows - 1) * stride + cols <= data.len();
+        let fits = rows == 0 || cols == 0 || (rows - 1) * stride + cols <= data.len();
         assert!(cols <= stride && fits, "product outside its slice");
         Self { data, stride, rows, cols }
     }
@@ -59,8 +59,10 @@ impl Shared<'_> {
 
 /// A block of a product that one thread holds.
 pub(crate) struct Block<'a> {
-    first: *mut f32,
-    stride: usize,
+    /// Its first element.
+    pub(super) first: *mut f32,
+    /// Elements from row to row.
+    pub(super) stride: usize,
     rows: Range<usize>,
     cols: Range<usize>,
     slice: PhantomData<&'a mut [f32]>,
@@ -84,15 +86,5 @@ impl Block<'_> {
         let first = self.first.wrapping_add((i - self.rows.start) * self.stride);
         // SAFETY: the block lies in the slice of its matrix and is held by this thread only.
         unsafe { std::slice::from_raw_parts_mut(first, self.cols.len()) }
-    }
-
-    /// Its first element.
-    pub(super) fn first(&mut self) -> *mut f32 {
-        self.first
-    }
-
-    /// Elements from row to row.
-    pub(super) fn stride(&self) -> usize {
-        self.stride
     }
 }

@@ -18,6 +18,9 @@ pub(super) const TILE_LEN: usize = 512;
 /// Elements of a step of a panel: two tiles.
 pub(super) const STEP_LEN: usize = 2 * TILE_LEN;
 
+/// Panels of a task, where the source lies across them.
+const TOGETHER: usize = 4;
+
 /// Which operand it is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Side {
@@ -43,31 +46,6 @@ impl Form {
     }
 }
 
-/// Elements at a multiple of 64 bytes, in memory that is used again.
-#[derive(Debug, Default)]
-struct Aligned {
-    data: Option<Buffer<u16>>,
-    start: usize,
-    len: usize,
-}
-
-impl Aligned {
-    /// `len` elements, with any content.
-    fn resize(&mut self, len: usize) -> &mut [u16] {
-        let room = len + 32;
-        let data = match self.data.take() {
-            Some(data) if data.len() >= room => data,
-            _ => Buffer::new(room),
-        };
-        (self.start, self.len) = (data.as_ptr().align_offset(64), len);
-        &mut self.data.insert(data)[self.start..][..len]
-    }
-
-    fn get(&self) -> &[u16] {
-        self.data.as_ref().map_or(&[], |data| &data[self.start..][..self.len])
-    }
-}
-
 /// An operand in bf16, `[outer, k]`: `outer` are the rows of the left-hand side or the columns
 /// of the right-hand side.
 #[derive(Debug)]
@@ -78,13 +56,16 @@ pub(super) struct Packed {
     k: usize,
     /// Held as `[k, outer]` (form `Plain` only).
     flipped: bool,
-    buffer: Aligned,
+    /// At least the elements that there are.
+    buffer: Buffer<u16>,
+    /// How many there are.
+    len: usize,
 }
 
 impl Packed {
     /// Of size 0.
     pub(super) fn empty(side: Side, form: Form) -> Self {
-        Self { form, side, outer: 0, k: 0, flipped: false, buffer: Aligned::default() }
+        Self { form, side, outer: 0, k: 0, flipped: false, buffer: Buffer::new(0), len: 0 }
     }
 
     pub(super) fn form(&self) -> Form {
@@ -106,7 +87,16 @@ impl Packed {
 
     /// The elements, laid out as the form says.
     pub(super) fn data(&self) -> &[u16] {
-        self.buffer.get()
+        &self.buffer[..self.len]
+    }
+
+    /// Room for `len` elements, with any content.
+    fn resize(&mut self, len: usize) -> &mut [u16] {
+        if self.buffer.len() < len {
+            self.buffer = Buffer::new(len);
+        }
+        self.len = len;
+        &mut self.buffer[..len]
     }
 
     /// Takes the content of `x`, `[outer, k]`, times `scale`.
@@ -116,15 +106,17 @@ impl Packed {
             self.flipped = x.strides().1 != 1;
             let x = if self.flipped { x.t() } else { x };
             let (rows, cols) = x.size();
-            return plain::round(x, scale, self.buffer.resize(rows * cols), threads);
+            return plain::round(x, scale, self.resize(rows * cols), threads);
         };
         let (side, panel) = (self.side, self.k.div_ceil(STEP) * STEP_LEN);
-        let out = self.buffer.resize(self.outer.div_ceil(PANEL) * panel);
-        let pack = |(i, out): (usize, &mut [u16])| amx.pack(side, x, i * PANEL, scale, out);
-        // A size of 0 would be refused; then there is no chunk anyway.
+        let out = self.resize(self.outer.div_ceil(PANEL) * panel);
+        // Where a panel is a narrow strip of long rows, some together read more of each row.
+        let some = if x.strides().1 == 1 { 1 } else { TOGETHER };
+        let pack = |(i, out): (usize, &mut [u16])| amx.pack(side, x, i * some * PANEL, scale, out);
         match threads {
-            Threads::One => out.chunks_mut(panel.max(1)).enumerate().for_each(pack),
-            Threads::All => out.par_chunks_mut(panel.max(1)).enumerate().for_each(pack),
+            Threads::One => pack((0, out)),
+            // A size of 0 would be refused; then there is no chunk anyway.
+            Threads::All => out.par_chunks_mut((some * panel).max(1)).enumerate().for_each(pack),
         }
     }
 
@@ -148,7 +140,7 @@ impl Packed {
         match self.form {
             Form::Plain => {
                 self.flipped = flipped;
-                let out = self.buffer.resize(rows * cols);
+                let out = self.resize(rows * cols);
                 out.par_chunks_mut((PANEL * cols).max(1)).enumerate().for_each_init(
                     Vec::new,
                     |buffer, (i, out)| {
@@ -160,7 +152,7 @@ impl Packed {
             }
             Form::Tiles(amx) if !flipped => {
                 let panel = k.div_ceil(STEP) * STEP_LEN;
-                let out = self.buffer.resize(outer.div_ceil(PANEL) * panel);
+                let out = self.resize(outer.div_ceil(PANEL) * panel);
                 out.par_chunks_mut(panel.max(1)).enumerate().for_each_init(
                     Vec::new,
                     |buffer, (i, out)| {
@@ -171,7 +163,7 @@ impl Packed {
             }
             Form::Tiles(amx) => {
                 let (panels, steps) = (outer.div_ceil(PANEL), k.div_ceil(STEP));
-                let out = self.buffer.resize(panels * steps * STEP_LEN);
+                let out = self.resize(panels * steps * STEP_LEN);
                 // A block of rows is one step of every panel.
                 let mut by_step: Vec<Vec<&mut [u16]>> =
                     (0..steps).map(|_| Vec::with_capacity(panels)).collect();

@@ -1,18 +1,20 @@
 //! One linear layer, forward and backward.
 
-use std::sync::{Arc, OnceLock};
+use std::sync::Arc;
 
 use anyhow::{Result, bail, ensure};
 use candle_core::Tensor;
 use rayon::prelude::*;
 
+use super::half::Packed;
+use super::input::Input;
 use super::{Adapter, Dropout, Held, Parameters, Pass};
 use crate::learn::arithmetic::Arithmetic;
-use crate::learn::bf16::{self, Lhs, Rhs};
+use crate::learn::bf16::Lhs;
 use crate::learn::buffer::Buffer;
 use crate::learn::gradients::Gradients;
 use crate::learn::matrix::{Matrix, Threads, product, sum_rows};
-use crate::learn::ops::{Frozen, add, with_slices};
+use crate::learn::ops::{Frozen, with_slices};
 use crate::learn::random::Stream;
 
 /// What a result does to what was there.
@@ -33,31 +35,15 @@ impl Write {
 /// `x W^T + b`: trained, frozen or quantized, with or without an adapter.
 #[derive(Debug, Clone)]
 pub(crate) struct Linear {
-    weight: Held,
-    bias: Option<Tensor>,
-    adapter: Option<Adapter>,
-    scaling: f32,
-    dropout: Dropout,
-    inputs: usize,
-    outputs: usize,
-    arithmetic: Arithmetic,
-    packed: Arc<Packed>,
-}
-
-/// A frozen weight laid out for products in bf16, each way from when it is first needed.
-#[derive(Debug, Default)]
-struct Packed {
-    /// W^T.
-    forward: OnceLock<Rhs>,
-    /// W.
-    backward: OnceLock<Rhs>,
-}
-
-/// Which way a pass goes.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Way {
-    Forward,
-    Backward,
+    pub(super) weight: Held,
+    pub(super) bias: Option<Tensor>,
+    pub(super) adapter: Option<Adapter>,
+    pub(super) scaling: f32,
+    pub(super) dropout: Dropout,
+    pub(super) inputs: usize,
+    pub(super) outputs: usize,
+    pub(super) arithmetic: Arithmetic,
+    pub(super) packed: Arc<Packed>,
 }
 
 impl Linear {
@@ -135,22 +121,16 @@ impl Linear {
         self.adapter.is_some() || matches!(self.weight, Held::Trained(_))
     }
 
-    fn with_weight<T>(&self, f: impl FnOnce(&[f32]) -> T) -> Result<T> {
+    pub(super) fn with_weight<T>(&self, f: impl FnOnce(&[f32]) -> T) -> Result<T> {
         Ok(match &self.weight {
             Held::Trained(weight) => with_slices([weight.as_tensor()], |[w]| f(w))?,
             Held::Frozen(weight) => weight.with(f)?,
         })
     }
 
-    fn rows(&self, x: &[f32]) -> Result<usize> {
-        let fits = x.len().is_multiple_of(self.inputs.max(1));
-        ensure!(fits, "a linear map of {} inputs on {} numbers", self.inputs, x.len());
-        Ok(x.len() / self.inputs.max(1))
-    }
-
     /// `x W^T + b + s (drop(x) A^T) B^T` (Hu et al. 2021): `[rows, in]` to `[rows, out]`.
-    pub(crate) fn forward(&self, x: &[f32], pass: Pass<'_>) -> Result<Buffer> {
-        let mut out = Buffer::new(self.rows(x)? * self.outputs);
+    pub(crate) fn forward(&self, x: &Input<'_>, pass: Pass<'_>) -> Result<Buffer> {
+        let mut out = Buffer::new(x.size().0 * self.outputs);
         self.forward_into(x, pass, Write::Over, &mut out)?;
         Ok(out)
     }
@@ -158,36 +138,17 @@ impl Linear {
     /// The same, into or onto `out`.
     pub(crate) fn forward_into(
         &self,
-        x: &[f32],
+        x: &Input<'_>,
         pass: Pass<'_>,
         write: Write,
         out: &mut [f32],
     ) -> Result<()> {
-        let (rows, inputs, outputs) = (self.rows(x)?, self.inputs, self.outputs);
+        let ((rows, cols), inputs, outputs) = (x.size(), self.inputs, self.outputs);
+        ensure!(cols == inputs, "a linear map of {inputs} inputs on rows of {cols}");
         ensure!(out.len() == rows * outputs, "a result of {} numbers for {rows} rows", out.len());
         let bias = self.bias.as_ref().map(|b| with_slices([b], |[b]| b.to_vec())).transpose()?;
-        let x_ = Matrix::new(x, rows, inputs);
-        let dropped = self.adapter.as_ref().and_then(|_| self.dropout.applied(x, pass));
         if self.arithmetic == Arithmetic::Bf16 {
-            let x = Lhs::new(x_, Threads::All);
-            let base = self.rhs(Way::Forward)?;
-            let mut terms = vec![(&x, &*base)];
-            let adapter = self.adapter.as_ref().map(|Adapter { a, b }| {
-                with_slices([a.as_tensor(), b.as_tensor()], |[a, b]| {
-                    let dropped = dropped.as_deref().map(|x| Matrix::new(x, rows, inputs));
-                    let dropped = dropped.map(|x| Lhs::new(x, Threads::All));
-                    let r = a.len() / inputs;
-                    let h = self.down_bf16(dropped.as_ref().unwrap_or(&x), a, rows);
-                    let b = Matrix::new(b, outputs, r).t();
-                    let h = Lhs::new(Matrix::new(&h, rows, r), Threads::All);
-                    (h, Rhs::scaled(self.scaling, b, Threads::All))
-                })
-            });
-            let adapter = adapter.transpose()?;
-            terms.extend(adapter.as_ref().map(|(h, b)| (h, b)));
-            let add = write == Write::Add;
-            bf16::product((out, outputs), add, bias.as_deref(), &terms, Threads::All);
-            return Ok(());
+            return self.forward_bf16(x, bias.as_deref(), pass, write, out);
         }
         let mut beta = write.beta();
         if let Some(b) = bias {
@@ -201,12 +162,13 @@ impl Linear {
             beta = 1.0;
         }
         self.with_weight(|w| {
-            let w = Matrix::new(w, outputs, inputs);
-            product((&mut *out, outputs), beta, 1.0, x_, w.t(), Threads::All);
+            let (x, w) = (Matrix::new(x.plain(), rows, inputs), Matrix::new(w, outputs, inputs));
+            product((&mut *out, outputs), beta, 1.0, x, w.t(), Threads::All);
         })?;
         let Some(Adapter { a, b }) = &self.adapter else { return Ok(()) };
+        let fed = self.fed(x, pass);
         with_slices([a.as_tensor(), b.as_tensor()], |[a, b]| {
-            let h = self.down(dropped.as_deref().unwrap_or(x), a, rows);
+            let h = self.down(fed.as_ref().unwrap_or(x), a);
             let r = a.len() / inputs;
             let (h, b) = (Matrix::new(&h, rows, r), Matrix::new(b, outputs, r));
             product((out, outputs), 1.0, self.scaling, h, b.t(), Threads::All);
@@ -214,186 +176,91 @@ impl Linear {
         Ok(())
     }
 
-    /// The weight for products in bf16.
-    fn rhs(&self, way: Way) -> Result<RhsRef<'_>> {
-        let (outputs, inputs) = (self.outputs, self.inputs);
-        let pack = |w: &[f32]| {
-            let w = Matrix::new(w, outputs, inputs);
-            Rhs::new(if way == Way::Forward { w.t() } else { w }, Threads::All)
-        };
-        match &self.weight {
-            Held::Frozen(Frozen::Nf4(w)) => {
-                let unpack = |rows: std::ops::Range<usize>, out: &mut [f32]| {
-                    w.dequantize_range(rows.start * inputs..rows.end * inputs, out);
-                };
-                let rhs = Rhs::from_rows((outputs, inputs), way == Way::Forward, unpack);
-                Ok(RhsRef::Made(rhs))
-            }
-            Held::Frozen(w) => {
-                let slot = match way {
-                    Way::Forward => &self.packed.forward,
-                    Way::Backward => &self.packed.backward,
-                };
-                if let Some(rhs) = slot.get() {
-                    return Ok(RhsRef::Kept(rhs));
-                }
-                let rhs = w.with(pack)?;
-                Ok(RhsRef::Kept(slot.get_or_init(|| rhs)))
-            }
-            Held::Trained(_) => Ok(RhsRef::Made(self.with_weight(pack)?)),
-        }
-    }
-
-    /// `x A^T`, `[rows, r]`, in bf16.
-    fn down_bf16(&self, x: &Lhs, a: &[f32], rows: usize) -> Buffer {
-        let r = a.len() / self.inputs;
-        let mut h = Buffer::new(rows * r);
-        let a = Rhs::new(Matrix::new(a, r, self.inputs).t(), Threads::All);
-        bf16::product((&mut h, r), false, None, &[(x, &a)], Threads::All);
-        h
+    /// What the adapter reads, unless that is `x` itself.
+    pub(super) fn fed<'a>(&self, x: &'a Input<'_>, pass: Pass<'a>) -> Option<Input<'a>> {
+        self.dropout.mask(pass.mode)?;
+        let (dropout, (rows, cols), x) = (self.dropout, x.size(), x.plain());
+        Some(Input::made(rows, cols, move |range, out| {
+            out.copy_from_slice(&x[range.start * cols..range.end * cols]);
+            dropout.apply_at(range, out, pass);
+        }))
     }
 
     /// `x A^T`, `[rows, r]`.
-    fn down(&self, x: &[f32], a: &[f32], rows: usize) -> Buffer {
-        let r = a.len() / self.inputs;
+    fn down(&self, x: &Input<'_>, a: &[f32]) -> Buffer {
+        let ((rows, _), r) = (x.size(), a.len() / self.inputs);
         let mut h = Buffer::new(rows * r);
-        let (x, a) = (Matrix::new(x, rows, self.inputs), Matrix::new(a, r, self.inputs));
+        let (x, a) = (Matrix::new(x.plain(), rows, self.inputs), Matrix::new(a, r, self.inputs));
         product((&mut h, r), 0.0, 1.0, x, a.t(), Threads::All);
         h
     }
 
     /// From the gradient `g` of the result: those of what is trained into `gradients`, and that of
     /// `x` into `dx`. With K = G B: dA = s K^T drop(X), dB = s G^T H, dX = G W + s mask(K A).
-    /// B A is never formed. Where [`Linear::reads_input`] is false, `x` may be empty.
+    /// B A is never formed. Where [`Linear::reads_input`] is false, `x` may be none.
     pub(crate) fn backward(
         &self,
-        x: &[f32],
-        g: &[f32],
+        x: &Input<'_>,
+        g: &Input<'_>,
         pass: Pass<'_>,
         dx: Option<(&mut [f32], Write)>,
         gradients: &mut Gradients,
     ) -> Result<()> {
-        let (inputs, outputs) = (self.inputs, self.outputs);
-        let rows = g.len() / outputs;
-        let g_ = Matrix::new(g, rows, outputs);
+        let ((rows, cols), inputs, outputs) = (g.size(), self.inputs, self.outputs);
+        ensure!(cols == outputs, "gradients of {cols} for {outputs} outputs");
+        let read = !self.reads_input() || x.size() == (rows, inputs);
+        ensure!(read, "{rows} gradients for an input of {:?}", x.size());
         if let Some(bias) = self.bias.as_ref().filter(|b| b.track_op()) {
-            gradients.add(bias, sum_rows(g, outputs))?;
+            gradients.add(bias, sum_rows(g.plain(), outputs))?;
         }
         if let Held::Trained(weight) = &self.weight {
-            let x = Matrix::new(x, rows, inputs);
-            gradients.product(weight.as_tensor(), self.arithmetic, 1.0, g_.t(), x)?;
+            let weight = weight.as_tensor();
+            let g = Matrix::new(g.plain(), rows, outputs).t();
+            match self.arithmetic {
+                Arithmetic::F32 => {
+                    let x = Matrix::new(x.plain(), rows, inputs);
+                    gradients.product(weight, 1.0, g, x)?;
+                }
+                Arithmetic::Bf16 => {
+                    let g = Lhs::new(g, Threads::All);
+                    gradients.product_bf16(weight, &g, &x.rhs(), inputs)?;
+                }
+            }
         }
         if self.arithmetic == Arithmetic::Bf16 {
-            return self.backward_bf16(x, g_, pass, dx, gradients);
+            return self.backward_bf16(x, g, pass, dx, gradients);
         }
+        let g = Matrix::new(g.plain(), rows, outputs);
         let mut dx = dx;
         if let Some((dx, write)) = &mut dx {
             self.with_weight(|w| {
                 let w = Matrix::new(w, outputs, inputs);
-                product((&mut **dx, inputs), write.beta(), 1.0, g_, w, Threads::All);
+                product((&mut **dx, inputs), write.beta(), 1.0, g, w, Threads::All);
             })?;
         }
         let Some(Adapter { a, b }) = &self.adapter else { return Ok(()) };
-        let dropped = self.dropout.applied(x, pass);
-        let fed = dropped.as_deref().unwrap_or(x);
-        let s = self.scaling;
+        let fed = self.fed(x, pass);
+        let (dropped, fed) = (fed.is_some(), fed.as_ref().unwrap_or(x));
         with_slices([a.as_tensor(), b.as_tensor()], |[a_, b_]| -> Result<()> {
-            let r = a_.len() / inputs;
+            let (r, s) = (a_.len() / inputs, self.scaling);
             let mut k = Buffer::new(rows * r);
-            product((&mut k, r), 0.0, 1.0, g_, Matrix::new(b_, outputs, r), Threads::All);
+            product((&mut k, r), 0.0, 1.0, g, Matrix::new(b_, outputs, r), Threads::All);
             let k = Matrix::new(&k, rows, r);
-            let h = self.down(fed, a_, rows);
-            let (h, fed) = (Matrix::new(&h, rows, r), Matrix::new(fed, rows, inputs));
-            gradients.product(b.as_tensor(), self.arithmetic, s, g_.t(), h)?;
-            gradients.product(a.as_tensor(), self.arithmetic, s, k.t(), fed)?;
+            let h = self.down(fed, a_);
+            gradients.product(b.as_tensor(), s, g.t(), Matrix::new(&h, rows, r))?;
+            let fed = Matrix::new(fed.plain(), rows, inputs);
+            gradients.product(a.as_tensor(), s, k.t(), fed)?;
             let Some((dx, _)) = dx else { return Ok(()) };
             let a = Matrix::new(a_, r, inputs);
-            if dropped.is_none() {
+            if !dropped {
                 product((dx, inputs), 1.0, s, k, a, Threads::All);
                 return Ok(());
             }
             let mut through = Buffer::new(rows * inputs);
             product((&mut through, inputs), 0.0, s, k, a, Threads::All);
-            self.dropout.apply(&mut through, pass);
-            add(dx, &through);
+            self.dropout.add_applied(&mut through, pass, dx);
             Ok(())
         })?
-    }
-
-    /// The same from the gradients of the input and of an adapter on.
-    fn backward_bf16(
-        &self,
-        x: &[f32],
-        g_: Matrix<'_>,
-        pass: Pass<'_>,
-        dx: Option<(&mut [f32], Write)>,
-        gradients: &mut Gradients,
-    ) -> Result<()> {
-        let (inputs, outputs) = (self.inputs, self.outputs);
-        let (rows, _) = g_.size();
-        if dx.is_none() && self.adapter.is_none() {
-            return Ok(());
-        }
-        let g = Lhs::new(g_, Threads::All);
-        let mut onto = None;
-        let mut through = None;
-        if let Some(Adapter { a, b }) = &self.adapter {
-            let dropped = self.dropout.applied(x, pass);
-            let s = self.scaling;
-            with_slices([a.as_tensor(), b.as_tensor()], |[a_, b_]| -> Result<()> {
-                let r = a_.len() / inputs;
-                let fed = Matrix::new(dropped.as_deref().unwrap_or(x), rows, inputs);
-                let mut k = Buffer::new(rows * r);
-                let up = Rhs::new(Matrix::new(b_, outputs, r), Threads::All);
-                bf16::product((&mut k, r), false, None, &[(&g, &up)], Threads::All);
-                let k_ = Matrix::new(&k, rows, r);
-                let h = self.down_bf16(&Lhs::new(fed, Threads::All), a_, rows);
-                let h = Matrix::new(&h, rows, r);
-                gradients.product(b.as_tensor(), self.arithmetic, s, g_.t(), h)?;
-                gradients.product(a.as_tensor(), self.arithmetic, s, k_.t(), fed)?;
-                if dx.is_none() {
-                    return Ok(());
-                }
-                let k = Lhs::new(k_, Threads::All);
-                let a = Rhs::scaled(s, Matrix::new(a_, r, inputs), Threads::All);
-                if dropped.is_none() {
-                    onto = Some((k, a));
-                    return Ok(());
-                }
-                let mut out = Buffer::new(rows * inputs);
-                bf16::product((&mut out, inputs), false, None, &[(&k, &a)], Threads::All);
-                self.dropout.apply(&mut out, pass);
-                through = Some(out);
-                Ok(())
-            })??;
-        }
-        let Some((dx, write)) = dx else { return Ok(()) };
-        let base = self.rhs(Way::Backward)?;
-        let mut terms = vec![(&g, &*base)];
-        terms.extend(onto.as_ref().map(|(k, a)| (k, a)));
-        let onto = write == Write::Add;
-        bf16::product((&mut *dx, inputs), onto, None, &terms, Threads::All);
-        if let Some(through) = through {
-            add(dx, &through);
-        }
-        Ok(())
-    }
-}
-
-/// A weight that is kept, or made for one use.
-enum RhsRef<'a> {
-    Kept(&'a Rhs),
-    Made(Rhs),
-}
-
-impl std::ops::Deref for RhsRef<'_> {
-    type Target = Rhs;
-
-    fn deref(&self) -> &Rhs {
-        match self {
-            Self::Kept(rhs) => rhs,
-            Self::Made(rhs) => rhs,
-        }
     }
 }
 
@@ -420,20 +287,22 @@ mod tests {
     /// Checks a layer of 5 to 3 that `make` builds of all arguments but the first, the input.
     fn check_layer(args: &[&[f32]], make: impl Fn(&[&[f32]]) -> (Linear, Vec<Tensor>)) {
         let pass = Pass::whole(Mode::Train(3));
-        let forward = |a: &[&[f32]]| make(&a[1..]).0.forward(a[0], pass).unwrap().to_vec();
+        let forward =
+            |a: &[&[f32]]| make(&a[1..]).0.forward(&Input::of(a[0], 5), pass).unwrap().to_vec();
         check(args, forward, |a, g| {
             let (layer, trained) = make(&a[1..]);
+            let (x, g) = (Input::of(a[0], 5), Input::of(g, 3));
             let mut gradients = Gradients::default();
             let mut dx = vec![f32::NAN; a[0].len()];
             let into = Some((&mut dx[..], Write::Over));
-            layer.backward(a[0], g, pass, into, &mut gradients).unwrap();
+            layer.backward(&x, &g, pass, into, &mut gradients).unwrap();
             // Onto something, and only what is trained.
             let mut more = vec![1.0; dx.len()];
             let into = Some((&mut more[..], Write::Add));
-            layer.backward(a[0], g, pass, into, &mut Gradients::default()).unwrap();
+            layer.backward(&x, &g, pass, into, &mut Gradients::default()).unwrap();
             assert!(more.iter().zip(&dx).all(|(m, d)| (m - d - 1.0).abs() < 1e-4));
             let mut alone = Gradients::default();
-            layer.backward(a[0], g, pass, None, &mut alone).unwrap();
+            layer.backward(&x, &g, pass, None, &mut alone).unwrap();
             let mut out = vec![dx];
             for var in &trained {
                 let (one, other) = (gradients.take(var).unwrap(), alone.take(var).unwrap());

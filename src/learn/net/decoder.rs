@@ -6,7 +6,7 @@ use super::norm::RmsNorm;
 use crate::learn::buffer::Buffer;
 use crate::learn::config::{Family, ModelConfig};
 use crate::learn::gradients::Gradients;
-use crate::learn::linear::{Dropout, Linear, Parameters, Pass, Write};
+use crate::learn::linear::{Dropout, Input, Linear, Parameters, Pass, Write};
 use crate::learn::ops::{
     Attention, RopeTable, Turn, add, add_rows, select_rows, swiglu, swiglu_backward,
 };
@@ -96,24 +96,29 @@ impl DecoderLayer {
         let whole = Pass::whole(pass.mode);
         let width = self.query.inputs();
         let chosen = pass.rows.map(|rows| select_rows(&normed, width, rows));
-        let own = chosen.as_deref().unwrap_or(&normed);
-        let turned = |layer: &Linear, norm: &Option<RmsNorm>, x: &[f32], pass| -> Result<_> {
-            let before = layer.forward(x, pass)?;
-            let (before, mut y) = match norm {
-                Some(norm) => {
-                    let y = norm.forward(&before)?;
-                    (Some(before), y)
+        let turned =
+            |layer: &Linear, norm: &Option<RmsNorm>, x: &Input<'_>, pass: Pass<'_>| -> Result<_> {
+                let before = layer.forward(x, pass)?;
+                let (before, mut y) = match norm {
+                    Some(norm) => {
+                        let y = norm.forward(&before)?;
+                        (Some(before), y)
+                    }
+                    None => (None, before),
+                };
+                if let Some(table) = table {
+                    table.rotate(&mut y, layer.outputs(), pass.rows, Turn::Forwards);
                 }
-                None => (None, before),
+                Ok((before.filter(|_| keep), y))
             };
-            if let Some(table) = table {
-                table.rotate(&mut y, layer.outputs(), pass.rows, Turn::Forwards);
-            }
-            Ok((before.filter(|_| keep), y))
+        let ((q_before, q), (k_before, k), v) = {
+            let all = Input::of(&normed, width);
+            let some = chosen.as_deref().map(|x| Input::of(x, width));
+            let own = some.as_ref().unwrap_or(&all);
+            let q = turned(&self.query, &self.query_norm, own, pass)?;
+            let k = turned(&self.key, &self.key_norm, &all, whole)?;
+            (q, k, self.value.forward(&all, whole)?)
         };
-        let (q_before, q) = turned(&self.query, &self.query_norm, own, pass)?;
-        let (k_before, k) = turned(&self.key, &self.key_norm, &normed, whole)?;
-        let v = self.value.forward(&normed, whole)?;
         let reads = [&self.query, &self.key, &self.value].iter().any(|l| l.reads_input());
         let chosen = chosen.filter(|_| keep && self.query.reads_input());
         let normed = (keep && reads).then_some(normed);
@@ -126,17 +131,18 @@ impl DecoderLayer {
             (false, None) => (None, x),
             (_, Some(residual)) => (Some(x), residual),
         };
-        self.out.forward_into(&mixed, pass, Write::Add, &mut middle)?;
+        let read = Input::of(&mixed, self.out.inputs());
+        self.out.forward_into(&read, pass, Write::Add, &mut middle)?;
+        drop(read);
         let mixed = (keep && self.out.reads_input()).then_some(mixed);
         let middle_normed = self.post_norm.forward(&middle)?;
-        let gate = self.gate.forward(&middle_normed, pass)?;
-        let up = self.up.forward(&middle_normed, pass)?;
+        let read = Input::of(&middle_normed, width);
+        let (gate, up) = (self.gate.forward(&read, pass)?, self.up.forward(&read, pass)?);
+        drop(read);
         let reads = self.gate.reads_input() || self.up.reads_input();
         let middle_normed = (keep && reads).then_some(middle_normed);
-        let mut product = Buffer::new(up.len());
-        swiglu(&gate, &up, &mut product);
         let mut out = Buffer::of(&middle);
-        self.down.forward_into(&product, pass, Write::Add, &mut out)?;
+        self.down.forward_into(&self.activated(&gate, &up), pass, Write::Add, &mut out)?;
         let saved = attention.zip(before).map(|(attention, x)| Saved {
             x,
             normed,
@@ -148,6 +154,15 @@ impl DecoderLayer {
             mlp: Mlp { normed: middle_normed, gate, up },
         });
         Ok((out, saved))
+    }
+
+    /// What the last linear layer reads.
+    fn activated<'a>(&self, gate: &'a [f32], up: &'a [f32]) -> Input<'a> {
+        let cols = self.up.outputs();
+        Input::made(up.len() / cols, cols, move |rows, out| {
+            let range = rows.start * cols..rows.end * cols;
+            swiglu(&gate[range.clone()], &up[range], out);
+        })
     }
 
     /// From the gradient of the result that of the input, if anything `below` wants it.
@@ -164,31 +179,29 @@ impl DecoderLayer {
     ) -> Result<Option<Buffer>> {
         let Saved { x, normed, chosen, before, attention, mixed, middle, mlp } = saved;
         let Mlp { normed: middle_normed, mut gate, up } = mlp;
+        let width = self.query.inputs();
 
         let [q, k, v] = attention;
-        let product = self.down.reads_input().then(|| {
-            let mut product = Buffer::new(up.len());
-            swiglu(&gate, &up, &mut product);
-            product
-        });
         let mut to_up = Buffer::new(up.len());
         let into = Some((&mut to_up[..], Write::Over));
-        let product = product.as_deref().unwrap_or_default();
-        self.down.backward(product, &grad, pass, into, gradients)?;
+        let g = Input::of(&grad, self.down.outputs());
+        self.down.backward(&self.activated(&gate, &up), &g, pass, into, gradients)?;
+        drop(g);
         swiglu_backward(&mut gate, &up, &mut to_up);
         drop(up);
         let mut to_normed = Buffer::new(grad.len());
-        let read = middle_normed.as_deref().unwrap_or_default();
-        let into = Some((&mut to_normed[..], Write::Over));
-        self.gate.backward(read, &gate, pass, into, gradients)?;
-        let into = Some((&mut to_normed[..], Write::Add));
-        self.up.backward(read, &to_up, pass, into, gradients)?;
+        let read = middle_normed.as_deref().map_or_else(Input::none, |x| Input::of(x, width));
+        let layers = [(&self.gate, &gate, Write::Over), (&self.up, &to_up, Write::Add)];
+        for (layer, g, write) in layers {
+            let into = Some((&mut to_normed[..], write));
+            layer.backward(&read, &Input::of(g, layer.outputs()), pass, into, gradients)?;
+        }
+        drop(read);
         drop((gate, to_up, middle_normed));
         self.post_norm.backward(&middle, &mut to_normed, gradients)?;
         add(&mut grad, &to_normed);
         drop((middle, to_normed));
 
-        let width = self.query.inputs();
         let norms = [self.query_norm.as_ref(), self.key_norm.as_ref()];
         let further = below || self.input_norm.trains();
         let mut wanted = [&self.query, &self.key, &self.value].map(|l| further || l.trains());
@@ -200,18 +213,22 @@ impl DecoderLayer {
         }
         let mut to_mixed = Buffer::new(q.len());
         let into = Some((&mut to_mixed[..], Write::Over));
-        self.out.backward(mixed.as_deref().unwrap_or_default(), &grad, pass, into, gradients)?;
+        let read = mixed.as_deref().map_or_else(Input::none, |x| Input::of(x, self.out.inputs()));
+        let g = Input::of(&grad, self.out.outputs());
+        self.out.backward(&read, &g, pass, into, gradients)?;
+        drop((read, g));
         drop(mixed);
         let by = how.backward([&q, &k, &v], &to_mixed, wanted);
         drop((to_mixed, q, k, v));
-        let normed = normed.as_deref().unwrap_or_default();
-        let own = chosen.as_deref().unwrap_or(normed);
+        let all = normed.as_deref().map_or_else(Input::none, |x| Input::of(x, width));
+        let some = chosen.as_deref().map(|x| Input::of(x, width));
+        let own = some.as_ref().unwrap_or(&all);
         let [q_before, k_before] = before;
         let whole = Pass::whole(pass.mode);
         let layers = [
             (&self.query, by.query, norms[0].zip(q_before), table, own, pass),
-            (&self.key, by.key, norms[1].zip(k_before), table, normed, whole),
-            (&self.value, by.value, None, None, normed, whole),
+            (&self.key, by.key, norms[1].zip(k_before), table, &all, whole),
+            (&self.value, by.value, None, None, &all, whole),
         ];
         let mut to_normed: Option<Buffer> = None;
         for (layer, g, norm, table, read, at) in layers {
@@ -225,6 +242,7 @@ impl DecoderLayer {
             let write = if to_normed.is_some() { Write::Add } else { Write::Over };
             let size = at.rows.map_or(x.len(), |rows| rows.len() * width);
             let into = further.then(|| to_normed.get_or_insert_with(|| Buffer::new(size)));
+            let g = Input::of(&g, layer.outputs());
             layer.backward(read, &g, at, into.map(|b| (&mut b[..], write)), gradients)?;
             // What the chosen rows got is part of what all get.
             if let (Some(rows), Some(some)) = (at.rows, &mut to_normed) {

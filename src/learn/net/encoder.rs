@@ -7,7 +7,7 @@ use crate::learn::buffer::Buffer;
 use crate::learn::config::{Family, ModelConfig};
 use crate::learn::gradients::Gradients;
 use crate::learn::layout::EncoderNames;
-use crate::learn::linear::{Dropout, Linear, Parameters, Pass, Write};
+use crate::learn::linear::{Dropout, Input, Linear, Parameters, Pass, Write};
 use crate::learn::ops::{Attention, add_rows, gelu, gelu_backward, select_rows};
 
 #[derive(Debug)]
@@ -77,23 +77,23 @@ impl EncoderLayer {
         let whole = Pass::whole(pass.mode);
         let chosen = pass.rows.map(|rows| select_rows(&x, self.query.inputs(), rows));
         let own = chosen.as_deref().unwrap_or(&x);
-        let q = self.query.forward(own, pass)?;
-        let [k, v] = [&self.key, &self.value].map(|l| l.forward(&x, whole));
-        let (k, v) = (k?, v?);
+        let (q, k, v) = {
+            let read = Input::of(&x, self.query.inputs());
+            let some = chosen.as_deref().map(|x| Input::of(x, self.query.inputs()));
+            let q = self.query.forward(some.as_ref().unwrap_or(&read), pass)?;
+            (q, self.key.forward(&read, whole)?, self.value.forward(&read, whole)?)
+        };
         let mut mixed = Buffer::new(q.len());
         how.forward(&q, &k, &v, &mut mixed);
         let attention = keep.then_some([q, k, v]);
-        let mut attention_sum = self.out.forward(&mixed, pass)?;
+        let mut attention_sum = self.out.forward(&Input::of(&mixed, self.out.inputs()), pass)?;
         let mixed = (keep && self.out.reads_input()).then_some(mixed);
         if let Some(drop) = &self.out_drop {
             drop.apply(&mut attention_sum, pass);
         }
         let middle = self.attention_norm.add_forward(&mut attention_sum, own)?;
-        let up = self.up.forward(&middle, pass)?;
-        let mut activated = Buffer::new(up.len());
-        gelu(&up, &mut activated);
-        let mut output_sum = self.down.forward(&activated, pass)?;
-        drop(activated);
+        let up = self.up.forward(&Input::of(&middle, self.up.inputs()), pass)?;
+        let mut output_sum = self.down.forward(&self.activated(&up), pass)?;
         self.down_drop.apply(&mut output_sum, pass);
         let out = self.output_norm.add_forward(&mut output_sum, &middle)?;
         let chosen = chosen.filter(|_| self.query.reads_input());
@@ -110,6 +110,14 @@ impl EncoderLayer {
             output_sum,
         });
         Ok((out, saved))
+    }
+
+    /// What the last linear layer reads.
+    fn activated<'a>(&self, up: &'a [f32]) -> Input<'a> {
+        let cols = self.up.outputs();
+        Input::made(up.len() / cols, cols, move |rows, out| {
+            gelu(&up[rows.start * cols..rows.end * cols], out);
+        })
     }
 
     /// From the gradient of the result that of the input, if anything `below` wants it.
@@ -129,19 +137,17 @@ impl EncoderLayer {
         // Past the dropout goes a masked copy; the residual takes the gradient as it is.
         let dropped = self.down_drop.applied(&grad, pass);
         let to_down = dropped.as_deref().unwrap_or(&grad);
-        let activated = self.down.reads_input().then(|| {
-            let mut activated = Buffer::new(up.len());
-            gelu(&up, &mut activated);
-            activated
-        });
+        let to_down = Input::of(to_down, self.down.outputs());
         let mut wide = Buffer::new(up.len());
         let into = Some((&mut wide[..], Write::Over));
-        let activated = activated.as_deref().unwrap_or_default();
-        self.down.backward(activated, to_down, pass, into, gradients)?;
+        self.down.backward(&self.activated(&up), &to_down, pass, into, gradients)?;
+        drop(to_down);
         gelu_backward(&up, &mut wide);
         drop((up, dropped));
         let into = Some((&mut grad[..], Write::Add));
-        self.up.backward(middle.as_deref().unwrap_or_default(), &wide, pass, into, gradients)?;
+        let to_up = Input::of(&wide, self.up.outputs());
+        self.up.backward(&read(&middle, &self.up), &to_up, pass, into, gradients)?;
+        drop(to_up);
         drop((wide, middle));
         self.attention_norm.backward(&attention_sum, &mut grad, gradients)?;
         drop(attention_sum);
@@ -150,31 +156,40 @@ impl EncoderLayer {
             return Ok(None);
         }
         let dropped = self.out_drop.and_then(|d| d.applied(&grad, pass));
-        let to_out = dropped.as_deref().unwrap_or(&grad);
+        let to_out = Input::of(dropped.as_deref().unwrap_or(&grad), self.out.outputs());
         let mut to_mixed = Buffer::new(q.len());
         let into = Some((&mut to_mixed[..], Write::Over));
-        self.out.backward(mixed.as_deref().unwrap_or_default(), to_out, pass, into, gradients)?;
+        self.out.backward(&read(&mixed, &self.out), &to_out, pass, into, gradients)?;
+        drop(to_out);
         drop((mixed, dropped));
         let by = how.backward([&q, &k, &v], &to_mixed, wanted);
         let tokens = k.len() / self.key.outputs();
         drop((to_mixed, q, k, v));
-        let x = x.as_deref().unwrap_or_default();
+        let all = read(&x, &self.key);
         if let Some(g) = by.query {
+            let some = chosen.as_deref().map(|x| Input::of(x, self.query.inputs()));
+            let g = Input::of(&g, self.query.outputs());
             let into = below.then_some((&mut grad[..], Write::Add));
-            self.query.backward(chosen.as_deref().unwrap_or(x), &g, pass, into, gradients)?;
+            self.query.backward(some.as_ref().unwrap_or(&all), &g, pass, into, gradients)?;
         }
         // What the chosen rows got is part of what all get.
         if let Some(rows) = pass.rows.filter(|_| below) {
             let width = self.key.inputs();
-            let mut all = Buffer::zeros(tokens * width);
-            add_rows(&grad, width, rows, None, &mut all);
-            grad = all;
+            let mut spread = Buffer::zeros(tokens * width);
+            add_rows(&grad, width, rows, None, &mut spread);
+            grad = spread;
         }
         for (layer, g) in [(&self.key, by.key), (&self.value, by.value)] {
             let Some(g) = g else { continue };
             let into = below.then_some((&mut grad[..], Write::Add));
-            layer.backward(x, &g, Pass::whole(pass.mode), into, gradients)?;
+            let g = Input::of(&g, layer.outputs());
+            layer.backward(&all, &g, Pass::whole(pass.mode), into, gradients)?;
         }
         Ok(below.then_some(grad))
     }
+}
+
+/// What a layer had read, as far as it was kept.
+fn read<'a>(kept: &'a Option<Buffer>, layer: &Linear) -> Input<'a> {
+    kept.as_deref().map_or_else(Input::none, |x| Input::of(x, layer.inputs()))
 }

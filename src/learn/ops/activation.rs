@@ -2,7 +2,7 @@
 
 use rayon::prelude::*;
 
-use super::{TASK, exp, map, map2, update, wide};
+use super::{TASK, exp, update, wide};
 
 /// erf as a rational function of the clamped argument (the approximation that Eigen and XLA use);
 /// absolute error below 5e-7.
@@ -31,9 +31,13 @@ fn erf(x: f32) -> f32 {
 const FRAC_1_SQRT_TAU: f32 = 0.398_942_3;
 
 /// `out = x * Phi(x)` with the normal distribution function (Hendrycks and Gimpel 2016), not its
-/// tanh approximation.
+/// tanh approximation; on this thread.
 pub(crate) fn gelu(x: &[f32], out: &mut [f32]) {
-    map(out, x, |x| 0.5 * x * (1.0 + erf(x * std::f32::consts::FRAC_1_SQRT_2)));
+    wide!({
+        for (o, x) in out.iter_mut().zip(x) {
+            *o = 0.5 * x * (1.0 + erf(x * std::f32::consts::FRAC_1_SQRT_2));
+        }
+    });
 }
 
 /// Makes the gradient of [`gelu`]'s result that of its argument.
@@ -54,9 +58,13 @@ fn sigmoid(x: f32) -> f32 {
     1.0 / (1.0 + exp(-x))
 }
 
-/// `out = gate * sigmoid(gate) * up` (Shazeer 2020).
+/// `out = gate * sigmoid(gate) * up` (Shazeer 2020), on this thread.
 pub(crate) fn swiglu(gate: &[f32], up: &[f32], out: &mut [f32]) {
-    map2(out, gate, up, |e, g| e * sigmoid(e) * g);
+    wide!({
+        for (o, (e, g)) in out.iter_mut().zip(gate.iter().zip(up)) {
+            *o = e * sigmoid(*e) * g;
+        }
+    });
 }
 
 /// Makes the gradient of [`swiglu`]'s result that of `up`, and `gate` its own gradient.

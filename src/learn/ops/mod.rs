@@ -27,7 +27,7 @@ pub(crate) use norm::{
 pub(crate) use rope::{RopeTable, Turn};
 pub(crate) use rows::{add_rows, select_rows};
 pub(crate) use wide::{Loop, TASK, wide};
-use wide::{dot, exp, map, map2, max, sum, sum3, update};
+use wide::{dot, exp, max, sum, sum3, update};
 
 use candle_core::{CpuStorage, Device, Layout, Result, Shape, Storage, Tensor, bail};
 

@@ -37,29 +37,6 @@ impl<R, F: FnMut() -> R> pulp::NullaryFnOnce for Loop<F> {
     }
 }
 
-/// `out[i] = f(x[i])`, in parallel.
-pub(super) fn map(out: &mut [f32], x: &[f32], f: impl Fn(f32) -> f32 + Sync) {
-    out.par_chunks_mut(TASK).zip(x.par_chunks(TASK)).for_each(|(out, x)| {
-        wide!({
-            for (o, x) in out.iter_mut().zip(x) {
-                *o = f(*x);
-            }
-        });
-    });
-}
-
-/// `out[i] = f(x[i], y[i])`, in parallel.
-pub(super) fn map2(out: &mut [f32], x: &[f32], y: &[f32], f: impl Fn(f32, f32) -> f32 + Sync) {
-    let inputs = x.par_chunks(TASK).zip(y.par_chunks(TASK));
-    out.par_chunks_mut(TASK).zip(inputs).for_each(|(out, (x, y))| {
-        wide!({
-            for (o, (x, y)) in out.iter_mut().zip(x.iter().zip(y)) {
-                *o = f(*x, *y);
-            }
-        });
-    });
-}
-
 /// `out[i] = f(out[i], x[i])`, in parallel.
 pub(super) fn update(out: &mut [f32], x: &[f32], f: impl Fn(f32, f32) -> f32 + Sync) {
     out.par_chunks_mut(TASK).zip(x.par_chunks(TASK)).for_each(|(out, x)| {
@@ -203,7 +180,7 @@ mod tests {
         let x: Vec<f32> = (0..1000).map(|i| (i as f32 * 0.37).sin() * 20.0).collect();
         let plain: Vec<u32> = x.iter().map(|x| exp(*x).to_bits()).collect();
         let mut there = vec![0.0; x.len()];
-        map(&mut there, &x, exp);
+        update(&mut there, &x, |_, x| exp(x));
         let there: Vec<u32> = there.into_iter().map(f32::to_bits).collect();
         assert_eq!(plain, there);
         let plain = sum(&x, |x| exp(0.1 * x));

@@ -146,7 +146,6 @@ impl<F: Fn(&mut Block<'_>) + Sync> Job<'_, F> {
     /// One task: panels of rows by panels of columns.
     #[expect(unsafe_code, reason = "takes its block of the output")]
     fn run(&self, rows: Range<usize>, cols: Range<usize>) {
-        let tiles = Tiles::new(self.amx);
         let mut space = Space {
             strip: [const { MaybeUninit::uninit() }; MANY_ROWS],
             scratch: MaybeUninit::uninit(),
@@ -156,9 +155,12 @@ impl<F: Fn(&mut Block<'_>) + Sync> Job<'_, F> {
             let steps = part(&(0..self.steps), far, i);
             for first in cols.clone().step_by(GROUP) {
                 let group = first..(first + GROUP).min(cols.end);
+                // Released before the end of the group: what finishes it may use tiles too.
+                let tiles = Tiles::new(self.amx);
                 for col in group.clone() {
                     self.column(&tiles, &mut space, &steps, rows.clone(), col);
                 }
+                drop(tiles);
                 if let (Some(finish), true) = (self.finish, i + 1 == far) {
                     let (rows, cols) = (elements(&rows), elements(&group));
                     // SAFETY: tasks have different blocks, and no other of this one exists now.
@@ -227,7 +229,7 @@ impl<F: Fn(&mut Block<'_>) + Sync> Job<'_, F> {
         let mut block =
             unsafe { self.out.block(elements(&(row..row + 1)), elements(&(col..col + 1))) };
         let whole = block.rows().len() == PANEL && block.cols().len() == PANEL;
-        let there = Square { first: block.first(), pitch: block.stride() * size_of::<f32>() };
+        let there = Square { first: block.first, pitch: block.stride * size_of::<f32>() };
         let past = round.ends && self.past && whole && there.aligned();
         let waiting = square(&mut space.strip[slot]);
         let from = match round.bias {

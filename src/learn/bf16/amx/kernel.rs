@@ -15,7 +15,7 @@ struct Shapes {
     rows: [u8; 16],
 }
 
-/// The tiles of this thread, in use until it is dropped.
+/// The tiles of this thread, in use until it is dropped; a thread has at most one.
 pub(super) struct Tiles(());
 
 impl Tiles {
@@ -30,13 +30,6 @@ impl Tiles {
         // SAFETY: `Amx` proves that the process may use tiles; the shapes are those of palette 1.
         unsafe { asm!("ldtilecfg [{}]", in(reg) &raw const shapes, options(nostack, readonly)) };
         Self(())
-    }
-}
-
-impl Square {
-    /// Whether every row begins a line of the cache.
-    pub(super) fn aligned(self) -> bool {
-        self.first.addr().is_multiple_of(64) && self.pitch.is_multiple_of(64)
     }
 }
 
@@ -69,6 +62,13 @@ pub(super) struct Run {
 pub(super) struct Square {
     pub(super) first: *mut f32,
     pub(super) pitch: usize,
+}
+
+impl Square {
+    /// Whether every row begins a line of the cache.
+    pub(super) fn aligned(self) -> bool {
+        self.first.addr().is_multiple_of(64) && self.pitch.is_multiple_of(64)
+    }
 }
 
 /// `to = from + ` the sum of the runs. Without a `from` (null) it starts at 0. Step by

@@ -23,14 +23,18 @@ struct Source {
     scale: f32,
 }
 
-/// Packs rows `first..first + 32` of `x`, `[outer, k]`, into `out`, `[k / 32][2]` tiles.
+/// Packs `x`, `[outer, k]`, from row `first` on into `out`: panels of 32 rows, `[k / 32][2]` tiles
+/// each.
 #[expect(unsafe_code, reason = "calls code for vectors that were found at run time")]
-pub(super) fn panel(_: Amx, side: Side, x: Matrix<'_>, first: usize, scale: f32, out: &mut [u16]) {
+pub(super) fn panels(_: Amx, side: Side, x: Matrix<'_>, first: usize, scale: f32, out: &mut [u16]) {
     let ((outer, k), (row, col)) = (x.size(), x.strides());
-    assert!(first < outer && out.len() == k.div_ceil(STEP) * STEP_LEN, "size of a packed panel");
-    if k == 0 {
+    if out.is_empty() {
         return;
     }
+    let panel = k.div_ceil(STEP) * STEP_LEN;
+    assert!(out.len().is_multiple_of(panel), "whole panels");
+    assert!(first + out.len() / panel * PANEL < outer + PANEL, "panels outside the matrix");
+    assert!(row == 1 || col == 1, "rows or columns without gaps");
     let start = x.data()[first * row..].as_ptr();
     let along_k = col == 1;
     let stride = if along_k { row } else { col };
@@ -47,16 +51,21 @@ pub(super) fn panel(_: Amx, side: Side, x: Matrix<'_>, first: usize, scale: f32,
     }
 }
 
-/// Fills a panel. `ALONG_K`: k is contiguous in the source; else the other direction is.
+/// Fills panels. `ALONG_K`: k is contiguous in the source; else the other direction is.
 ///
 /// # Safety
 /// The source must be readable: `outer` x `k` elements.
 #[target_feature(enable = "avx512f,avx512bw,avx512bf16")]
 #[expect(unsafe_code, reason = "reads through pointers, under masks")]
 unsafe fn tiles<const ALONG_K: bool, const TRANSPOSE: bool>(x: Source, out: &mut [u16]) {
-    for (step, out) in out.chunks_exact_mut(STEP_LEN).enumerate() {
+    let steps = x.k.div_ceil(STEP);
+    let panels = out.len() / STEP_LEN / steps;
+    for i in 0..panels * steps {
+        // As the source lies: across k, a line of it goes through all panels.
+        let (panel, step) = if ALONG_K { (i / steps, i % steps) } else { (i % panels, i / panels) };
+        let out = &mut out[(panel * steps + step) * STEP_LEN..][..STEP_LEN];
         for (half, out) in out.chunks_exact_mut(TILE_LEN).enumerate() {
-            let (i, k) = (half * (PANEL / 2), step * STEP);
+            let (i, k) = (panel * PANEL + half * (PANEL / 2), step * STEP);
             let left = (x.outer.saturating_sub(i).min(16), (x.k - k).min(STEP));
             let at = if ALONG_K { i * x.stride + k } else { i + k * x.stride };
             let at = x.first.wrapping_add(at);
