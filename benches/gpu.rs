@@ -291,6 +291,7 @@ fn measure(work: &Work, dir: &Path, config: &Value) -> Result<Measured> {
         dropout: None,
         compute: if work.f32 { Compute::GpuF32 } else { Compute::GpuBf16 },
         gradient_checkpointing: work.checkpointing,
+        frozen: false,
     };
     let weights = vec![("model.safetensors".to_owned(), dir.join("model.safetensors"))];
     let model = Model::load(&ModelFiles { config: dir.join("config.json"), weights }, &setup)?;

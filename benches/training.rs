@@ -218,6 +218,7 @@ fn measure(dir: &Path) -> Value {
         dropout: None,
         compute: if work.bf16 { Compute::CpuBf16 } else { Compute::Cpu },
         gradient_checkpointing: false,
+        frozen: work.method == "infer",
     };
     let model = Model::load(&files, &setup).unwrap();
     let rows = rows(&work);

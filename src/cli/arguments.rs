@@ -133,7 +133,7 @@ pub(super) struct PlanOptions {
     /// Where models run [default: a GPU for each step where there are any, else the CPU].
     #[arg(long, value_name = "cpu|cuda", value_parser = device)]
     pub(super) device: Option<Device>,
-    /// The arithmetic of models on a GPU [default: bf16]. On the CPU it is f32.
+    /// The arithmetic of models [default: bf16 on a GPU, f32 on the CPU].
     #[arg(long, value_name = "f32|bf16", value_parser = ["f32", "bf16"])]
     pub(super) compute: Option<String>,
     /// Run a step again although it is in the cache; other bytes are recorded as a difference.
@@ -149,18 +149,9 @@ pub(super) struct PlanOptions {
 
 impl PlanOptions {
     /// The arithmetic of models that run there.
-    ///
-    /// # Errors
-    /// When the device has none of that name.
-    pub(super) fn compute(&self, device: Device) -> Result<&str, Fault> {
-        match (device, self.compute.as_deref()) {
-            (Device::Cpu, None | Some("f32")) => Ok("f32"),
-            (Device::Cpu, Some(other)) => {
-                let fault = Fault::new(format!("models on the CPU compute in f32, not in {other}"));
-                Err(fault.help("leave `--compute` out, or run on a GPU (`--device cuda`)"))
-            }
-            (Device::Cuda, mode) => Ok(mode.unwrap_or("bf16")),
-        }
+    pub(super) fn compute(&self, device: Device) -> &str {
+        let default = if device == Device::Cuda { "bf16" } else { "f32" };
+        self.compute.as_deref().unwrap_or(default)
     }
 }
 
@@ -207,7 +198,7 @@ pub(super) struct ReproduceOptions {
     /// Where models run [default: a GPU for each step where there are any, else the CPU].
     #[arg(long, value_name = "cpu|cuda", value_parser = device)]
     pub(super) device: Option<Device>,
-    /// The arithmetic of models on a GPU [default: bf16]. On the CPU it is f32.
+    /// The arithmetic of models [default: bf16 on a GPU, f32 on the CPU].
     #[arg(long, value_name = "f32|bf16", value_parser = ["f32", "bf16"])]
     pub(super) compute: Option<String>,
     /// Ask nothing of the network.

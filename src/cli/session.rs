@@ -186,7 +186,7 @@ impl Ground {
                 locked: options.locked,
                 offline: options.offline,
                 device,
-                compute: options.compute(device).map_err(|e| Failure::Usage(e.into()))?.to_owned(),
+                compute: options.compute(device).to_owned(),
                 worker: Some(WorkerCommand { exe, args: vec!["worker".to_owned()] }),
                 grace,
                 outputs: self.project.outputs.clone(),

@@ -19,10 +19,13 @@ impl Options {
         needs
     }
 
-    /// The device and the arithmetic of a step's model, as they stand in its key.
+    /// The device and the arithmetic of a step's model, as they stand in its key. A step that is
+    /// left on the CPU where others take GPUs computes in f32, as does a kind that has no choice.
     pub(super) fn place(&self, instance: &Instance) -> (Device, &str) {
-        let gpu =
-            self.device == Device::Cuda && instance.kind.on_gpu && instance.policy.gpu != Some(0);
-        if gpu { (Device::Cuda, &self.compute) } else { (Device::Cpu, "f32") }
+        match (self.device, instance.kind.on_gpu) {
+            (Device::Cuda, true) if instance.policy.gpu != Some(0) => (Device::Cuda, &self.compute),
+            (Device::Cpu, true) => (Device::Cpu, &self.compute),
+            _ => (Device::Cpu, "f32"),
+        }
     }
 }

@@ -23,9 +23,18 @@ pub(super) fn quantization_name(quantization: Quantization) -> &'static str {
 }
 
 /// Where a step's model runs.
-pub(super) fn compute(cx: &Context<'_>) -> Result<Compute> {
+pub(super) fn compute(cx: &mut Context<'_>) -> Result<Compute> {
     match (cx.device, cx.compute.as_str()) {
         (Device::Cpu, "f32") => Ok(Compute::Cpu),
+        (Device::Cpu, "bf16") => {
+            if !learn::tiles() {
+                cx.warn(
+                    "this processor has no matrix tiles (AMX): numbers are rounded to bf16 and \
+                     multiplied in f32, which is slower than `--compute f32`",
+                );
+            }
+            Ok(Compute::CpuBf16)
+        }
         (Device::Cuda, "f32") => Ok(Compute::GpuF32),
         (Device::Cuda, "bf16") => Ok(Compute::GpuBf16),
         (device, mode) => anyhow::bail!("no arithmetic `{mode}` on {device:?}"),
@@ -63,6 +72,7 @@ pub(super) fn load(any: &AnyModel, task: &Task, compute: Compute) -> Result<lear
                 dropout: None,
                 compute,
                 gradient_checkpointing: false,
+                frozen: true,
             };
             learn::Model::load(&files(base)?, &setup)
         }
@@ -95,6 +105,7 @@ pub(super) fn load_trained(trained: &TrainedModel, compute: Compute) -> Result<l
         dropout: None,
         compute,
         gradient_checkpointing: false,
+        frozen: true,
     };
     learn::Model::load_trained(&files(&trained.base)?, &setup, &trained.trained()?)
 }

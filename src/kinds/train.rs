@@ -409,6 +409,7 @@ impl StepKind for Train {
             dropout: self.dropout,
             compute: loading::compute(cx)?,
             gradient_checkpointing: self.gradient_checkpointing,
+            frozen: false,
         };
         let model = learn::Model::load(&loading::files(&base)?, &setup)?;
         let counts = model.counts();

@@ -28,8 +28,8 @@ pub(crate) use output::Block;
 /// Terms that a product can have.
 pub(crate) const MAX_TERMS: usize = 4;
 
-/// Whether products run on matrix tiles.
-pub(crate) fn tiles() -> bool {
+/// Whether this processor multiplies in bf16 on matrix tiles (Intel AMX).
+pub fn tiles() -> bool {
     Form::best() != Form::Plain
 }
 

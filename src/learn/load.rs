@@ -101,6 +101,7 @@ impl Loading<'_> {
         if let Some(p) = setup.dropout {
             ensure!((0.0..1.0).contains(&p), "a dropout of {p}, expected a probability below 1");
         }
+        let trains_all = full && !(setup.frozen && setup.compute.on_cpu());
         let weights = Weights::open(files)?;
         let wanted = parameters(self.config, Some(&setup.task));
         let names = found(&weights, self.config, &wanted)?;
@@ -122,7 +123,8 @@ impl Loading<'_> {
             if lacking {
                 fresh.insert(p.name.clone());
             }
-            let value = if full || p.head || lacking {
+            let trains = if full { trains_all } else { p.head || lacking };
+            let value = if trains {
                 let var = Var::from_tensor(&tensor.to_dtype(DType::F32)?)?;
                 let peft = if full { String::new() } else { PEFT.to_owned() };
                 trainable.insert(format!("{peft}{}", p.name), var.clone());

@@ -124,7 +124,7 @@ impl Model {
         files: ModelFiles,
         (mut parameters, trainable): Loaded,
     ) -> Result<Self> {
-        ensure!(!trainable.is_empty(), "nothing in the model is trained");
+        ensure!(setup.frozen || !trainable.is_empty(), "nothing in the model is trained");
         let float = match setup.compute {
             Compute::Cpu | Compute::CpuBf16 => None,
             Compute::GpuF32 => Some(Float::F32),

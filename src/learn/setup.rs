@@ -185,6 +185,9 @@ pub struct Setup {
     /// On a GPU keeps only the input of each layer for the backward pass, which computes the rest
     /// again: the same results in less memory and more time.
     pub gradient_checkpointing: bool,
+    /// Whether the model only predicts: then on the CPU no weight of it counts as trained, and
+    /// what can be prepared for products is prepared once.
+    pub frozen: bool,
 }
 
 /// Which base a merge adds the adapter to.

@@ -9,7 +9,8 @@
 mod adapters; // PEFT's directories both ways, merge
 mod decoders; // against candle-transformers
 mod gate; // dropout, frozen weights, counts, errors
-mod gpu; // an NVIDIA GPU against the CPU and PyTorch
+mod gpu;
+mod half; // an NVIDIA GPU against the CPU and PyTorch
 mod nf4; // against bitsandbytes
 mod parity; // training against PyTorch
 
@@ -97,6 +98,7 @@ fn setup(task: Task, method: Method, lora: Option<LoraConfig>) -> Setup {
         dropout: None,
         compute: Compute::Cpu,
         gradient_checkpointing: false,
+        frozen: false,
     }
 }
 

@@ -361,4 +361,47 @@ mod tests {
             });
         }
     }
+
+    /// In bf16 all results are near those in f32, at sizes that fill no tile.
+    #[test]
+    fn in_bf16() {
+        let (x, g) = (normal("x", 67 * 45), normal("g", 67 * 33));
+        let (a, b) = (var(&normal("A", 3 * 45), &[3, 45]), var(&normal("B", 33 * 3), &[33, 3]));
+        let w = matrix("w", 33, 45);
+        let trained = Held::Trained(Var::from_tensor(&w).unwrap());
+        let packed = Frozen::Nf4(Arc::new(Nf4::quantize(&w, true).unwrap()));
+        let weights = [trained, Held::Frozen(Frozen::Dense(w)), Held::Frozen(packed)];
+        let near = |a: &[f32], b: &[f32]| {
+            let norm = |x: &mut dyn Iterator<Item = f32>| x.map(|x| x * x).sum::<f32>().sqrt();
+            let apart = norm(&mut a.iter().zip(b).map(|(a, b)| a - b));
+            assert!(apart < 1e-2 * norm(&mut b.iter().copied()) && apart > 0.0, "{apart}");
+        };
+        for (weight, p) in weights.iter().flat_map(|w| [(w, NO_DROPOUT), (w, 0.3)]) {
+            let adapted = !matches!(weight, Held::Trained(_));
+            let adapter = adapted.then(|| Adapter { a: a.clone(), b: b.clone() });
+            let bias = Some(var(&normal("b", 33), &[33]).as_tensor().clone());
+            let layer = Linear::new(weight.clone(), bias.clone(), adapter, 1.5, dropout(p));
+            let layer = layer.unwrap();
+            let run = |arithmetic| {
+                let (layer, pass) = (layer.clone().within(arithmetic), Pass::whole(Mode::Train(3)));
+                let mut gradients = Gradients::default();
+                let (x, g) = (Input::of(&x, 45), Input::of(&g, 33));
+                let out = layer.forward(&x, pass).unwrap().to_vec();
+                let mut dx = vec![1.0; 67 * 45];
+                let into = Some((&mut dx[..], Write::Add));
+                layer.backward(&x, &g, pass, into, &mut gradients).unwrap();
+                let vars: Vec<Tensor> = match weight {
+                    Held::Trained(w) => vec![w.as_tensor().clone()],
+                    Held::Frozen(_) => [&a, &b].map(|v| v.as_tensor().clone()).to_vec(),
+                };
+                let mut all = vec![out, dx];
+                all.extend(vars.iter().map(|v| gradients.take(v).unwrap()));
+                assert!(gradients.take(bias.as_ref().unwrap()).is_some());
+                all
+            };
+            for (a, b) in run(Arithmetic::Bf16).iter().zip(run(Arithmetic::F32)) {
+                near(a, &b);
+            }
+        }
+    }
 }

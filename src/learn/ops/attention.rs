@@ -58,6 +58,11 @@ pub(crate) struct AttentionGradients {
     pub(crate) value: Option<Buffer>,
 }
 
+/// `x *= y`, on this thread.
+fn multiply(x: &mut [f32], y: &[f32]) {
+    wide!(x.iter_mut().zip(y).for_each(|(x, y)| *x *= y));
+}
+
 impl Attention {
     fn sequences(&self) -> impl Iterator<Item = (usize, Range<usize>)> + '_ {
         self.starts.windows(2).map(|w| w[0]..w[1]).enumerate()
@@ -214,29 +219,30 @@ impl Attention {
                         let q_ = self.part(q, at.clone(), self.heads, head);
                         let g = self.part(grad, at.clone(), self.heads, head);
                         let p = self.probabilities(q, k, &these, &keys);
+                        let mask = self.dropout.map(|_| {
+                            let mut mask = Buffer::new(p.len());
+                            mask.fill(1.0);
+                            self.drop(&these, &keys, &mut mask);
+                            mask
+                        });
                         if let Some(dv) = &mut dv {
-                            let kept = self.dropout.map(|_| {
+                            let kept = mask.as_ref().map(|mask| {
                                 let mut kept = Buffer::of(&p);
-                                self.drop(&these, &keys, &mut kept);
+                                multiply(&mut kept, mask);
                                 kept
                             });
-                            let kept = kept.as_ref().unwrap_or(&p);
-                            let kept = Matrix::new(kept, at.len(), m);
-                            self.arithmetic.product(
-                                (&mut dv[from..], d),
-                                1.0,
-                                1.0,
-                                kept.t(),
-                                g,
-                                Threads::One,
-                            );
+                            let kept = Matrix::new(kept.as_ref().unwrap_or(&p), at.len(), m);
+                            let out = (&mut dv[from..], d);
+                            self.arithmetic.product(out, 1.0, 1.0, kept.t(), g, Threads::One);
                         }
                         if dq.is_none() && dk.is_none() {
                             continue;
                         }
                         let mut ds = Buffer::new(at.len() * m);
                         self.arithmetic.product((&mut ds, m), 0.0, 1.0, g, v_.t(), Threads::One);
-                        self.drop(&these, &keys, &mut ds);
+                        if let Some(mask) = &mask {
+                            multiply(&mut ds, mask);
+                        }
                         wide!({
                             for (p, ds) in p.chunks_exact(m).zip(ds.chunks_exact_mut(m)) {
                                 let dot = dot(p, ds);

@@ -34,6 +34,7 @@ fn setup(task: Task, method: Method) -> Setup {
         dropout: Some(0.0),
         compute: Compute::Cpu,
         gradient_checkpointing: false,
+        frozen: false,
     }
 }
 

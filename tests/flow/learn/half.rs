@@ -1,0 +1,49 @@
+//! The CPU with products in bf16 against itself in f32: on matrix tiles where there are any, else
+//! with the same rounding.
+
+use flow::learn::{Compute, Method, Model};
+
+use super::gpu::{apart, files, models, near_gradients, setup, trained};
+use super::numbers;
+
+/// With dropout, whose masks are the same, accumulation, clipping and decay.
+#[test]
+fn trains_as_in_f32() {
+    let dir = tempfile::tempdir().unwrap();
+    for (config, task) in models() {
+        let files = files(dir.path(), &config, &task);
+        for method in [Method::Full, Method::Lora, Method::Qlora] {
+            let [f32, bf16] = [Compute::Cpu, Compute::CpuBf16]
+                .map(|compute| trained(&files, &setup(&task, method, compute, 0.1), 6));
+            let what = format!("{} {method:?}", config["model_type"]);
+            let (loss, norm) = apart(&bf16.1, &f32.1);
+            assert!(loss < 1e-2 && norm < 5e-2, "{what}: {loss} {norm}");
+            assert_ne!(f32.1, bf16.1, "{what}: nothing was rounded");
+        }
+    }
+}
+
+#[test]
+fn gradients_are_near() {
+    near_gradients(Compute::CpuBf16);
+}
+
+/// The same bits on one thread, two and three.
+#[test]
+fn threads_do_not_matter() {
+    let dir = tempfile::tempdir().unwrap();
+    for (config, task) in models() {
+        let files = files(dir.path(), &config, &task);
+        let on = |threads| {
+            let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap();
+            pool.install(|| {
+                let setup = setup(&task, Method::Qlora, Compute::CpuBf16, 0.1);
+                let (model, history): (Model, _) = trained(&files, &setup, 2);
+                let all: Vec<f32> = model.trainable().values().flat_map(|v| numbers(v)).collect();
+                (history, all)
+            })
+        };
+        let one = on(1);
+        assert!(one == on(2) && one == on(3), "{}", config["model_type"]);
+    }
+}
