@@ -15,6 +15,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
 use super::bind::{Bound, look_up};
+use super::gpu::Gpu;
 use super::slots::Grant;
 use super::{Options, durable, machine};
 use crate::digest::Digest;
@@ -44,7 +45,7 @@ pub(super) struct Task {
     pub(super) compute: String,
     pub(super) checkpoint_every: Duration,
     pub(super) threads: usize,
-    pub(super) gpus: Vec<u32>,
+    pub(super) gpus: Vec<Gpu>,
     pub(super) run: String,
     pub(super) step: String,
     pub(super) pipeline: String,
@@ -57,7 +58,7 @@ pub(super) struct Task {
 pub(super) const VISIBLE_GPUS: &str = "CUDA_VISIBLE_DEVICES";
 
 /// Its value for these.
-pub(super) fn visible_gpus(gpus: &[u32]) -> String {
+pub(super) fn visible_gpus(gpus: &[Gpu]) -> String {
     gpus.iter().map(ToString::to_string).collect::<Vec<_>>().join(",")
 }
 

@@ -1,6 +1,7 @@
 //! Results laid out for people under `outputs/`: writable, swapped in whole, never read back.
 
 use std::collections::BTreeMap;
+use std::os::unix::fs::MetadataExt as _;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context as _, Result};
@@ -39,9 +40,14 @@ pub(super) fn publish(
     let store = &session.store;
     let dir = session.options.outputs.join(&plan.name);
     let mut events = Vec::new();
+    let mut folded: BTreeMap<String, &Output> = BTreeMap::new();
     for output in &plan.outputs {
         let Some(record) = records.get(&output.node) else { continue };
         let name = file_name(output);
+        if let Some(other) = folded.insert(name.to_lowercase(), output) {
+            let place = |output| dir.join(file_name(output));
+            apart((&other.name, &place(other)), (&output.name, &place(output)))?;
+        }
         // One writer a place: runs of one pipeline at once publish one after the other.
         let lease = format!("outputs-{}", place_name(&dir.join(&name))?);
         let _lease = store.lease(&lease, run)?;
@@ -53,6 +59,19 @@ pub(super) fn publish(
         }
     }
     Ok(events)
+}
+
+/// Refuses two outputs that lie at one place: one would take the other's for an edited copy. Names
+/// that differ by case only do so on some file systems, which is seen once one of them is there.
+fn apart(one: (&str, &Path), other: (&str, &Path)) -> Result<()> {
+    let own = |path: &Path| std::fs::metadata(path).ok().map(|meta| (meta.dev(), meta.ino()));
+    if one.1 != other.1 && (own(one.1).is_none() || own(one.1) != own(other.1)) {
+        return Ok(());
+    }
+    let message = format!("outputs `{}` and `{}` would lie at one place", one.0, other.0);
+    let help = "let one of them have another name or value: `/` is written as `_` in the names of \
+        files, and some file systems do not tell upper from lower case";
+    Err(Fault::new(message).help(help).into())
 }
 
 /// Where the outputs of a plan lie, and the states of their files as they were put there.
