@@ -236,6 +236,7 @@ fn hold(task: &Task, step: &dyn Step, dir: &Path, around: &Around<'_>) -> Result
     };
     // A body that is stopped gives an error; one that came to its end is finished work.
     guarded(|| step.run(&mut cx))?;
+    store.disk().room(dir)?;
     let produced = std::mem::take(&mut cx.produced);
     outside.unchanged(store)?;
     let seconds = started.elapsed().as_secs_f64();
@@ -410,8 +411,7 @@ impl Outsiders {
             match what {
                 Read::File(path, digest) => {
                     let states = store.states(&path)?;
-                    let tree = serde_json::to_value(store.tree_of_path(&path)?)?;
-                    if Digest::of_value("flow/file/v1", &tree)? != digest {
+                    if store.tree_of_path(&path)?.digest_of_outside()? != digest {
                         let shown = path.display();
                         let fault = Fault::new(format!("{shown} changed after the plan was made"));
                         return Err(fault.help("run again").into());

@@ -13,7 +13,7 @@ use crate::digest::Digest;
 use crate::lineage::Record;
 use crate::pipeline::{Output, Plan};
 use crate::source::{Fault, suggest};
-use crate::store::{Entry, States, Store, Tree, unique};
+use crate::store::{Entry, States, Store, Tree, digest_of_states, unique};
 
 /// What was put at a place, so that an edit can be told from what we wrote.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -75,19 +75,19 @@ fn apart(one: (&str, &Path), other: (&str, &Path)) -> Result<()> {
 }
 
 /// Where the outputs of a plan lie, and the states of their files as they were put there.
-pub(super) fn placed(plan: &Plan, session: &Session<'_>) -> Result<Vec<(PathBuf, States)>> {
+pub(super) fn placed(plan: &Plan, session: &Session<'_>) -> Result<Vec<(PathBuf, Digest)>> {
     let dir = session.options.outputs.join(&plan.name);
     let put = plan.outputs.iter().map(|output| {
         let dest = dir.join(file_name(output));
         let put: Put = serde_json::from_slice(&std::fs::read(note_path(&session.store, &dest)?)?)?;
-        Ok((dest, put.states))
+        Ok((dest, digest_of_states(&put.states)))
     });
     put.collect()
 }
 
 /// Whether what lies at a place is what was put there, by its states.
-pub(super) fn is_as_placed(store: &Store, dest: &Path, states: &States) -> bool {
-    is_folder(dest) && store.states(dest).is_ok_and(|now| now == *states)
+pub(super) fn is_as_placed(store: &Store, dest: &Path, states: Digest) -> bool {
+    is_folder(dest) && store.states(dest).is_ok_and(|now| digest_of_states(&now) == states)
 }
 
 /// Whether it is a folder and no link to one.
@@ -190,7 +190,7 @@ fn remember(store: &Store, note: &Path, dest: &Path, put: Put) -> Result<()> {
 
 fn is_as_put(store: &Store, dest: &Path, put: &Put) -> bool {
     let same_bytes = || store.tree_of_path(dest).is_ok_and(|tree| tree == put.tree);
-    is_as_placed(store, dest, &put.states) || is_folder(dest) && same_bytes()
+    is_as_placed(store, dest, digest_of_states(&put.states)) || is_folder(dest) && same_bytes()
 }
 
 /// The files of an output: of several ports side by side, or in a folder each. Where two ports
