@@ -69,8 +69,8 @@ fn apart(one: (&str, &Path), other: (&str, &Path)) -> Result<()> {
         return Ok(());
     }
     let message = format!("outputs `{}` and `{}` would lie at one place", one.0, other.0);
-    let help = "let one of them have another name or value: `/` is written as `_` in the names of \
-        files, and some file systems do not tell upper from lower case";
+    let help = "this file system does not tell upper from lower case: let one of them have another \
+        name or value, or name another folder as `outputs` in flow.toml";
     Err(Fault::new(message).help(help).into())
 }
 

@@ -5,7 +5,8 @@ use std::process::Command;
 
 use super::{Project, err};
 
-/// The second step does not say that it could not write all; the third does.
+/// The second step does not say that it could not write all, and leaves room for a record; the
+/// third says it.
 const STEPS: &str = r#"
 name: full
 steps:
@@ -15,9 +16,12 @@ steps:
   careless:
     kind: command
     with:
-      run: "cat ${steps.small}/a.txt; yes | head -c 6000000 > ${out.a} || true"
+      run: |
+        head -c 60000 /dev/zero > pad
+        yes | head -c 6000000 > ${out.a} 2>/dev/null || true
+        rm pad
       outputs: { a: a.txt }
-  careful:
+  honest:
     kind: command
     with: { run: "yes no | head -c 6000000 > ${out.a}", outputs: { a: a.txt } }
   fetched:
@@ -29,8 +33,9 @@ steps:
 const SCRIPT: &str = r#"
 mount -t tmpfs -o size=4m tmpfs disk || exit 99
 say() { "$flow" "$@" >"$name.out" 2>"$name.err"; echo $? >"$name.code"; }
-name=full; say run p.yaml --keep-going --jobs 1
-name=again; say run p.yaml --keep-going --jobs 1
+name=careless; say run p.yaml careless
+name=honest; say run p.yaml honest
+name=again; say run p.yaml --keep-going
 name=verified; say verify
 mount -o remount,size=64m disk || exit 99
 name=roomy; say run p.yaml --record
@@ -56,7 +61,7 @@ fn a_full_disk_poisons_nothing() {
     let done = shell.output().unwrap();
     assert_eq!(done.status.code(), Some(0), "{}", err(&done));
     let read = |name: &str| fs::read_to_string(project.path(name)).unwrap();
-    for name in ["full", "again"] {
+    for name in ["careless", "honest", "again"] {
         let (code, said) = (read(&format!("{name}.code")), read(&format!("{name}.err")));
         assert!(matches!(code.trim(), "1" | "3"), "{name}: {code} {said}");
         assert!(said.contains("disk is full") || said.contains("No space left"), "{said}");
