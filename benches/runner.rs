@@ -1,10 +1,14 @@
 //! What the runner costs: a first run and an unchanged run of a layered DAG of trivial `command`
 //! steps, beside ninja and make on the same DAG, in the same run.
 //!
-//! `cargo bench --bench runner [-- STEPS…]` (default 100 1000 10000). Each step is one shell that
-//! reads the numbers of one to three steps of the layer before and writes one number; about
-//! sqrt(N) steps a layer. The first layer and one step in the middle read a file each. A tool that
-//! is not installed is left out. Times are of whole processes; unchanged runs are medians.
+//! `cargo bench --bench runner [-- [--peers] STEPS…]` (default 100 1000 10000). Each step is one
+//! shell that reads the numbers of one to three steps of the layer before and writes one number;
+//! about sqrt(N) steps a layer. The first layer and one step in the middle read a file each. A tool
+//! that is not installed is left out. Times are of whole processes; unchanged runs are medians.
+//!
+//! With `--peers` Snakemake (up to 1,000 steps) and DVC (up to 100) run beside them, which takes
+//! minutes. All folders stay until the end: a file system may make files slowly that has just
+//! removed many (ext4 does).
 
 #![allow(clippy::unwrap_used, clippy::print_stdout, reason = "a bench prints, and stops at errors")]
 
@@ -91,10 +95,42 @@ fn write_pipelines(dir: &Path, steps: &[Step]) {
             writeln!(flow, "      files: {{ number: ../{source} }}").unwrap();
         }
     }
+    write_peers(dir, steps);
     fs::create_dir_all(dir.join("flow")).unwrap();
     fs::write(dir.join("flow/layered.yaml"), flow).unwrap();
     fs::write(dir.join("build.ninja"), ninja).unwrap();
     fs::write(dir.join("Makefile"), make).unwrap();
+}
+
+/// The same for Snakemake and DVC.
+fn write_peers(dir: &Path, steps: &[Step]) {
+    let (mut snakemake, mut dvc) = (String::from("rule all:\n    input:\n"), String::new());
+    for i in 0..steps.len() {
+        writeln!(snakemake, "        \"out/{i}\",").unwrap();
+    }
+    dvc.push_str("stages:\n");
+    for (i, step) in steps.iter().enumerate() {
+        let source = step.source.then(|| format!("source/{i}"));
+        let files: Vec<String> =
+            step.reads.iter().map(|r| format!("out/{r}")).chain(source).collect();
+        let line = script(i, &files, &format!("out/{i}"));
+        let quoted: Vec<String> = files.iter().map(|file| format!("\"{file}\"")).collect();
+        let quoted = quoted.join(", ");
+        writeln!(snakemake, "rule s{i}:\n    input: {quoted}\n    output: \"out/{i}\"").unwrap();
+        writeln!(snakemake, "    shell: \"{line}\"").unwrap();
+        writeln!(dvc, "  s{i}:\n    cmd: \"{line}\"\n    deps: [{quoted}]").unwrap();
+        writeln!(dvc, "    outs: [\"out/{i}\"]").unwrap();
+    }
+    fs::write(dir.join("Snakefile"), snakemake).unwrap();
+    fs::write(dir.join("dvc.yaml"), dvc).unwrap();
+}
+
+/// Makes a folder one that DVC works in.
+fn prepare(tool: &str, dir: &Path) {
+    if tool == "dvc" {
+        run(dir, &["dvc", "init", "--no-scm", "-q"]);
+        run(dir, &["dvc", "config", "core.analytics", "false"]);
+    }
 }
 
 /// Runs a program to its end: its time, its largest memory in MB, what it wrote to stdout.
@@ -143,33 +179,50 @@ fn bytes(dir: &Path) -> u64 {
     entries.map(size).sum()
 }
 
-fn measure(n: usize) {
+/// Measures at a size; `folders` keeps what was made.
+fn measure(n: usize, peers: bool, folders: &mut Vec<tempfile::TempDir>) {
     let steps = layered(n);
-    let times = if n >= 5_000 { 11 } else { 31 };
     let flow = [FLOW, "run", "flow/layered.yaml"];
     let flow_json = [FLOW, "--json", "run", "flow/layered.yaml"];
-    let tools: [(&str, &[&str]); 3] =
-        [("flow", &flow), ("ninja", &["ninja"]), ("make", &["make", "-s", "-j2"])];
+    // Each with the largest size at which it is run.
+    let mut tools: Vec<(&str, &[&str], usize)> = vec![
+        ("flow", &flow, usize::MAX),
+        ("ninja", &["ninja"], usize::MAX),
+        ("make", &["make", "-s", "-j2"], usize::MAX),
+    ];
+    if peers {
+        tools.push(("snakemake", &["snakemake", "--cores", "2", "--quiet"], 1_000));
+        tools.push(("dvc", &["dvc", "repro", "-q"], 100));
+    }
     let ms = |d: Duration| d.as_secs_f64() * 1e3;
     println!("\n{n} steps in {} layers", steps.last().map_or(0, |s| s.layer + 1));
-    println!("{:8} {:>10} {:>13} {:>10}", "", "first, s", "unchanged, ms", "peak, MB");
+    println!("{:9} {:>10} {:>13} {:>10}", "", "first, s", "unchanged, ms", "peak, MB");
     let mut of_ninja = Vec::new();
-    for (name, words) in tools {
-        if Command::new(words[0]).arg("--version").output().is_err() {
-            println!("{name:8} is not installed");
+    for (name, words, largest) in tools {
+        if n > largest {
             continue;
         }
+        if Command::new(words[0]).arg("--version").output().is_err() {
+            println!("{name:9} is not installed");
+            continue;
+        }
+        let times = match name {
+            "snakemake" | "dvc" => 3,
+            _ if n >= 5_000 => 11,
+            _ => 31,
+        };
         let dir = tempfile::tempdir().unwrap();
         fs::create_dir_all(dir.path().join("source")).unwrap();
         fs::create_dir_all(dir.path().join("out")).unwrap();
         write_pipelines(dir.path(), &steps);
+        prepare(name, dir.path());
         let (first, first_peak, _) = run(dir.path(), words);
         // What was just written is hashed again; a run of the next minute is the ordinary case.
         std::thread::sleep(Duration::from_millis(2_500));
         run(dir.path(), words);
         let (again, again_peak) = median(dir.path(), words, times);
         let peak = first_peak.max(again_peak);
-        println!("{name:8} {:10.2} {:13.1} {peak:10.1}", first.as_secs_f64(), ms(again));
+        println!("{name:9} {:10.2} {:13.1} {peak:10.1}", first.as_secs_f64(), ms(again));
         of_ninja.push((first.as_secs_f64(), ms(again)));
         if name == "flow" {
             let store = dir.path().join(".flow");
@@ -188,6 +241,7 @@ fn measure(n: usize) {
                 size / n as u64
             );
         }
+        folders.push(dir);
     }
     if let [flow, ninja, ..] = of_ninja[..] {
         println!("flow / ninja: first {:.2}, unchanged {:.2}", flow.0 / ninja.0, flow.1 / ninja.1);
@@ -197,5 +251,7 @@ fn measure(n: usize) {
 fn main() {
     let asked: Vec<usize> = std::env::args().filter_map(|a| a.parse().ok()).collect();
     let sizes = if asked.is_empty() { vec![100, 1_000, 10_000] } else { asked };
-    sizes.into_iter().for_each(measure);
+    let peers = std::env::args().any(|a| a == "--peers");
+    let mut folders = Vec::new();
+    sizes.into_iter().for_each(|n| measure(n, peers, &mut folders));
 }

@@ -62,6 +62,33 @@ impl Digest {
         Ok(Self::of(&bytes))
     }
 
+    /// What [`Digest::of_value`] gives for an object of one field that holds a list, without a
+    /// value of the whole: there may be millions of items.
+    ///
+    /// # Errors
+    /// When an item cannot be made, or holds a number that has no canonical form.
+    pub fn of_list(
+        domain: &str,
+        field: &str,
+        items: impl ExactSizeIterator<Item = serde_json::Result<Value>>,
+    ) -> anyhow::Result<Self> {
+        const ENOUGH: usize = 64 << 10;
+        let (mut hasher, mut bytes) = (blake3::Hasher::new(), Vec::with_capacity(256));
+        put(&mut bytes, b'd', domain.as_bytes());
+        put(&mut bytes, b'm', &1_u64.to_le_bytes());
+        put(&mut bytes, b'k', field.as_bytes());
+        put(&mut bytes, b'a', &(items.len() as u64).to_le_bytes());
+        for item in items {
+            encode(&mut bytes, &item?)?;
+            if bytes.len() >= ENOUGH {
+                hasher.update(&bytes);
+                bytes.clear();
+            }
+        }
+        hasher.update(&bytes);
+        Ok(Self(*hasher.finalize().as_bytes()))
+    }
+
     /// Bytes of a digest.
     pub const LENGTH: usize = 32;
 
@@ -199,6 +226,15 @@ mod tests {
         let a: Value = serde_json::from_str(r#"{"a":1,"b":[2,3]}"#).unwrap();
         let b: Value = serde_json::from_str(r#"{"b":[2,3],"a":1}"#).unwrap();
         assert_eq!(d(&a), d(&b));
+    }
+
+    #[test]
+    fn a_list_is_as_the_value_of_all_of_it() {
+        for n in [0, 1, 3, 5_000] {
+            let items: Vec<Value> = (0..n).map(|i| json!({ "path": format!("f{i}") })).collect();
+            let list = Digest::of_list("test", "entries", items.iter().cloned().map(Ok)).unwrap();
+            assert_eq!(list, d(&json!({ "entries": items })), "{n}");
+        }
     }
 
     #[test]

@@ -11,9 +11,9 @@ fn main() -> ExitCode {
     flow::main(flow::kinds::ALL)
 }
 
-/// Huge pages are for workers, which compute. The first of them, filled with zeros before `main`,
-/// would be a tenth of a run in which nothing has changed, and thousands of small things would
-/// spread over many.
+/// Huge pages and much address space are for workers, which compute. The first of the pages, filled
+/// with zeros before `main`, would be a tenth of a run in which nothing has changed, and thousands
+/// of small things would spread over many; the tables of a gigabyte are another 0.1 ms.
 #[cfg(all(target_os = "linux", target_env = "gnu"))]
 #[expect(unsafe_code, reason = "the allocator has to be told before it is first used")]
 mod pages {
@@ -21,6 +21,9 @@ mod pages {
 
     /// Whether mimalloc asks for huge pages: `mi_option_allow_thp` in `mimalloc.h` of version 3.
     const ALLOW_HUGE: c_int = 43;
+
+    /// How much address space it takes at a time, in KiB: `mi_option_arena_reserve`.
+    const RESERVE: c_int = 23;
 
     unsafe extern "C" {
         fn mi_process_init();
@@ -38,6 +41,7 @@ mod pages {
             mi_process_init();
             if !worker && mi_version() / 10_000 == 3 {
                 mi_option_set(ALLOW_HUGE, 0);
+                mi_option_set(RESERVE, 64 << 10);
             }
         }
     }

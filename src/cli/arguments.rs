@@ -155,7 +155,7 @@ impl PlanOptions {
     }
 }
 
-fn device(text: &str) -> Result<Device, String> {
+pub(super) fn device(text: &str) -> Result<Device, String> {
     match text {
         "cpu" => Ok(Device::Cpu),
         "cuda" => Ok(Device::Cuda),
@@ -195,10 +195,10 @@ pub(super) struct ReproduceOptions {
     /// CPU slots [default: all cores].
     #[arg(long, short, value_name = "N")]
     pub(super) jobs: Option<usize>,
-    /// Where models run [default: a GPU for each step where there are any, else the CPU].
+    /// Where models run [default: where those on record did].
     #[arg(long, value_name = "cpu|cuda", value_parser = device)]
     pub(super) device: Option<Device>,
-    /// The arithmetic of models [default: bf16 on a GPU, f32 on the CPU].
+    /// The arithmetic of models [default: that on record].
     #[arg(long, value_name = "f32|bf16", value_parser = ["f32", "bf16"])]
     pub(super) compute: Option<String>,
     /// Ask nothing of the network.

@@ -5,7 +5,11 @@ use std::env;
 use std::ffi::OsString;
 use std::path::{Component, Path, PathBuf};
 
+use crate::engine::Gpu;
 use crate::hub::{ENDPOINT, Hub, HubSettings, Token};
+
+/// The variable that tells CUDA which GPUs there are.
+const VISIBLE: &str = "CUDA_VISIBLE_DEVICES";
 
 /// Everything that the environment says, read once.
 pub(super) struct Environment {
@@ -35,9 +39,15 @@ impl Environment {
         self.get("NO_COLOR").is_some() || self.get("TERM") == Some("dumb")
     }
 
-    /// The NVIDIA GPUs of the machine that this process may use (`CUDA_VISIBLE_DEVICES`), by
-    /// index. Looks for the driver's devices only: asking the driver itself takes a moment.
-    pub(super) fn gpus(&self) -> Vec<u32> {
+    /// The NVIDIA GPUs that this process is let see, where `CUDA_VISIBLE_DEVICES` says it.
+    pub(super) fn visible_gpus(&self) -> Option<(Vec<Gpu>, String)> {
+        let value = self.variables.get(VISIBLE)?;
+        Some((Gpu::listed(value), format!("`{VISIBLE}` is `{value}`")))
+    }
+
+    /// The NVIDIA GPUs of the machine that this process may use, and where they were looked for.
+    /// Looks for the driver's devices only: asking the driver itself takes a moment.
+    pub(super) fn gpus(&self) -> (Vec<Gpu>, String) {
         let there = || {
             // One look, where a run without changes should cost nothing.
             let driver = ["/dev/nvidiactl", "/dev/dxg"].iter().any(|path| Path::new(path).exists());
@@ -51,10 +61,10 @@ impl Environment {
             // Under WSL there is one device for all, and no way to count.
             if found.is_empty() && Path::new("/dev/dxg").exists() { vec![0] } else { found }
         };
-        match self.variables.get("CUDA_VISIBLE_DEVICES") {
-            Some(list) => list.split(',').map_while(|i| i.trim().parse().ok()).collect(),
-            None => there(),
-        }
+        self.visible_gpus().unwrap_or_else(|| {
+            let gpus = there().into_iter().map(Gpu::Index).collect();
+            (gpus, "looked for `/dev/nvidia0`, `1`, …, which NVIDIA's driver makes".to_owned())
+        })
     }
 
     /// The hub as Python's `huggingface_hub` would find it: same variables, same cache.

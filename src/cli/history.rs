@@ -7,11 +7,12 @@ use serde_json::{Value, json};
 use super::arguments::{RunsOptions, ShowOptions, StepOptions};
 use super::error::{Exit, Failure};
 use super::session::store_here;
+use super::sketch::sketch;
 use super::steps::{Phase, StepStatus, steps_named, steps_of};
 use super::{Stage, out, samples, shell, table};
 use crate::artifact::View;
 use crate::digest::Digest;
-use crate::lineage::{Loaded, Record, Run, Runs, is_measured};
+use crate::lineage::{Curves, Loaded, Record, Run, Runs, is_measured};
 use crate::store::Store;
 
 /// The record of a key, if it can be read.
@@ -82,13 +83,16 @@ pub(super) fn show(stage: &Stage, options: &ShowOptions) -> Result<Exit, Failure
                 None => Vec::new(),
             };
             let record = record_of(&store, step.key)?;
-            list.push(json!({ "step": step, "record": record, "differences": differences }));
+            let curves = curves_of(&store, &run, step, record.as_deref());
+            list.push(json!({
+                "step": step, "record": record, "differences": differences, "curves": curves,
+            }));
         }
         outln!("{}", Value::Array(list))?;
         return Ok(Exit::Done);
     }
     for step in &steps {
-        show_step(&store, step)?;
+        show_step(&store, &run, step)?;
     }
     Ok(Exit::Done)
 }
@@ -121,12 +125,13 @@ fn show_run(stage: &Stage, run: &Run) -> Result<(), Failure> {
     Ok(())
 }
 
-fn show_step(store: &Store, step: &StepStatus) -> Result<(), Failure> {
+fn show_step(store: &Store, run: &Run, step: &StepStatus) -> Result<(), Failure> {
     let record = record_of(store, step.key)?;
     outln!("{}  {}", step.id, step.state.word())?;
     let Some(record) = record else {
         let message = step.message.as_deref().map(|m| format!(": {m}")).unwrap_or_default();
         outln!("  no record{message}")?;
+        show_curves(&curves_of(store, run, step, None))?;
         return Ok(());
     };
     let made = &record.made;
@@ -159,10 +164,31 @@ fn show_step(store: &Store, step: &StepStatus) -> Result<(), Failure> {
     for warning in &record.warnings {
         outln!("  warning: {warning}")?;
     }
+    show_curves(&curves_of(store, run, step, Some(&record)))?;
     show_ledger(store, &record)?;
     let view = View { ty: record.ty, ports: record.ports.clone(), store: store.clone() };
     for port in record.ports.keys() {
         show_files(&view, port)?;
+    }
+    Ok(())
+}
+
+/// The curves of a step of a run: of one that ran (or runs, or failed), those that it drew there;
+/// of a result from the cache, those of the run that made it.
+fn curves_of(store: &Store, run: &Run, step: &StepStatus, record: Option<&Record>) -> Curves {
+    match (step.state, record) {
+        (Phase::Hit, Some(record)) => record.curves(store),
+        _ => run.curves(&step.id).unwrap_or_default(),
+    }
+}
+
+fn show_curves(curves: &Curves) -> std::io::Result<()> {
+    let known = curves.iter().filter_map(|(name, curve)| Some((name, sketch(curve)?)));
+    for (at, (name, sketch)) in known.enumerate() {
+        if at == 0 {
+            outln!("  curves")?;
+        }
+        outln!("    {name}  {sketch}")?;
     }
     Ok(())
 }

@@ -25,6 +25,7 @@ mod run;
 mod samples;
 mod session;
 mod shell;
+mod sketch;
 mod steps;
 mod table;
 mod verify;

@@ -19,7 +19,7 @@ use toml::de::{DeTable, DeValue};
 use super::Stage;
 use super::environment::{Environment, project_root};
 use super::error::Failure;
-use crate::engine::{Options, memory_bytes};
+use crate::engine::{Gpu, Options, memory_bytes};
 use crate::pipeline::bytes;
 use crate::source::{Diagnostic, Fault, Source, Span, suggest};
 
@@ -139,7 +139,8 @@ impl Project {
     /// What there is to lend to steps, in options that are otherwise plain.
     pub(super) fn lends(&self, environment: &Environment) -> Options {
         let (jobs, memory, resources) = (self.jobs(), self.memory(), self.resources.clone());
-        Options { jobs, memory, resources, gpus: self.gpus(environment), ..Options::default() }
+        let (gpus, gpus_sought) = self.gpus(environment);
+        Options { jobs, memory, resources, gpus, gpus_sought, ..Options::default() }
     }
 
     /// CPU slots to lend to steps.
@@ -148,9 +149,18 @@ impl Project {
         self.jobs.unwrap_or_else(cores)
     }
 
-    /// GPUs to lend to steps.
-    pub(super) fn gpus(&self, environment: &Environment) -> Vec<u32> {
-        self.gpus.map_or_else(|| environment.gpus(), |n| (0..n).collect())
+    /// GPUs to lend to steps, and where they were looked for.
+    pub(super) fn gpus(&self, environment: &Environment) -> (Vec<Gpu>, String) {
+        let Some(n) = self.gpus else { return environment.gpus() };
+        let declared = format!("`flow.toml` says `gpu = {n}`");
+        match environment.visible_gpus() {
+            // The first so many of those that it may use.
+            Some((mut gpus, sought)) => {
+                gpus.truncate(n as usize);
+                (gpus, format!("{declared}, {sought}"))
+            }
+            None => ((0..n).map(Gpu::Index).collect(), declared),
+        }
     }
 
     /// Bytes of memory to lend to steps, as far as the machine says.
@@ -198,7 +208,15 @@ mod tests {
         let environment = Environment { variables: BTreeMap::new() };
         let lent = project.lends(&environment);
         assert_eq!((lent.jobs, lent.memory), (3, Some(2 << 30)));
-        assert_eq!(lent.gpus, [0, 1]);
+        assert_eq!(lent.gpus, [Gpu::Index(0), Gpu::Index(1)]);
+        assert_eq!(lent.gpus_sought, "`flow.toml` says `gpu = 2`");
+        let visible = |value: &str| {
+            let value = ("CUDA_VISIBLE_DEVICES".to_owned(), value.to_owned());
+            let lent = project.lends(&Environment { variables: BTreeMap::from([value]) });
+            lent.gpus.iter().map(ToString::to_string).collect::<Vec<_>>()
+        };
+        assert_eq!(visible("3,GPU-a1b2,0"), ["3", "GPU-a1b2"], "no other than it may use");
+        assert!(visible("").is_empty());
         assert_eq!(lent.resources, BTreeMap::from([("licence".to_owned(), 2)]));
         let plain = read("").unwrap();
         assert_eq!((plain.store, plain.jobs), (None, None));

@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use serde_json::json;
 
-use super::arguments::{PipelineOptions, PlanOptions, ReproduceOptions};
+use super::arguments::{PipelineOptions, PlanOptions, ReproduceOptions, device};
 use super::error::{Exit, Failure, show_diagnostics};
 use super::progress::Screen;
 use super::project::Project;
@@ -18,6 +18,7 @@ use crate::artifact::{Comparison, Likeness};
 use crate::engine::{self, Reproduced, Verdict};
 use crate::lineage::{Record, Results, Run, Runs};
 use crate::source::Fault;
+use crate::step::Device;
 use crate::store::Store;
 
 /// `flow reproduce FILE|RUN [STEP…]`.
@@ -31,7 +32,7 @@ pub(super) fn reproduce(stage: &Stage, options: ReproduceOptions) -> Result<Exit
         }
         Against::Run(_, run) => (run.info.file.clone(), run.info.sets.clone()),
     };
-    let plan_options = PlanOptions {
+    let mut plan_options = PlanOptions {
         pipeline: PipelineOptions {
             file,
             sets: sets.iter().map(|(path, value)| format!("{path}={value}")).collect(),
@@ -65,6 +66,11 @@ pub(super) fn reproduce(stage: &Stage, options: ReproduceOptions) -> Result<Exit
         let fault = Fault::new(format!("`{}` has no results to compare with", options.what));
         return Err(Failure::Usage(fault.into()));
     }
+    let (device, compute) = ran_on(&recorded).unzip();
+    if plan_options.device.is_none() || plan_options.device == device {
+        plan_options.device = device;
+        plan_options.compute = plan_options.compute.or(compute);
+    }
     let session = ground.session(stage, &plan_options, false, Duration::from_secs(30))?;
     ground.listen()?;
     let mut screen = Screen::new(false, stage.plain, String::new());
@@ -80,6 +86,15 @@ pub(super) fn reproduce(stage: &Stage, options: ReproduceOptions) -> Result<Exit
     }
     let holds = reproduced.iter().all(|r| r.verdict.holds());
     Ok(if holds { Exit::Done } else { Exit::StepFailed })
+}
+
+/// Where the models of what is on record ran, and in what arithmetic: on a GPU if any of them did,
+/// because `needs` can send some of its steps to the CPU. Nothing if there are none.
+fn ran_on(recorded: &BTreeMap<String, Record>) -> Option<(Device, String)> {
+    let places = recorded.values().filter_map(Record::model_place);
+    let places = places.filter_map(|(name, compute)| Some((device(name).ok()?, compute)));
+    let place = places.max_by_key(|(device, _)| *device == Device::Cuda)?;
+    Some((place.0, place.1.to_owned()))
 }
 
 /// What is compared with.

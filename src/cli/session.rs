@@ -167,7 +167,7 @@ impl Ground {
         grace: Duration,
     ) -> Result<Session<'_>, Failure> {
         let exe = std::env::current_exe().context("finding this program's own path")?;
-        let gpus = self.project.gpus(&stage.environment);
+        let (gpus, gpus_sought) = self.project.gpus(&stage.environment);
         let device = options.device.unwrap_or(match gpus.is_empty() {
             true => Device::Cpu,
             false => Device::Cuda,
@@ -179,6 +179,7 @@ impl Ground {
             cancel: &self.cancel,
             options: Options {
                 gpus,
+                gpus_sought,
                 resources: self.project.resources.clone(),
                 targets: options.steps.clone(),
                 force: options.force.clone(),

@@ -15,6 +15,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
 use super::bind::{Bound, look_up};
+use super::gpu::Gpu;
 use super::slots::Grant;
 use super::{Options, durable, machine};
 use crate::digest::Digest;
@@ -44,7 +45,7 @@ pub(super) struct Task {
     pub(super) compute: String,
     pub(super) checkpoint_every: Duration,
     pub(super) threads: usize,
-    pub(super) gpus: Vec<u32>,
+    pub(super) gpus: Vec<Gpu>,
     pub(super) run: String,
     pub(super) step: String,
     pub(super) pipeline: String,
@@ -57,7 +58,7 @@ pub(super) struct Task {
 pub(super) const VISIBLE_GPUS: &str = "CUDA_VISIBLE_DEVICES";
 
 /// Its value for these.
-pub(super) fn visible_gpus(gpus: &[u32]) -> String {
+pub(super) fn visible_gpus(gpus: &[Gpu]) -> String {
     gpus.iter().map(ToString::to_string).collect::<Vec<_>>().join(",")
 }
 
@@ -235,6 +236,7 @@ fn hold(task: &Task, step: &dyn Step, dir: &Path, around: &Around<'_>) -> Result
     };
     // A body that is stopped gives an error; one that came to its end is finished work.
     guarded(|| step.run(&mut cx))?;
+    store.disk().room(dir)?;
     let produced = std::mem::take(&mut cx.produced);
     outside.unchanged(store)?;
     let seconds = started.elapsed().as_secs_f64();
@@ -409,8 +411,7 @@ impl Outsiders {
             match what {
                 Read::File(path, digest) => {
                     let states = store.states(&path)?;
-                    let tree = serde_json::to_value(store.tree_of_path(&path)?)?;
-                    if Digest::of_value("flow/file/v1", &tree)? != digest {
+                    if store.tree_of_path(&path)?.digest_of_outside()? != digest {
                         let shown = path.display();
                         let fault = Fault::new(format!("{shown} changed after the plan was made"));
                         return Err(fault.help("run again").into());

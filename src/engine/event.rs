@@ -4,6 +4,7 @@ use std::path::PathBuf;
 
 use serde::{Deserialize, Serialize};
 
+use super::gpu::Gpu;
 use crate::digest::Digest;
 use crate::lineage::{State, Status, Why};
 use crate::step::{Event, Facts};
@@ -44,6 +45,10 @@ pub enum RunEvent {
         key: Digest,
         /// Seconds that making it took, when it was made.
         saved_seconds: f64,
+        /// The run and the step in it that made it (`RUN:STEP`): its journal has the log and the
+        /// curves.
+        #[serde(default)]
+        made_by: String,
         /// What it warned of when it was made.
         #[serde(default, skip_serializing_if = "Vec::is_empty")]
         warnings: Vec<String>,
@@ -73,7 +78,7 @@ pub enum RunEvent {
         /// CPU slots it got.
         threads: usize,
         /// GPUs it got.
-        gpus: Vec<u32>,
+        gpus: Vec<Gpu>,
     },
     /// The running step said something.
     Step {

@@ -1,6 +1,7 @@
 //! Results laid out for people under `outputs/`: writable, swapped in whole, never read back.
 
 use std::collections::BTreeMap;
+use std::os::unix::fs::MetadataExt as _;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context as _, Result};
@@ -12,7 +13,7 @@ use crate::digest::Digest;
 use crate::lineage::Record;
 use crate::pipeline::{Output, Plan};
 use crate::source::{Fault, suggest};
-use crate::store::{Entry, States, Store, Tree, unique};
+use crate::store::{Entry, States, Store, Tree, digest_of_states, unique};
 
 /// What was put at a place, so that an edit can be told from what we wrote.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -39,9 +40,14 @@ pub(super) fn publish(
     let store = &session.store;
     let dir = session.options.outputs.join(&plan.name);
     let mut events = Vec::new();
+    let mut folded: BTreeMap<String, &Output> = BTreeMap::new();
     for output in &plan.outputs {
         let Some(record) = records.get(&output.node) else { continue };
         let name = file_name(output);
+        if let Some(other) = folded.insert(name.to_lowercase(), output) {
+            let place = |output| dir.join(file_name(output));
+            apart((&other.name, &place(other)), (&output.name, &place(output)))?;
+        }
         // One writer a place: runs of one pipeline at once publish one after the other.
         let lease = format!("outputs-{}", place_name(&dir.join(&name))?);
         let _lease = store.lease(&lease, run)?;
@@ -55,20 +61,33 @@ pub(super) fn publish(
     Ok(events)
 }
 
+/// Refuses two outputs that lie at one place: one would take the other's for an edited copy. Names
+/// that differ by case only do so on some file systems, which is seen once one of them is there.
+fn apart(one: (&str, &Path), other: (&str, &Path)) -> Result<()> {
+    let own = |path: &Path| std::fs::metadata(path).ok().map(|meta| (meta.dev(), meta.ino()));
+    if one.1 != other.1 && (own(one.1).is_none() || own(one.1) != own(other.1)) {
+        return Ok(());
+    }
+    let message = format!("outputs `{}` and `{}` would lie at one place", one.0, other.0);
+    let help = "this file system does not tell upper from lower case: let one of them have another \
+        name or value, or name another folder as `outputs` in flow.toml";
+    Err(Fault::new(message).help(help).into())
+}
+
 /// Where the outputs of a plan lie, and the states of their files as they were put there.
-pub(super) fn placed(plan: &Plan, session: &Session<'_>) -> Result<Vec<(PathBuf, States)>> {
+pub(super) fn placed(plan: &Plan, session: &Session<'_>) -> Result<Vec<(PathBuf, Digest)>> {
     let dir = session.options.outputs.join(&plan.name);
     let put = plan.outputs.iter().map(|output| {
         let dest = dir.join(file_name(output));
         let put: Put = serde_json::from_slice(&std::fs::read(note_path(&session.store, &dest)?)?)?;
-        Ok((dest, put.states))
+        Ok((dest, digest_of_states(&put.states)))
     });
     put.collect()
 }
 
 /// Whether what lies at a place is what was put there, by its states.
-pub(super) fn is_as_placed(store: &Store, dest: &Path, states: &States) -> bool {
-    is_folder(dest) && store.states(dest).is_ok_and(|now| now == *states)
+pub(super) fn is_as_placed(store: &Store, dest: &Path, states: Digest) -> bool {
+    is_folder(dest) && store.states(dest).is_ok_and(|now| digest_of_states(&now) == states)
 }
 
 /// Whether it is a folder and no link to one.
@@ -171,7 +190,7 @@ fn remember(store: &Store, note: &Path, dest: &Path, put: Put) -> Result<()> {
 
 fn is_as_put(store: &Store, dest: &Path, put: &Put) -> bool {
     let same_bytes = || store.tree_of_path(dest).is_ok_and(|tree| tree == put.tree);
-    is_as_placed(store, dest, &put.states) || is_folder(dest) && same_bytes()
+    is_as_placed(store, dest, digest_of_states(&put.states)) || is_folder(dest) && same_bytes()
 }
 
 /// The files of an output: of several ports side by side, or in a folder each. Where two ports

@@ -256,17 +256,18 @@ impl<'a> Runner<'a, '_> {
     fn hit(&mut self, node: NodeIndex, record: Record) -> Result<()> {
         let (step, key) = (self.id(node), record.key);
         let (saved_seconds, warnings) = (record.made.seconds, record.warnings.clone());
+        let made_by = format!("{}:{}", record.made.run, record.made.step);
         self.end(node, Some(key), State::Hit, 0.0, None, None);
         self.keep(node, record);
-        self.emit(RunEvent::Hit { step, key, saved_seconds, warnings })
+        self.emit(RunEvent::Hit { step, key, saved_seconds, made_by, warnings })
     }
 
     /// Remembers a step's result.
     fn keep(&mut self, node: NodeIndex, mut record: Record) {
         // Most of a record, and nobody asks for it again: the store has it.
         record.preimage = serde_json::Value::Null;
-        let Made { step, seconds, cpu_seconds, peak_rss_bytes, .. } = record.made;
-        record.made = Made { step, seconds, cpu_seconds, peak_rss_bytes, ..Made::default() };
+        let Made { run, step, seconds, cpu_seconds, peak_rss_bytes, .. } = record.made;
+        record.made = Made { run, step, seconds, cpu_seconds, peak_rss_bytes, ..Made::default() };
         self.by_key.insert(record.key, node);
         self.records.insert(node, record);
         self.ready.produced(self.plan, node);

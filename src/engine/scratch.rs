@@ -92,11 +92,25 @@ impl Spent {
         }
     }
 
-    /// Removes those that are left; what cannot be removed now is swept by a later run.
+    /// Removes those that are left, by as many threads as there are processors: nothing else is
+    /// left to do. What cannot be removed now is swept by a later run.
     pub(super) fn clear(&self, store: &Store) {
-        for dir in self.0.lock().unwrap_or_else(PoisonError::into_inner).drain(..) {
-            let _ = store.disk().remove_dir_all(&dir);
-        }
+        /// What a thread has to do to be worth its start.
+        const A_THREAD: usize = 16;
+        let dirs = std::mem::take(&mut *self.0.lock().unwrap_or_else(PoisonError::into_inner));
+        let threads = std::thread::available_parallelism().map_or(1, usize::from);
+        let share = dirs.len().div_ceil(threads).max(A_THREAD);
+        let remove = |dirs: &[PathBuf]| {
+            for dir in dirs {
+                let _ = store.disk().remove_dir_all(dir);
+            }
+        };
+        std::thread::scope(|scope| {
+            let mut shares = dirs.chunks(share);
+            let own = shares.next().unwrap_or_default();
+            shares.for_each(|share| drop(scope.spawn(move || remove(share))));
+            remove(own);
+        });
     }
 }
 
@@ -126,5 +140,31 @@ pub(super) fn sweep(store: &Store) {
         {
             let _ = store.disk().remove_dir_all(&entry.path());
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_is_spent_goes_at_once_or_at_the_end() {
+        let dir = tempfile::tempdir().unwrap();
+        let store = Store::open(dir.path()).unwrap();
+        let spent = Spent::default();
+        let made = |name: String, bytes: usize| {
+            let dir = attempts(&store).join(name);
+            std::fs::create_dir_all(dir.join("scratch")).unwrap();
+            std::fs::write(dir.join("scratch/x"), vec![0; bytes]).unwrap();
+            dir
+        };
+        for i in 0..100 {
+            spent.remove(&store, made(format!("small{i}"), 10));
+        }
+        spent.remove(&store, made("large".into(), 1 << 20));
+        let left = || std::fs::read_dir(attempts(&store)).unwrap().count();
+        assert_eq!(left(), 100);
+        spent.clear(&store);
+        assert_eq!(left(), 0);
     }
 }

@@ -5,6 +5,7 @@ use std::path::{Path, PathBuf};
 use std::sync::atomic::AtomicBool;
 use std::time::Duration;
 
+use super::gpu::Gpu;
 use super::machine;
 use crate::hub::Hub;
 use crate::lineage::RunInfo;
@@ -25,8 +26,10 @@ pub struct WorkerCommand {
 pub struct Options {
     /// CPU slots; at least 1.
     pub jobs: usize,
-    /// GPUs that may be lent to steps, by index.
-    pub gpus: Vec<u32>,
+    /// GPUs that may be lent to steps.
+    pub gpus: Vec<Gpu>,
+    /// Where they were looked for, to be said to who asks for more; may be empty.
+    pub gpus_sought: String,
     /// Bytes of memory that may be lent to steps; without limit if absent.
     pub memory: Option<u64>,
     /// What else may be lent, by name.
@@ -68,6 +71,7 @@ impl Default for Options {
         Self {
             jobs: 1,
             gpus: Vec::new(),
+            gpus_sought: String::new(),
             memory: None,
             resources: BTreeMap::new(),
             targets: Vec::new(),

@@ -3,6 +3,7 @@
 use std::collections::BTreeMap;
 
 use super::Options;
+use super::gpu::Gpu;
 use crate::source::Fault;
 use crate::step::{Cpu, Needs};
 
@@ -11,7 +12,7 @@ use crate::step::{Cpu, Needs};
 pub(super) struct Grant {
     /// CPU slots; as many threads.
     pub(super) threads: usize,
-    pub(super) gpus: Vec<u32>,
+    pub(super) gpus: Vec<Gpu>,
     memory: u64,
     named: BTreeMap<String, u64>,
 }
@@ -21,7 +22,7 @@ pub(super) struct Grant {
 pub(super) struct Slots {
     jobs: usize,
     cpu: usize,
-    gpus: Vec<u32>,
+    gpus: Vec<Gpu>,
     /// Bytes; without end where nothing is known about this machine.
     memory: u64,
     named: BTreeMap<String, u64>,
@@ -96,7 +97,11 @@ impl Options {
         if needs.gpu > self.gpus.len() {
             let (wants, s) = (needs.gpu, if needs.gpu == 1 { "" } else { "s" });
             let have = there(self.gpus.len().to_string());
-            short.push(format!("{wants} GPU{s}, and {have} that this build can use"));
+            let sought = match self.gpus_sought.as_str() {
+                "" => String::new(),
+                sought => format!(" ({sought})"),
+            };
+            short.push(format!("{wants} GPU{s}, and {have}{sought}"));
         }
         if let (Some(wants), Some(have)) = (needs.memory, self.memory)
             && wants > have
@@ -131,7 +136,9 @@ mod tests {
     fn options(jobs: usize, gpus: &[u32]) -> Options {
         let resources = BTreeMap::from([("licence".to_owned(), 2)]);
         let memory = Some(8 << 30);
-        Options { jobs, gpus: gpus.to_vec(), memory, resources, ..Options::default() }
+        let gpus = gpus.iter().copied().map(Gpu::Index).collect();
+        let gpus_sought = "looked under the table".to_owned();
+        Options { jobs, gpus, gpus_sought, memory, resources, ..Options::default() }
     }
 
     fn licences(n: u64) -> Needs {
@@ -146,7 +153,7 @@ mod tests {
         assert_eq!(slots.take(&Needs::ALL), None);
         assert_eq!(slots.take(&Needs { exclusive: true, ..Needs::ONE }), None);
         let gpu = slots.take(&Needs { gpu: 1, ..Needs::ONE }).unwrap();
-        assert_eq!((gpu.threads, gpu.gpus.as_slice()), (1, &[0][..]));
+        assert_eq!((gpu.threads, gpu.gpus.as_slice()), (1, &[Gpu::Index(0)][..]));
         slots.give(one);
         slots.give(gpu);
         let all = slots.take(&Needs { exclusive: true, ..Needs::ONE }).unwrap();
@@ -186,7 +193,7 @@ mod tests {
         assert_eq!(
             options.shortage(&needs),
             [
-                "2 GPUs, and there is none that this build can use",
+                "2 GPUs, and there is none (looked under the table)",
                 "12.0 GiB of memory, and there is only 8.0 GiB",
                 "3 of `licence`, and there are only 2",
             ]

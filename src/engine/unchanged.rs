@@ -27,10 +27,10 @@ use super::{Outcome, RunEvent, Session, machine, outputs};
 use crate::digest::Digest;
 use crate::lineage::{Lock, LockMode, Record, RunInfo, Runs, Status, Unchanged, unix_ms};
 use crate::pipeline::Plan;
-use crate::store::{Entry, FileState, States, Store, states_in};
+use crate::store::{Entry, FileState, States, Store, digest_of_states, states_in};
 
 /// Raised when the file changes its meaning.
-const FORMAT: u32 = 2;
+const FORMAT: u32 = 3;
 
 /// Bytes of an object in the index: digest and size.
 const OBJECT: usize = Digest::LENGTH + size_of::<u64>();
@@ -48,12 +48,12 @@ struct Index {
     environment: BTreeMap<String, Option<String>>,
     /// Lines of the lock.
     lock: Digest,
-    /// Outside files, and files that the store refers to, by path.
-    files: BTreeMap<PathBuf, States>,
+    /// States of outside files and folders, and of files that the store refers to, by path.
+    files: BTreeMap<PathBuf, Digest>,
     /// States of the store's folders with records and manifests.
     folders: Digest,
-    /// Published outputs.
-    outputs: Vec<(PathBuf, States)>,
+    /// States of published outputs.
+    outputs: Vec<(PathBuf, Digest)>,
     pipeline: String,
     /// The run that did it in full, and its steps.
     since: String,
@@ -116,9 +116,10 @@ pub(super) fn remember(
     let settled = |states: &States| states.values().all(|state| state.settled(started));
     // Warnings are to be shown every time.
     let quiet = plan.warnings.is_empty() && prepared.force.is_empty();
-    let mut files = prepared.files.clone();
     let all = folders.iter().flatten().all(|(_, state)| state.settled(started))
-        && files.values().all(settled);
+        && prepared.files.values().all(settled);
+    let digests = prepared.files.iter().map(|(path, s)| (path.clone(), digest_of_states(s)));
+    let mut files: BTreeMap<PathBuf, Digest> = digests.collect();
     let (true, true, Some(program)) = (quiet, all, program()) else { return Ok(()) };
     let mut objects: BTreeMap<Digest, u64> = BTreeMap::new();
     for record in records.values() {
@@ -140,7 +141,7 @@ pub(super) fn remember(
             Some(path) => {
                 let states = store.states(&path)?;
                 anyhow::ensure!(settled(&states), "still fresh");
-                files.insert(path, states);
+                files.insert(path, digest_of_states(&states));
             }
             None => return Ok(()),
         }
@@ -218,8 +219,9 @@ fn standing(file: &Path, text: &str, session: &Session<'_>) -> Option<Index> {
     let lock = || Lock::load(&lock_path(file, options), LockMode::Frozen).ok();
     let same_environment =
         |(name, value): (&String, &Option<String>)| options.environment.get(name) == value.as_ref();
-    let same_files =
-        |(path, states): (&PathBuf, &States)| store.states(path).is_ok_and(|now| now == *states);
+    let same_files = |(path, states): (&PathBuf, &Digest)| {
+        store.states(path).is_ok_and(|now| digest_of_states(&now) == *states)
+    };
     let stands = options.force.is_empty()
         && Digest::of(body).as_bytes() == seal
         && (index.format, index.build.as_str()) == (FORMAT, machine::BUILD)
@@ -228,7 +230,7 @@ fn standing(file: &Path, text: &str, session: &Session<'_>) -> Option<Index> {
         && index.environment.iter().all(same_environment)
         && index.lock == lock_digest(&lock()?).ok()?
         && index.files.iter().all(same_files)
-        && index.outputs.iter().all(|(path, states)| outputs::is_as_placed(store, path, states))
+        && index.outputs.iter().all(|(path, states)| outputs::is_as_placed(store, path, *states))
         && index.folders == folders_digest(&folders(store)).ok()?
         && store.has_objects(&objects);
     stands.then_some(index)

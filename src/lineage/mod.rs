@@ -1,5 +1,6 @@
 //! Records, runs, the lock: how everything came to be.
 
+mod curves;
 mod gc;
 mod lock;
 mod past;
@@ -12,6 +13,7 @@ mod uses;
 mod verify;
 mod why;
 
+pub use curves::{Curve, Curves};
 pub use gc::{Budget, Class, Dropped, Removal, Sweep, plan_sweep, sweep};
 pub use lock::{Lock, LockMode};
 pub use past::{Current, Likeness, Past};

@@ -46,6 +46,9 @@ pub struct StepResult {
     /// Type of the output.
     #[serde(rename = "type")]
     pub ty: Type,
+    /// Device and arithmetic of its model (`cuda bf16`), as they are in its key, if it runs one.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub device: Option<String>,
     /// Tree digest by port.
     pub outputs: BTreeMap<String, Digest>,
     /// Facts of the record and metrics of a report, without measured ones.
@@ -63,8 +66,10 @@ impl Results {
         for (id, record) in run.records(store)? {
             let mut metrics = record.metrics(store);
             metrics.retain(|name, _| !is_measured(name));
+            let place = record.model_place();
+            let device = place.map(|(device, compute)| format!("{device} {compute}"));
             let Record { kind, version, key, ty, ports: outputs, .. } = record;
-            steps.insert(id, StepResult { kind, version, key, ty, outputs, metrics });
+            steps.insert(id, StepResult { kind, version, key, ty, device, outputs, metrics });
         }
         let (pipeline, sets) = (run.info.pipeline.clone(), run.info.sets.clone());
         Ok(Self { format: FORMAT, pipeline, sets, steps })
@@ -120,7 +125,10 @@ impl Results {
                     ports: BTreeMap::new(),
                     facts: step.metrics.clone(),
                     warnings: Vec::new(),
-                    made: Made::default(),
+                    made: Made {
+                        device: step.device.clone().unwrap_or_default(),
+                        ..Made::default()
+                    },
                 },
             };
             record.ports.clone_from(&step.outputs);
@@ -157,6 +165,15 @@ impl Run {
 }
 
 impl Record {
+    /// The device and the arithmetic of the model that it ran, as they stand in its key (or in a
+    /// results file, where that is all that is known of it).
+    pub fn model_place(&self) -> Option<(&str, &str)> {
+        match &self.preimage {
+            Value::Null => self.made.device.split_once(' '),
+            preimage => Some((preimage["device"].as_str()?, preimage["compute"].as_str()?)),
+        }
+    }
+
     /// Its facts and, of a report, its metrics. A report whose bytes are lost has none.
     pub fn metrics(&self, store: &Store) -> Map<String, Value> {
         let mut metrics = self.facts.clone();
@@ -204,6 +221,7 @@ mod tests {
             version: 1,
             key: Digest::of(b"key"),
             ty: Type::TrainedModel,
+            device: Some("cuda bf16".into()),
             outputs: BTreeMap::from([("trained".into(), Digest::of(b"tree"))]),
             metrics: json!({ "loss": 0.25 }).as_object().cloned().unwrap_or_default(),
         };
@@ -217,6 +235,7 @@ mod tests {
         let records = results.records(&store).unwrap();
         assert_eq!(records["a"].ports, results.steps["a"].outputs);
         assert!(records["a"].preimage.is_null());
+        assert_eq!(records["a"].model_place(), Some(("cuda", "bf16")));
         for bad in [text.replace("\"format\": 1", "\"format\": 9"), text[..40].to_owned()] {
             std::fs::write(&path, bad).unwrap();
             let error = format!("{:#}", Results::load(&path).unwrap_err());

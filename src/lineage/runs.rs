@@ -164,11 +164,13 @@ impl Run {
 }
 
 /// Where the log of an instance of a run is; characters that file names should not have are
-/// replaced, and a digest keeps such names apart.
+/// replaced, and a digest keeps such names apart. So it does where there are capitals, which not
+/// every file system tells from small letters.
 fn log_path(dir: &Path, step: &str) -> PathBuf {
     let plain = |c: char| c.is_ascii_alphanumeric() || "._-@=,".contains(c);
     let mut name: String = step.chars().map(|c| if plain(c) { c } else { '_' }).collect();
-    if name != step || name.len() > 120 {
+    let capitals = step.chars().any(|c| c.is_ascii_uppercase());
+    if name != step || name.len() > 120 || capitals {
         name.truncate(120);
         name.push('-');
         name.push_str(&Digest::of(step.as_bytes()).short());

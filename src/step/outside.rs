@@ -7,7 +7,6 @@ use anyhow::{Context as _, Result};
 
 use super::FileInput;
 use crate::data::{Format, glob_match, with_rows};
-use crate::digest::Digest;
 use crate::hub::{Hub, RepoFile, RepoType};
 use crate::lineage::Lock;
 use crate::source::Fault;
@@ -181,9 +180,7 @@ impl Outside<'_> {
             return Err(fault.help("name the files, or a folder beside the store").into());
         }
         let states = self.store.states(&path)?;
-        let tree = self.store.tree_of_path(&path)?;
-        let value = serde_json::to_value(&tree)?;
-        input.digest = Some(Digest::of_value("flow/file/v1", &value)?);
+        input.digest = Some(self.store.tree_of_path(&path)?.digest_of_outside()?);
         self.files.insert(path.clone(), states);
         input.path = path;
         Ok(())

@@ -45,6 +45,9 @@ pub enum StoreError {
     },
 }
 
+/// Bytes of room in which no result has place.
+const LITTLE: u64 = 128 << 10;
+
 /// What reads say that they do.
 const READING: &str = "reading";
 
@@ -298,6 +301,28 @@ impl Disk {
             }
             Err(e) if e.kind() != io::ErrorKind::NotFound => Err(e),
             _ => Ok(()),
+        })
+    }
+
+    /// Refuses to go on where nothing more can be written: a program that cannot write its output
+    /// to the end need not say so, and what is cut short must not be taken for its result.
+    ///
+    /// # Errors
+    /// When next to no room is left at this path.
+    pub fn room(&self, path: &Path) -> Done<()> {
+        self.call("writing", path, || {
+            let Ok(disk) = rustix::fs::statvfs(path) else { return Ok(()) };
+            // Some blocks are for the superuser alone.
+            let own = rustix::process::geteuid().is_root();
+            let blocks = if own { disk.f_bfree } else { disk.f_bavail };
+            let (files, left) = (disk.f_files, if own { disk.f_ffree } else { disk.f_favail });
+            let full = disk.f_blocks > 0 && blocks.saturating_mul(disk.f_frsize) < LITTLE;
+            // A system that makes room for names as they come says that it has none.
+            if full || files > 0 && left == 0 {
+                let message = "next to nothing is left, so that what was written may be cut short";
+                return Err(io::Error::new(io::ErrorKind::StorageFull, message));
+            }
+            Ok(())
         })
     }
 

@@ -41,7 +41,7 @@ pub use folder::{is_within, states_in};
 pub use gc::Item;
 pub use lease::{Holder, Lease, Spares, host};
 use stat::StatTable;
-pub use stat::{FileState, States};
+pub use stat::{FileState, States, digest_of_states};
 
 use crate::digest::Digest;
 

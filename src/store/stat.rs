@@ -12,6 +12,7 @@ use std::path::{Path, PathBuf};
 use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
+use rayon::prelude::*;
 use serde::{Deserialize, Serialize};
 
 use super::Store;
@@ -95,6 +96,19 @@ impl FileState {
 /// States of a file or of all files of a folder, by path below it.
 pub type States = BTreeMap<PathBuf, FileState>;
 
+/// The digest of states, by which they are compared where there may be millions.
+pub fn digest_of_states(states: &States) -> Digest {
+    let mut hasher = blake3::Hasher::new();
+    for (path, FileState { dev, ino, size, mtime_ns, ctime_ns }) in states {
+        let path = path.as_os_str().as_encoded_bytes();
+        hasher.update(&(path.len() as u64).to_le_bytes()).update(path);
+        for number in [*dev, *ino, *size, mtime_ns.cast_unsigned(), ctime_ns.cast_unsigned()] {
+            hasher.update(&number.to_le_bytes());
+        }
+    }
+    Digest::from_bytes(*hasher.finalize().as_bytes())
+}
+
 /// Digests by state of file.
 #[derive(Debug)]
 pub(super) struct StatTable {
@@ -126,21 +140,34 @@ impl StatTable {
         known.get_or_insert_with(|| self.load()).get(state).copied()
     }
 
-    fn put(&self, state: FileState, digest: Digest) {
+    fn put(&self, new: &[(FileState, Digest)]) {
+        if new.is_empty() {
+            return;
+        }
         let mut known = self.known.lock().unwrap_or_else(PoisonError::into_inner);
-        known.get_or_insert_with(|| self.load()).insert(state, digest);
+        known.get_or_insert_with(|| self.load()).extend(new.iter().copied());
+        // A line that another writer tore is ended first.
+        let mut lines = String::from("\n");
+        lines.extend(new.iter().map(|(state, digest)| state.line(digest)));
         let append = || -> io::Result<()> {
             if let Some(dir) = self.path.parent() {
                 std::fs::create_dir_all(dir)?;
             }
             let mut file =
                 std::fs::OpenOptions::new().append(true).create(true).open(&self.path)?;
-            // A line that another writer tore is ended first.
-            file.write_all(format!("\n{}", state.line(&digest)).as_bytes())
+            file.write_all(lines.as_bytes())
         };
         // Only an accelerator: what cannot be kept is hashed again.
         let _ = append();
     }
+}
+
+/// The content of a file.
+struct Hashed {
+    digest: Digest,
+    size: u64,
+    /// The state to know it by, if that is worth keeping in mind.
+    new: Option<FileState>,
 }
 
 impl Store {
@@ -149,20 +176,44 @@ impl Store {
     /// # Errors
     /// When it cannot be read, or changes while it is read.
     pub fn digest_of_file(&self, path: &Path) -> anyhow::Result<(Digest, u64)> {
+        let Hashed { digest, size, new } = self.hashed(path)?;
+        self.stat.put(new.map(|state| (state, digest)).as_slice());
+        Ok((digest, size))
+    }
+
+    /// The same of several files in a folder. As many as a folder of data may hold are read by
+    /// several threads, and kept in mind together.
+    pub(super) fn digests_of_files<'a>(
+        &self,
+        folder: &Path,
+        paths: impl ExactSizeIterator<Item = &'a str>,
+    ) -> anyhow::Result<Vec<(Digest, u64)>> {
+        const MANY: usize = 256;
+        let hashed: Vec<Hashed> = if paths.len() < MANY {
+            paths.map(|path| self.hashed(&folder.join(path))).collect::<anyhow::Result<_>>()?
+        } else {
+            let paths: Vec<&str> = paths.collect();
+            let hashed = paths.par_iter().map(|path| self.hashed(&folder.join(path)));
+            hashed.collect::<anyhow::Result<_>>()?
+        };
+        let new = hashed.iter().filter_map(|hashed| Some((hashed.new?, hashed.digest)));
+        self.stat.put(&new.collect::<Vec<_>>());
+        Ok(hashed.into_iter().map(|Hashed { digest, size, .. }| (digest, size)).collect())
+    }
+
+    fn hashed(&self, path: &Path) -> anyhow::Result<Hashed> {
         let read = |e| super::StoreError::from_io("reading", path, e);
         for _ in 0..3 {
             let before = FileState::of(&std::fs::metadata(path).map_err(read)?);
             if let Some(digest) = self.stat.get(&before) {
-                return Ok((digest, before.size));
+                return Ok(Hashed { digest, size: before.size, new: None });
             }
             let now = SystemTime::now();
             let (digest, size) = Digest::of_file(path).map_err(read)?;
             let after = FileState::of(&std::fs::metadata(path).map_err(read)?);
             if before == after && size == before.size {
-                if before.settled(now) {
-                    self.stat.put(before, digest);
-                }
-                return Ok((digest, size));
+                let new = before.settled(now).then_some(before);
+                return Ok(Hashed { digest, size, new });
             }
         }
         anyhow::bail!("{} keeps changing while it is read", path.display())
@@ -185,6 +236,55 @@ mod tests {
         assert_eq!(FileState::parse(line.trim_end()), Some((state, Digest::of(b"x"))));
         assert_eq!(FileState::parse(&line[..line.len() - 3]), None);
         assert_eq!(FileState::parse(&line.replacen('1', "7", 1)), None);
+    }
+
+    #[test]
+    fn states_differ_where_any_number_or_path_does() {
+        let state = FileState { dev: 1, ino: 2, size: 3, mtime_ns: 4, ctime_ns: -5 };
+        let states = |list: &[(&str, FileState)]| -> States {
+            list.iter().map(|(path, state)| (PathBuf::from(path), *state)).collect()
+        };
+        let all = [
+            states(&[]),
+            states(&[("a", state)]),
+            states(&[("b", state)]),
+            states(&[("a", state), ("b", state)]),
+            states(&[("a", FileState { dev: 2, ..state })]),
+            states(&[("a", FileState { ino: 3, ..state })]),
+            states(&[("a", FileState { size: 4, ..state })]),
+            states(&[("a", FileState { mtime_ns: -4, ..state })]),
+            states(&[("a", FileState { ctime_ns: 5, ..state })]),
+        ];
+        for (i, a) in all.iter().enumerate() {
+            for (j, b) in all.iter().enumerate() {
+                assert_eq!(i == j, digest_of_states(a) == digest_of_states(b), "{a:?} {b:?}");
+            }
+        }
+    }
+
+    #[test]
+    fn many_files_are_hashed_together_and_known_afterwards() {
+        let dir = tempfile::tempdir().unwrap();
+        let store = Store::open(&dir.path().join("s")).unwrap();
+        let names: Vec<String> = (0..400).map(|i| format!("d{}/f{i}", i % 7)).collect();
+        for (i, name) in names.iter().enumerate() {
+            let path = dir.path().join("in").join(name);
+            std::fs::create_dir_all(path.parent().unwrap()).unwrap();
+            std::fs::write(&path, i.to_string()).unwrap();
+        }
+        let folder = dir.path().join("in");
+        let tree = store.tree_of_path(&folder).unwrap();
+        assert_eq!(tree.entries.len(), 400);
+        for entry in &tree.entries {
+            let text = std::fs::read(folder.join(&entry.path)).unwrap();
+            assert_eq!((entry.digest, entry.size), (Digest::of(&text), text.len() as u64));
+        }
+        // What is kept in mind stands in for the bytes.
+        let states = store.states(&folder).unwrap();
+        let put: Vec<_> = states.values().map(|state| (*state, Digest::of(b"known"))).collect();
+        store.stat.put(&put);
+        let again = Store::open(&dir.path().join("s")).unwrap().tree_of_path(&folder).unwrap();
+        assert!(again.entries.iter().all(|entry| entry.digest == Digest::of(b"known")));
     }
 
     #[test]
@@ -212,7 +312,7 @@ mod tests {
         // ctime is now, which is not settled: it may be edited and its mtime set back.
         assert!(!state.settled(SystemTime::now()));
         assert!(state.settled(SystemTime::now() + Duration::from_secs(3)));
-        store.stat.put(state, Digest::of(b"known"));
+        store.stat.put(&[(state, Digest::of(b"known"))]);
         assert_eq!(store.digest_of_file(&path).unwrap().0, Digest::of(b"known"));
         let again = Store::open(&dir.path().join("s")).unwrap();
         assert_eq!(again.digest_of_file(&path).unwrap().0, Digest::of(b"known"));

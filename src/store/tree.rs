@@ -51,7 +51,20 @@ impl Tree {
     /// # Errors
     /// Never for a tree that was checked.
     pub fn digest(&self) -> Result<Digest> {
-        Ok(Digest::of_value("flow/tree/v1", &serde_json::to_value(self)?)?)
+        self.digest_as("flow/tree/v1")
+    }
+
+    /// The digest under which a file or folder from outside stands in a key.
+    ///
+    /// # Errors
+    /// Never for a tree that was checked.
+    pub fn digest_of_outside(&self) -> Result<Digest> {
+        self.digest_as("flow/file/v1")
+    }
+
+    /// That of the tree as a value.
+    fn digest_as(&self, domain: &str) -> Result<Digest> {
+        Digest::of_list(domain, "entries", self.entries.iter().map(serde_json::to_value))
     }
 
     /// Bytes in all.
@@ -64,8 +77,6 @@ impl Tree {
 struct Found {
     /// Relative, with `/`.
     path: String,
-    /// The file itself; for a link, what it leads to.
-    file: PathBuf,
     executable: bool,
     state: FileState,
     /// Whether it is a link or lies in a folder that is one.
@@ -74,6 +85,12 @@ struct Found {
 
 /// All files under a directory, or the one file, sorted. Links are followed.
 fn walk(root: &Path) -> Result<Vec<Found>> {
+    Ok(walk_from(root)?.1)
+}
+
+/// The same, with the directory that the paths are relative to.
+fn walk_from(root: &Path) -> Result<(&Path, Vec<Found>)> {
+    let mut folder = root;
     let mut found = Vec::new();
     let meta = std::fs::metadata(root).map_err(|e| StoreError::from_io("reading", root, e))?;
     if meta.is_dir() {
@@ -82,11 +99,12 @@ fn walk(root: &Path) -> Result<Vec<Found>> {
         let name = root.file_name().and_then(|n| n.to_str());
         let name = name.with_context(|| format!("{} is not a file name", root.display()))?;
         let executable = meta.permissions().mode() & 0o100 != 0;
-        let (path, file, state) = (name.to_owned(), root.to_path_buf(), FileState::of(&meta));
-        found.push(Found { path, file, executable, state, link: false });
+        let (path, state) = (name.to_owned(), FileState::of(&meta));
+        found.push(Found { path, executable, state, link: false });
+        folder = root.parent().unwrap_or(root);
     }
     found.sort_by(|a, b| a.path.cmp(&b.path));
-    Ok(found)
+    Ok((folder, found))
 }
 
 /// `prefix` is what the paths below it begin with, `linked` whether it lies behind a link.
@@ -115,7 +133,7 @@ fn walk_dir(
             walk_dir(&file, &meta, (&format!("{path}/"), link), above, found)?;
         } else if meta.is_file() {
             let executable = meta.permissions().mode() & 0o100 != 0;
-            found.push(Found { path, file, executable, state: FileState::of(&meta), link });
+            found.push(Found { path, executable, state: FileState::of(&meta), link });
         } else {
             bail!("{} is neither a file nor a folder", file.display());
         }
@@ -131,12 +149,13 @@ impl Store {
     /// # Errors
     /// When something in it cannot be read.
     pub fn tree_of_path(&self, path: &Path) -> Result<Tree> {
-        let mut entries = Vec::new();
-        for Found { path, file, executable, .. } in walk(path)? {
-            let (digest, size) = self.digest_of_file(&file)?;
-            entries.push(Entry { path, digest, size, executable });
-        }
-        Tree::new(entries)
+        let (folder, found) = walk_from(path)?;
+        let digests = self.digests_of_files(folder, found.iter().map(|f| f.path.as_str()))?;
+        let entries = found.into_iter().zip(digests).map(|(found, (digest, size))| {
+            let Found { path, executable, .. } = found;
+            Entry { path, digest, size, executable }
+        });
+        Tree::new(entries.collect())
     }
 
     /// Imports a directory: every file becomes an object, the manifest is written last.
@@ -154,8 +173,8 @@ impl Store {
     /// # Errors
     /// When the disk refuses, or a link leads out of the directory.
     pub fn publish_tree_with(&self, dir: &Path, referenced: &[(Entry, Origin)]) -> Result<Digest> {
-        let found = match walk(dir) {
-            Err(_) if !dir.exists() => Vec::new(),
+        let (folder, found) = match walk_from(dir) {
+            Err(_) if !dir.exists() => (dir, Vec::new()),
             found => found?,
         };
         let take = dir.starts_with(self.root().join("attempts"));
@@ -165,7 +184,8 @@ impl Store {
         let real = real.unwrap_or_else(|| dir.to_path_buf());
         let mut entries = Vec::new();
         let mut linked = std::collections::BTreeSet::new();
-        for Found { path, file, executable, link, .. } in &found {
+        for Found { path, executable, link, .. } in &found {
+            let file = &folder.join(path);
             if *link {
                 let target = file.canonicalize()?;
                 let inside = target.starts_with(&real);
@@ -184,7 +204,8 @@ impl Store {
             entries.push(entry.clone());
         }
         let tree = Tree::new(entries)?;
-        for (Found { file, link, .. }, entry) in found.iter().zip(&known) {
+        for (Found { path, link, .. }, entry) in found.iter().zip(&known) {
+            let file = &folder.join(path);
             // What other names lead to must stay until they are read too.
             let take = take && !link && !linked.contains(&real.join(&entry.path));
             self.import(file, &entry.digest, entry.size, take, &mut dirty)?;

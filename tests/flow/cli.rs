@@ -1,6 +1,8 @@
 //! The program as a user types it: what it prints, and how it exits.
 
 mod crowd; // several runs at once
+#[cfg(target_os = "linux")]
+mod full; // a disk without room
 mod import;
 mod keeping;
 #[cfg(target_os = "linux")]

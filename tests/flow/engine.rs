@@ -153,7 +153,7 @@ fn salt_environment_version_and_device_are_in_the_key() {
     let infer = "steps:\n  m: { kind: infer, with: {} }\n";
     bench.run(infer);
     bench.options.device = flow::step::Device::Cuda;
-    bench.options.gpus = vec![0];
+    bench.options.gpus = vec![flow::engine::Gpu::Index(0)];
     bench.options.compute = "bf16".into();
     let run = bench.run(infer);
     assert!(run.why("m").contains("device \"cpu\" -> \"cuda\""), "{}", run.why("m"));

@@ -17,9 +17,11 @@ use rustix::process::Pid;
 /// ended, and how variables of their processes begin. It ends the groups that still run and all
 /// that has such a variable (`timeout` and daemons leave their group). What is found may start
 /// another process meanwhile, so it looks three times. It heeds no signal: a key pressed at the
-/// terminal must not end it first.
+/// terminal must not end it first. It works in no folder of the user's: a disk can be taken out
+/// once the run is over.
 const SCRIPT: &str = r#"
 trap '' HUP INT TERM
+cd /
 groups=' '
 marks=
 newline='
@@ -155,8 +157,9 @@ struct Notes {
 impl Notes {
     fn new() -> io::Result<Self> {
         let file = tempfile::Builder::new().prefix("flow-watch-").append(true).tempfile()?;
-        // The shell removes it.
+        // The shell removes it, from another folder.
         let (file, path) = file.keep().map_err(|e| e.error)?;
+        let path = std::path::absolute(path)?;
         Ok(Self { path, file, bytes: 0 })
     }
 

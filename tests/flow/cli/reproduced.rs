@@ -98,14 +98,38 @@ fn an_experiment_is_reproduced_from_what_is_committed_beside_it() {
         assert!(!out(&run).contains("differs"), "on {jobs} threads: {}", out(&run));
     }
 
-    // another machine: the pipeline, its data, its lock and its results, and no store
+    // another machine: the pipeline, its data, its lock and its results, no store, and a GPU, on
+    // which models are not run when they ran on the CPU
     fs::remove_dir_all(project.path(".flow")).unwrap();
+    project.write("flow.toml", "[resources]\ngpu = 1\n");
     let again = json(&project, &["reproduce", "p.yaml", "--jobs", "2"]);
     assert_eq!((likenesses(&again), &again["holds"]), (vec!["bit_identical"], &Value::Bool(true)));
     assert_eq!(again["steps"].as_array().unwrap().len(), 10, "{again}");
-    let second = project.flow(&["run", "p.yaml", "--record", "--jobs", "2"]);
+    let other = project.flow(&["reproduce", "p.yaml", "--device", "cuda"]);
+    assert_eq!(other.status.code(), Some(2), "{}", out(&other));
+    assert!(err(&other).contains("train@r=2: parameters, files, environment or device"));
+    let mut none = project.command(&["run", "p.yaml", "--device", "cuda"]);
+    let none = err(&none.env("CUDA_VISIBLE_DEVICES", "-1").output().unwrap());
+    let sought = "1 GPU, and there is none (`flow.toml` says `gpu = 1`, `CUDA_VISIBLE_DEVICES` is";
+    assert!(none.contains(sought), "{none}");
+    let second = ["run", "p.yaml", "--record", "--jobs", "2", "--device", "cpu"];
+    let second = project.flow(&second);
     assert_eq!(second.status.code(), Some(0), "{}", err(&second));
     assert_eq!(fs::read_to_string(project.path("p.results")).unwrap(), results);
+
+    // a result from the cache has the log and the curves of the run that made it
+    let shown = |run: &str| json(&project, &["show", run, "train@r=2"])[0].clone();
+    let ran = shown("latest");
+    assert_eq!(ran["curves"]["train/loss"].as_array().map(Vec::len), Some(3), "{ran}");
+    let third = project.flow(&["--json", "run", "p.yaml", "--device", "cpu"]);
+    assert_eq!(finished(&third)["ran"], 0, "{}", out(&third));
+    let made_by =
+        format!("\"made_by\":\"{}:train@r=2\"", ran["record"]["made"]["run"].as_str().unwrap());
+    assert!(out(&third).contains(&made_by), "{made_by}: {}", out(&third));
+    let hit = shown("latest");
+    assert_eq!((&hit["step"]["state"], &hit["curves"]), (&Value::from("hit"), &ran["curves"]));
+    let said = out(&project.flow(&["show", "latest", "train@r=2"]));
+    assert!(said.contains("  curves\n") && said.contains("3 points, "), "{said}");
 
     // from the records of a run, and some steps only
     let some = project.flow(&["reproduce", "latest", "tokens", "merged@r=2"]);

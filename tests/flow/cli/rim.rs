@@ -1,5 +1,7 @@
 //! Where the program meets the machine: closed pipes, odd environments, broken stores, schemas.
 
+use std::collections::BTreeSet;
+use std::fs;
 use std::io::{Read as _, Write as _};
 use std::net::TcpListener;
 use std::process::{Output, Stdio};
@@ -130,4 +132,36 @@ fn the_lock_changes_by_update_only() {
     let (old, new) = (changed[0]["old"].as_str().unwrap(), changed[0]["new"].as_str().unwrap());
     assert!(first.contains(old) && lock().contains(new) && old != new, "{changed}");
     assert_eq!(project.flow(&["run", "p.yaml"]).status.code(), Some(0));
+}
+
+#[test]
+fn points_that_differ_by_case_have_their_own_logs_and_places() {
+    let text = r#"
+name: points
+sweep: { grid: { w: [Ab, aB] } }
+steps:
+  word:
+    kind: command
+    with: { run: "echo says ${sweep.w}; echo ${sweep.w} > ${out.t}", outputs: { t: t.txt } }
+outputs: { word: "${steps.word}" }
+"#;
+    let project = Project::new(text);
+    assert_eq!(project.flow(&["run", "p.yaml"]).status.code(), Some(0));
+    let place = |point: &str| project.path("outputs/points").join(format!("word@w={point}"));
+    assert_eq!(fs::read_to_string(place("Ab").join("t/t.txt")).unwrap(), "Ab\n");
+    assert_eq!(fs::read_to_string(place("aB").join("t/t.txt")).unwrap(), "aB\n");
+    let run = fs::read_dir(project.path(".flow/runs")).unwrap().next().unwrap().unwrap();
+    let logs = fs::read_dir(run.path().join("logs")).unwrap();
+    let folded: BTreeSet<String> =
+        logs.map(|log| log.unwrap().file_name().to_str().unwrap().to_lowercase()).collect();
+    assert_eq!(folded.len(), 2, "{folded:?}");
+    assert_eq!(out(&project.flow(&["log", "word@w=aB"])), "says aB\n");
+
+    // A file system that takes one name for the other, as far as a link can do that.
+    fs::remove_dir_all(place("aB")).unwrap();
+    std::os::unix::fs::symlink("word@w=Ab", place("aB")).unwrap();
+    let one = project.flow(&["run", "p.yaml"]);
+    assert_ne!(one.status.code(), Some(0), "{}", err(&one));
+    assert!(err(&one).contains("`word@w=Ab` and `word@w=aB` would lie at one place"));
+    assert_eq!(fs::read_to_string(place("Ab").join("t/t.txt")).unwrap(), "Ab\n");
 }

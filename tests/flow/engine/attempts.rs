@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
-use flow::engine::{self, RunEvent};
+use flow::engine::{self, Gpu, RunEvent};
 use flow::lineage::{Record, State, Status};
 
 use super::toys::{Bench, Ran};
@@ -153,7 +153,7 @@ fn memory_and_named_resources_are_not_lent_twice() {
 #[test]
 fn each_worker_sees_the_gpus_that_it_was_lent() {
     let mut bench = Bench::new().with_workers();
-    bench.options.gpus = vec![0, 3, 5];
+    bench.options.gpus = [0, 3, 5].map(Gpu::Index).into();
     let nap = |name: &str, gpu: usize| {
         let with = format!("{{ ms: 1, isolated: true, name: {name}, gpu: {gpu} }}");
         format!("  {name}: {{ kind: nap, with: {with} }}\n")

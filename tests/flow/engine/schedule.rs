@@ -4,7 +4,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
-use flow::engine::{self, RunEvent};
+use flow::engine::{self, Gpu, RunEvent};
 use flow::lineage::{Record, Runs, State, Status};
 use proptest::prelude::*;
 
@@ -38,7 +38,7 @@ fn pipeline(steps: &[Drawn]) -> (String, Vec<BTreeSet<usize>>) {
 /// Follows a run's events: slots are never exceeded, what must be alone is, order holds.
 fn hold(run: &Ran, steps: &[Drawn], producers: &[BTreeSet<usize>], jobs: usize) {
     let number = |step: &str| step[1..].parse::<usize>().unwrap();
-    let mut running: BTreeMap<usize, (usize, Vec<u32>)> = BTreeMap::new();
+    let mut running: BTreeMap<usize, (usize, Vec<Gpu>)> = BTreeMap::new();
     let mut done = BTreeSet::new();
     for event in &run.events {
         match event {
@@ -47,7 +47,7 @@ fn hold(run: &Ran, steps: &[Drawn], producers: &[BTreeSet<usize>], jobs: usize) 
                 assert!(producers[i].is_subset(&done), "{step} before its producers");
                 running.insert(i, (*threads, gpus.clone()));
                 assert!(running.values().map(|(t, _)| t).sum::<usize>() <= jobs);
-                let lent: Vec<u32> = running.values().flat_map(|(_, g)| g.clone()).collect();
+                let lent: Vec<Gpu> = running.values().flat_map(|(_, g)| g.clone()).collect();
                 assert_eq!(lent.iter().collect::<BTreeSet<_>>().len(), lent.len(), "one GPU twice");
                 assert_eq!(gpus.len(), steps[i].2);
                 assert!(running.len() == 1 || running.keys().all(|&r| !steps[r].3), "not alone");
@@ -69,7 +69,7 @@ proptest! {
     fn slots_are_respected_and_everything_runs(steps in drawn(), jobs in 1_usize..5) {
         let mut bench = Bench::new();
         bench.options.jobs = jobs;
-        bench.options.gpus = vec![0, 3];
+        bench.options.gpus = [0, 3].map(Gpu::Index).into();
         let (text, producers) = pipeline(&steps);
         let run = bench.run(&text);
         prop_assert_eq!(run.outcome.ran, steps.len());
