@@ -9,7 +9,7 @@ mod room;
 use std::collections::BTreeMap;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
-use anyhow::{Context as _, Result, bail, ensure};
+use anyhow::{Result, bail, ensure};
 use candle_core::{Tensor, Var};
 
 use self::inputs::{Away, Inputs};
@@ -122,61 +122,10 @@ impl Engine {
         float: Float,
         checkpointing: bool,
     ) -> Result<Self> {
-        for (what, size) in [("hidden size", config.hidden), ("MLP", config.intermediate)] {
-            ensure!(size.is_multiple_of(8), "a {what} of {size}; the GPU takes multiples of 8");
-        }
-        ensure!(
-            config.head.is_multiple_of(8)
-                && (config.rope.is_empty() || config.head.is_multiple_of(16)),
-            "heads of {} elements; the GPU takes multiples of 16",
-            config.head
-        );
         let device = Device::open(float, config.head)?;
-        let weights = Arena::new(&device)?;
-        device.matmuls.reserve(&weights)?;
-        let order = build::order(config, trainable);
-        let room = || "bringing the model to the GPU";
-        let trained = Trained::new(&device, &weights, &order, trainable).with_context(room)?;
-        let mut builder = Builder {
-            device: &device,
-            arena: &weights,
-            parameters,
-            trained: &trained,
-            copies: Vec::new(),
-            placed: Vec::new(),
-            pinned: Vec::new(),
-        };
-        let embeddings = builder.embeddings(config, checkpointing).with_context(room)?;
-        let layers = builder.layers(config).with_context(room)?;
-        let head = builder.head(config, embeddings.words).with_context(room)?;
-        let Builder { copies, placed, pinned, .. } = builder;
-        let copies = Parts::of(&device, &weights, copies)?;
-        let placed = Parts::of(&device, &weights, placed)?;
-        let shared = Shared { map: upload_map(&device, &weights)? };
-        let state = State {
-            saved: Arena::new(&device)?,
-            scratch: Arena::new(&device)?,
-            weights,
-            device,
-            shared,
-            trained,
-            layers,
-            embeddings,
-            head,
-            copies,
-            placed,
-            inverse_frequencies: config.rope.clone(),
-            rope: None,
-            hidden: config.hidden,
-            vocab: config.vocab,
-            pad: config.pad,
-            checkpointing,
-            away: Away::new()?,
-            _tables: pinned,
-        };
-        state.renew()?;
-        state.device.synchronize()?;
-        Ok(Self(Mutex::new(state)))
+        let memory = device.memory()?;
+        let state = State::new(device, config, parameters, trainable, checkpointing);
+        Ok(Self(Mutex::new(state.map_err(|e| room::too_small(e, memory))?)))
     }
 
     fn state(&self) -> Result<MutexGuard<'_, State>> {
@@ -279,6 +228,68 @@ impl Engine {
 }
 
 impl State {
+    fn new(
+        device: Device,
+        config: &ModelConfig,
+        parameters: &Parameters,
+        trainable: &BTreeMap<String, Var>,
+        checkpointing: bool,
+    ) -> Result<Self> {
+        for (what, size) in [("hidden size", config.hidden), ("MLP", config.intermediate)] {
+            ensure!(size.is_multiple_of(8), "a {what} of {size}; the GPU takes multiples of 8");
+        }
+        ensure!(
+            config.head.is_multiple_of(8)
+                && (config.rope.is_empty() || config.head.is_multiple_of(16)),
+            "heads of {} elements; the GPU takes multiples of 16",
+            config.head
+        );
+        let weights = Arena::new(&device)?;
+        device.matmuls.reserve(&weights)?;
+        let order = build::order(config, trainable);
+        let trained = Trained::new(&device, &weights, &order, trainable)?;
+        let mut builder = Builder {
+            device: &device,
+            arena: &weights,
+            parameters,
+            trained: &trained,
+            copies: Vec::new(),
+            placed: Vec::new(),
+            pinned: Vec::new(),
+        };
+        let embeddings = builder.embeddings(config, checkpointing)?;
+        let layers = builder.layers(config)?;
+        let head = builder.head(config, embeddings.words)?;
+        let Builder { copies, placed, pinned, .. } = builder;
+        let copies = Parts::of(&device, &weights, copies)?;
+        let placed = Parts::of(&device, &weights, placed)?;
+        let shared = Shared { map: upload_map(&device, &weights)? };
+        let state = State {
+            saved: Arena::new(&device)?,
+            scratch: Arena::new(&device)?,
+            weights,
+            device,
+            shared,
+            trained,
+            layers,
+            embeddings,
+            head,
+            copies,
+            placed,
+            inverse_frequencies: config.rope.clone(),
+            rope: None,
+            hidden: config.hidden,
+            vocab: config.vocab,
+            pad: config.pad,
+            checkpointing,
+            away: Away::new()?,
+            _tables: pinned,
+        };
+        state.renew()?;
+        state.device.synchronize()?;
+        Ok(state)
+    }
+
     /// Renews what is made of the trained values.
     fn renew(&self) -> Result<()> {
         if let Some(copies) = &self.copies {

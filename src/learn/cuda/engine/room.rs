@@ -18,6 +18,24 @@ fn gib(bytes: usize) -> f64 {
     bytes as f64 / (1 << 30) as f64
 }
 
+/// What to say where the GPU, of so much memory and so much of it free, has no room for the model.
+pub(super) fn too_small(e: anyhow::Error, (total, free): (usize, usize)) -> anyhow::Error {
+    if e.downcast_ref::<OutOfMemory>().is_none() {
+        return e.context("bringing the model to the GPU");
+    }
+    let message = format!(
+        "the model does not fit into the GPU's memory: {:.1} of its {:.1} GiB were free",
+        gib(free),
+        gib(total)
+    );
+    Fault::new(message)
+        .help(
+            "train adapters instead of all weights (`method: lora`), on weights of 4 bits \
+             (`method: qlora`), or a smaller model; `nvidia-smi` shows what else uses the GPU",
+        )
+        .into()
+}
+
 /// The largest number up to `most` that fits, if 1 does; what is larger needs more.
 fn largest(most: usize, mut fits: impl FnMut(usize) -> bool) -> Option<usize> {
     let (mut low, mut high) = (0, most + 1);
