@@ -318,10 +318,22 @@ impl Device {
 
     /// Starts a kernel.
     pub(super) fn launch(&self, kernel: Kernel, grid: Grid, args: &[Arg]) -> Result<()> {
+        self.launch_with(kernel, grid, args, &())
+    }
+
+    /// Starts a kernel whose last parameter is a struct.
+    pub(super) fn launch_with<T>(
+        &self,
+        kernel: Kernel,
+        grid: Grid,
+        args: &[Arg],
+        last: &T,
+    ) -> Result<()> {
         let mut pointers = [std::ptr::null_mut::<c_void>(); 40];
-        if args.len() > pointers.len() {
+        if args.len() >= pointers.len() {
             bail!("a kernel with {} arguments", args.len());
         }
+        pointers[args.len()] = std::ptr::from_ref(last).cast_mut().cast();
         if self.dry.get() {
             return Ok(());
         }
@@ -340,7 +352,7 @@ impl Device {
                 threads,
                 grid.shared as u32,
                 self.stream,
-                &mut pointers[..args.len()],
+                &mut pointers[..=args.len()],
             )
         }
         .map_err(failed)

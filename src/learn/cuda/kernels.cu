@@ -631,10 +631,12 @@ struct Tile {
   int rank, r;  // where the ranks begin: a column of g or of z
   int ld;       // A: from rank to rank; B: from column to column
   float scale;
+  int mask;  // that x is dropped by
 };
 
 #ifdef BF16
 #define PITCH 72
+#define MASKS 4
 
 static __device__ __forceinline__ void copy16(bf16* to, const bf16* from, bool whole) {
   uint32_t at = (uint32_t)__cvta_generic_to_shared(to);
@@ -648,10 +650,41 @@ static __device__ __forceinline__ void matrices(uint32_t (&r)[4], const bf16* at
                : "r"((uint32_t)__cvta_generic_to_shared(at)));
 }
 
+// The masks of a projection's adapters (threshold 0: none), see Stream of the CPU.
+struct Masks {
+  uint32_t state[MASKS][4];
+  uint32_t threshold;
+  float scale;
+};
+
+// Drops elements of 16 rows of 64 columns that begin with a multiple of 64; `group` is the first
+// row's number in units of 64 elements, `groups` those of a row.
+static __device__ __forceinline__ void drop_rows(bf16* rows, const uint32_t (&s)[4],
+                                                 uint32_t threshold, size_t group, int groups) {
+  int lane = threadIdx.x % 32, half = lane / 16;
+#pragma unroll 2
+  for (int r = 0; r < 16; r += 2) {
+    size_t i = (group + (size_t)(r + half) * groups) * 16 + lane % 16;
+    uint4 u = philox(s[0], s[1], make_uint4((uint32_t)i, (uint32_t)(i >> 32), s[2], s[3]));
+    uint32_t words[4] = {u.x, u.y, u.z, u.w}, kept = 0;
+#pragma unroll
+    for (int j = 0; j < 4; j++) {
+      uint32_t all = __ballot_sync(~0u, words[j] >= threshold);
+      if (lane / 4 % 4 == j) kept = all >> (half * 16 + lane % 4 * 4);
+    }
+    uint2* at = (uint2*)(rows + (r + half) * PITCH + lane % 16 * 4);
+    uint2 x = *at;
+    x.x &= (kept & 1 ? 0xffffu : 0u) | (kept & 2 ? 0xffff0000u : 0u);
+    x.y &= (kept & 4 ? 0xffffu : 0u) | (kept & 8 ? 0xffff0000u : 0u);
+    *at = x;
+  }
+}
+
 // Sums over a span of rows for each tile: parts[span][tile][rank][column].
 extern "C" __global__ void __launch_bounds__(128)
     adapter_gradients(const bf16* x, int ldx, const bf16* z, int ldz, const bf16* g, int ldg,
-                      const Tile* tiles, float* parts, int largest, int rows, int span) {
+                      const Tile* tiles, float* parts, int largest, int rows, int span, int inputs,
+                      const Masks masks) {
   __shared__ __align__(16) bf16 wide[2][64 * PITCH], thin[2][64 * PITCH];
   Tile t = tiles[blockIdx.x];
   const bf16* big = (t.of_gradient ? g : x) + t.col;
@@ -659,6 +692,8 @@ extern "C" __global__ void __launch_bounds__(128)
   int ldb = t.of_gradient ? ldg : ldx, lds = t.of_gradient ? ldz : ldg, thinner = t.r / 8;
   int first = blockIdx.y * span, last = min(rows, first + span);
   int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+  bool masked = masks.threshold && !t.of_gradient;
+  float by = masked ? masks.scale : 1.f;
   float sum[4][2][4] = {};
   auto fetch = [&](int stage, int row) {
 #pragma unroll
@@ -685,6 +720,11 @@ extern "C" __global__ void __launch_bounds__(128)
       asm volatile("cp.async.wait_group 0;");
     }
     __syncthreads();
+    if (masked) {
+      drop_rows(&wide[stage][warp * 16 * PITCH], masks.state[t.mask], masks.threshold,
+                ((size_t)(row + warp * 16) * inputs + t.col) / 64, inputs / 64);
+      __syncthreads();
+    }
 #pragma unroll
     for (int k = 0; k < 64; k += 16) {
       uint32_t b[4];
@@ -712,9 +752,9 @@ extern "C" __global__ void __launch_bounds__(128)
 #pragma unroll
     for (int n = 0; n < 2; n++) {
       int r = m * 16 + lane / 4, c = warp * 16 + n * 8 + lane % 4 * 2;
-      *(float2*)(out + r * 64 + c) = make_float2(sum[m][n][0], sum[m][n][1]);
+      *(float2*)(out + r * 64 + c) = make_float2(by * sum[m][n][0], by * sum[m][n][1]);
       if (r + 8 < t.r)
-        *(float2*)(out + (r + 8) * 64 + c) = make_float2(sum[m][n][2], sum[m][n][3]);
+        *(float2*)(out + (r + 8) * 64 + c) = make_float2(by * sum[m][n][2], by * sum[m][n][3]);
     }
   }
 }

@@ -75,7 +75,20 @@ struct Tile {
     r: i32,
     ld: i32,
     scale: f32,
+    mask: i32,
 }
+
+/// As `Masks` in kernels.cu.
+#[repr(C)]
+#[derive(Debug, Clone, Copy, Default)]
+struct Masks {
+    state: [[u32; 4]; MASKS],
+    threshold: u32,
+    scale: f32,
+}
+
+/// Adapters of one projection whose inputs are dropped by masks of their own, at most.
+const MASKS: usize = 4;
 
 /// Columns and ranks of a [`Tile`] at most.
 const TILE: usize = 64;
@@ -261,6 +274,20 @@ impl Projection {
     /// Whether elements of its adapters' inputs are dropped.
     fn drops(&self, mode: Mode) -> bool {
         self.adapters_of_modules().any(|adapter| adapter.dropout.mask(mode).is_some())
+    }
+
+    /// The masks of its adapters, in their order.
+    fn masks(&self, mode: Mode) -> Masks {
+        let mut all = Masks::default();
+        for (state, adapter) in all.state.iter_mut().zip(self.adapters_of_modules()) {
+            if let Some(mask) = adapter.dropout.mask(mode) {
+                let (stream, threshold, scale) = mask.parts();
+                let ([k0, k1], [h0, h1]) = stream.words_of_state();
+                *state = [k0, k1, h0, h1];
+                (all.threshold, all.scale) = (threshold, scale);
+            }
+        }
+        all
     }
 
     /// The weight with the adapters beside it; a quantized one is unpacked on top of `scratch`.
@@ -457,7 +484,7 @@ impl Projection {
         };
         let mark = scratch.mark();
         let dropping = self.drops(mode);
-        let tiles = self.tiles.as_ref().filter(|_| !dropping);
+        let tiles = self.tiles.as_ref();
         if let (Some(tiles), Some(kernel)) = (tiles, device.adapter_gradients) {
             // Fixed, so that sums do not depend on the card.
             let spans = (BLOCKS / tiles.count).clamp(1, rows.div_ceil(TILE));
@@ -478,15 +505,16 @@ impl Projection {
                 int(largest),
                 int(rows),
                 int(span),
+                int(self.inputs),
             ];
-            device.launch(kernel, grid, &args)?;
+            device.launch_with(kernel, grid, &args, &self.masks(mode))?;
             let args = [tiles.at, parts, int(largest), int(spans)];
             let across = (largest * TILE).div_ceil(256);
             let grid = Grid { blocks: (tiles.count, across, 1), threads: (256, 1), shared: 0 };
             device.launch(device.kernels.add_tiles, grid, &args)?;
         }
         let dropped =
-            if dropping { scratch.alloc(rows * self.inputs * device.float.size())? } else { 0 };
+            if dropping && tiles.is_none() { scratch.alloc(rows * self.inputs * device.float.size())? } else { 0 };
         let dropped = Mat { at: dropped, ld: self.inputs };
         for module in &self.modules {
             let own = device.part(g, 0, module.start);

@@ -15,7 +15,7 @@ compile() { # NAME SOURCE [FLAG...]
   nvcc -ptx "-arch=$arch" -O3 -std=c++17 -diag-suppress 177 "$@" "$source" -o - |
     sed 's/^\.version .*/.version 8.3/' >"$made"
   ptxas "-arch=${arch/compute/sm}" "$made" -o /dev/null
-  zstd -19 -q -f "$made" -o "ptx/$name.zst"
+  zstd -19 -q -c "$made" >"ptx/$name.zst"
 }
 compile kernels_f32 kernels.cu
 compile kernels_bf16 kernels.cu -DBF16

@@ -5,7 +5,7 @@ use candle_core::{CpuStorage, DType, Storage, Tensor};
 use half::bf16;
 
 use super::{
-    Adapter, Module, ModuleAdapter, Packed, Parts, Projection, RANKS, TILE, Tile, TrainedCopy,
+    Adapter, MASKS, Module, ModuleAdapter, Packed, Parts, Projection, RANKS, TILE, Tile, TrainedCopy,
     Weight,
 };
 use crate::learn::cuda::arena::Arena;
@@ -307,7 +307,9 @@ impl Builder<'_> {
             && self.device.adapter_gradients.is_some()
             && adapters()
                 .all(|(m, a)| a.r <= TILE && a.r.is_multiple_of(8) && m.start.is_multiple_of(8));
-        if !fits {
+        // Each adapter then has a mask of its own, which the kernel draws 64 columns at a time.
+        let dropping = self.parameters.adapter_dropout > 0.0;
+        if !fits || dropping && (!inputs.is_multiple_of(TILE) || adapters().count() > MASKS) {
             return Ok(None);
         }
         let outputs: usize = modules.iter().map(|m| m.outputs).sum();
@@ -326,11 +328,12 @@ impl Builder<'_> {
             Ok(())
         };
         // Those of modules that lie behind each other are one matrix.
-        let mut together: Vec<(u64, usize, usize)> = Vec::new();
+        let mut together: Vec<(u64, usize, usize)> = Vec::with_capacity(modules.len());
         for (_, adapter) in adapters() {
             match together.last_mut() {
                 Some((a, offset, r))
-                    if *a + (4 * *r * inputs) as u64 == adapter.a
+                    if !dropping
+                        && *a + (4 * *r * inputs) as u64 == adapter.a
                         && *offset + *r == adapter.offset
                         && *r + adapter.r <= TILE =>
                 {
@@ -339,7 +342,7 @@ impl Builder<'_> {
                 _ => together.push((adapter.a, adapter.offset, adapter.r)),
             }
         }
-        for (a, offset, r) in together {
+        for (i, (a, offset, r)) in together.into_iter().enumerate() {
             let tile = Tile {
                 to: a,
                 of_gradient: 0,
@@ -349,6 +352,7 @@ impl Builder<'_> {
                 r: i32::try_from(r)?,
                 ld: i32::try_from(inputs)?,
                 scale: 1.0,
+                mask: i32::try_from(i)?,
             };
             push(inputs, tile)?;
         }
@@ -362,6 +366,7 @@ impl Builder<'_> {
                 r: i32::try_from(adapter.r)?,
                 ld: i32::try_from(adapter.r)?,
                 scale: self.parameters.scaling as f32,
+                mask: 0,
             };
             push(module.outputs, tile)?;
         }
