@@ -1,9 +1,9 @@
 //! Matrix products by cublasLt.
 
-mod tune;
-
 // Calls of a C library that is opened at run time, see device.rs.
 #![allow(unsafe_code)]
+
+mod tune;
 
 use std::cell::{Cell, RefCell};
 use std::collections::HashMap;

@@ -65,6 +65,8 @@ impl State {
         }
         let (total, free) = self.device.memory().unwrap_or((0, 0));
         let room = free + self.saved.mapped() + self.scratch.mapped();
+        // The last of the memory cannot be had in one piece.
+        let enough = room.saturating_sub(total / 64);
         let asked = Size {
             rows: packed.starts.len() - 1,
             length: packed.rows().map(|r| r.len()).max().unwrap_or(1),
@@ -81,7 +83,7 @@ impl State {
         );
         let mut fits = |rows, length, checkpointing| {
             let targets = asked.targets * length as f64 / asked.length as f64;
-            self.need(Size { rows, length, targets }, training, checkpointing) <= room
+            self.need(Size { rows, length, targets }, training, checkpointing) <= enough
         };
         let mut ways = Vec::new();
         if training && !here {
