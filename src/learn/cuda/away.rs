@@ -68,9 +68,8 @@ unsafe impl Send for Copies {}
 impl Copies {
     pub(super) fn new() -> Result<Self> {
         let kind = result::stream::StreamKind::NonBlocking;
-        let event = || {
-            result::event::create(sys::CUevent_flags::CU_EVENT_DISABLE_TIMING).map_err(failed)
-        };
+        let event =
+            || result::event::create(sys::CUevent_flags::CU_EVENT_DISABLE_TIMING).map_err(failed);
         let stream = result::stream::create(kind).map_err(failed)?;
         Ok(Self { stream, ready: event()?, done: [event()?, event()?, event()?] })
     }

@@ -513,8 +513,11 @@ impl Projection {
             let grid = Grid { blocks: (tiles.count, across, 1), threads: (256, 1), shared: 0 };
             device.launch(device.kernels.add_tiles, grid, &args)?;
         }
-        let dropped =
-            if dropping && tiles.is_none() { scratch.alloc(rows * self.inputs * device.float.size())? } else { 0 };
+        let dropped = if dropping && tiles.is_none() {
+            scratch.alloc(rows * self.inputs * device.float.size())?
+        } else {
+            0
+        };
         let dropped = Mat { at: dropped, ld: self.inputs };
         for module in &self.modules {
             let own = device.part(g, 0, module.start);

@@ -329,8 +329,7 @@ fn says_what_would_fit() {
     let dir = tempfile::tempdir().unwrap();
     let (config, task) = (decoder("llama", 64), Task::CausalLm);
     let files = files(dir.path(), &config, &task);
-    let model =
-        Model::load(&files, &setup(&task, Method::Qlora, Compute::GpuBf16, 0.0)).unwrap();
+    let model = Model::load(&files, &setup(&task, Method::Qlora, Compute::GpuBf16, 0.0)).unwrap();
     let batch = |size: usize| Batch {
         input_ids: (0..size * 256).map(|i| (i % 317) as u32).collect(),
         token_type_ids: None,

@@ -88,10 +88,12 @@ impl State {
         let mut ways = Vec::new();
         if training && !here {
             match largest(rows, |rows| fits(rows, length, true)) {
-                Some(most) if most == rows => ways.push("`gradient_checkpointing: true`".to_owned()),
-                Some(most) => ways.push(format!(
-                    "`batch_size: {most}` with `gradient_checkpointing: true`"
-                )),
+                Some(most) if most == rows => {
+                    ways.push("`gradient_checkpointing: true`".to_owned())
+                }
+                Some(most) => {
+                    ways.push(format!("`batch_size: {most}` with `gradient_checkpointing: true`"))
+                }
                 None => {}
             }
         }

@@ -59,7 +59,16 @@ pub(super) unsafe fn candidates(
     unsafe {
         let to = found.as_mut_ptr().cast();
         sys::cublasLtMatmulAlgoGetHeuristic(
-            handle, desc, a, b, c, d, preference, most as i32, to, &raw mut count,
+            handle,
+            desc,
+            a,
+            b,
+            c,
+            d,
+            preference,
+            most as i32,
+            to,
+            &raw mut count,
         )
     }
     .result()?;

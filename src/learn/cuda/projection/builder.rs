@@ -5,8 +5,8 @@ use candle_core::{CpuStorage, DType, Storage, Tensor};
 use half::bf16;
 
 use super::{
-    Adapter, MASKS, Module, ModuleAdapter, Packed, Parts, Projection, RANKS, TILE, Tile, TrainedCopy,
-    Weight,
+    Adapter, MASKS, Module, ModuleAdapter, Packed, Parts, Projection, RANKS, TILE, Tile,
+    TrainedCopy, Weight,
 };
 use crate::learn::cuda::arena::Arena;
 use crate::learn::cuda::away::Pinned;
