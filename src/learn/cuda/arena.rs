@@ -65,6 +65,17 @@ impl Arena {
         self.used.set(mark);
     }
 
+    /// Gives all of its memory back to the GPU, which must be done with it.
+    pub(super) fn empty(&self) -> Result<()> {
+        self.used.set(0);
+        let mapped = self.mapped.replace(0);
+        if mapped == 0 {
+            return Ok(());
+        }
+        // Safety: this is all that was put under the addresses.
+        unsafe { sys::cuMemUnmap(self.base, mapped) }.result().map_err(failed)
+    }
+
     /// So many bytes.
     ///
     /// # Errors
@@ -139,14 +150,10 @@ impl Arena {
 
 impl Drop for Arena {
     fn drop(&mut self) {
-        let mapped = self.mapped.get();
-        // Safety: the addresses are this arena's; an error leaves them to the end of the process.
-        unsafe {
-            if mapped > 0 {
-                let _ = sys::cuMemUnmap(self.base, mapped);
-            }
-            let _ = sys::cuMemAddressFree(self.base, self.reserved);
-        }
+        // An error leaves it to the end of the process.
+        let _ = self.empty();
+        // Safety: the addresses are this arena's, and nothing is under them.
+        let _ = unsafe { sys::cuMemAddressFree(self.base, self.reserved) };
     }
 }
 

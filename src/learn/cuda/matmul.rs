@@ -3,9 +3,7 @@
 // Calls of a C library that is opened at run time, see device.rs.
 #![allow(unsafe_code)]
 
-mod tune;
-
-use std::cell::{Cell, RefCell};
+use std::cell::RefCell;
 use std::collections::HashMap;
 use std::ffi::c_void;
 use std::rc::Rc;
@@ -72,20 +70,12 @@ struct Shape {
     bias: bool,
 }
 
-/// An algorithm that the library proposes for a product.
-struct Candidate {
-    algo: sys::cublasLtMatmulAlgo_t,
-    workspace: usize,
-}
-
-/// A described product and its algorithms.
+/// A described product and its algorithm.
 struct Plan {
     desc: sys::cublasLtMatmulDesc_t,
     layouts: [sys::cublasLtMatrixLayout_t; 4],
-    /// The library's first choice first.
-    candidates: Vec<Candidate>,
-    /// The one that computes it, once that is settled (see tune.rs).
-    chosen: Cell<Option<usize>>,
+    algo: sys::cublasLtMatmulAlgo_t,
+    workspace: usize,
 }
 
 /// The library and the products that it has planned.
@@ -93,7 +83,6 @@ pub(super) struct Matmuls {
     handle: sys::cublasLtHandle_t,
     plans: RefCell<HashMap<Shape, Rc<Plan>>>,
     workspace: RefCell<Option<u64>>,
-    choices: RefCell<HashMap<Shape, tune::Kind>>,
 }
 
 fn failed(e: result::CublasError) -> anyhow::Error {
@@ -162,11 +151,14 @@ impl Plan {
             let bytes: u32 = 1 << power;
             prefer(attribute, (&raw const bytes).cast(), 4)?;
         }
-        // Safety: all handles are alive; the library fills as many results as it says.
-        let candidates = unsafe { tune::candidates(handle, desc, layouts, preference, s) };
+        let [a, b, c, d] = layouts;
+        // Safety: all handles are alive.
+        let found =
+            unsafe { result::get_matmul_algo_heuristic(handle, desc, a, b, c, d, preference) };
         // Safety: it is not used again.
         unsafe { result::destroy_matmul_pref(preference) }?;
-        Ok(Self { desc, layouts, candidates: candidates?, chosen: Cell::new(None) })
+        let found = found?;
+        Ok(Self { desc, layouts, algo: found.algo, workspace: found.workspaceSize })
     }
 }
 
@@ -185,12 +177,7 @@ impl Drop for Plan {
 impl Matmuls {
     pub(super) fn open() -> Result<Self> {
         let handle = result::create_handle().map_err(failed)?;
-        Ok(Self {
-            handle,
-            plans: RefCell::default(),
-            workspace: RefCell::default(),
-            choices: RefCell::default(),
-        })
+        Ok(Self { handle, plans: RefCell::default(), workspace: RefCell::default() })
     }
 
     /// Takes the memory that products use beside their matrices.
@@ -260,38 +247,29 @@ impl Device {
         }
         let beta: f32 = if plus.is_some() { 1.0 } else { 0.0 };
         let workspace = self.matmuls.workspace.borrow().unwrap_or(0);
+        let room = if workspace == 0 { 0 } else { plan.workspace };
         let [first, second, third, fourth] = plan.layouts;
-        let run = |i: usize| {
-            let Candidate { algo, workspace: room } = &plan.candidates[i];
-            // Safety: addresses are of arenas, and as large as the layouts say.
-            unsafe {
-                result::matmul(
-                    self.matmuls.handle,
-                    plan.desc,
-                    (&raw const alpha).cast(),
-                    (&raw const beta).cast(),
-                    b.mat.at as *const c_void,
-                    first,
-                    a.mat.at as *const c_void,
-                    second,
-                    c.at as *const c_void,
-                    third,
-                    to.at as *mut c_void,
-                    fourth,
-                    algo,
-                    workspace as *mut c_void,
-                    if workspace == 0 { 0 } else { *room },
-                    self.stream.cast(),
-                )
-            }
-            .map_err(failed)
-        };
-        // What is added to cannot be computed again.
-        let again = plus.is_none_or(|plus| plus.at != to.at);
-        let chosen = match plan.chosen.get() {
-            Some(chosen) => chosen,
-            None => self.settle(&plan, &shape, to, again, &run)?,
-        };
-        run(chosen)
+        // Safety: addresses are of arenas, and as large as the layouts say.
+        unsafe {
+            result::matmul(
+                self.matmuls.handle,
+                plan.desc,
+                (&raw const alpha).cast(),
+                (&raw const beta).cast(),
+                b.mat.at as *const c_void,
+                first,
+                a.mat.at as *const c_void,
+                second,
+                c.at as *const c_void,
+                third,
+                to.at as *mut c_void,
+                fourth,
+                &raw const plan.algo,
+                workspace as *mut c_void,
+                room,
+                self.stream.cast(),
+            )
+        }
+        .map_err(failed)
     }
 }

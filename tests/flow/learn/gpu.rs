@@ -254,34 +254,6 @@ fn repeats_itself() {
     }
 }
 
-/// Products that are large enough to be measured give equal bits, whichever algorithm won.
-#[test]
-#[ignore = "needs an NVIDIA GPU"]
-fn repeats_large_products() {
-    let dir = tempfile::tempdir().unwrap();
-    let (mut config, task) = (decoder("llama", 64), Task::CausalLm);
-    config["hidden_size"] = json!(1024);
-    config["num_attention_heads"] = json!(16);
-    config["intermediate_size"] = json!(2048);
-    let files = files(dir.path(), &config, &task);
-    let setup = setup(&task, Method::Qlora, Compute::GpuBf16, 0.1);
-    let arguments = TrainingArguments { batch_size: 24, ..arguments(3) };
-    let rows: Vec<Row> = rows(&task).into_iter().map(|row| full(&row)).collect();
-    let histories = [(); 3].map(|()| {
-        let model = Model::load(&files, &setup).unwrap();
-        train(&model, &task, &rows, &arguments, &mut Watch(None)).unwrap()
-    });
-    assert_eq!(histories[0], histories[1]);
-    assert_eq!(histories[0], histories[2]);
-}
-
-/// A row of 256 tokens made of a shorter one.
-fn full(row: &Row) -> Row {
-    let ids: Vec<u32> = row.ids.iter().copied().cycle().take(256).collect();
-    let labels = Some(ids.iter().map(|id| i64::from(*id)).collect());
-    Row { ids, types: None, labels, class: None }
-}
-
 /// Likelihoods of answers behind one prompt, and logits.
 #[test]
 #[ignore = "needs an NVIDIA GPU"]

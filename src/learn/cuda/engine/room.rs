@@ -63,8 +63,9 @@ impl State {
         if e.downcast_ref::<OutOfMemory>().is_none() {
             return e;
         }
-        let (total, free) = self.device.memory().unwrap_or((0, 0));
-        let room = free + self.saved.mapped() + self.scratch.mapped();
+        // A smaller batch may need less of one and more of the other.
+        let _ = self.saved.empty().and(self.scratch.empty());
+        let (total, room) = self.device.memory().unwrap_or((0, 0));
         // The last of the memory cannot be had in one piece.
         let enough = room.saturating_sub(total / 64);
         let asked = Size {
@@ -104,8 +105,8 @@ impl State {
             ways.push(format!("rows of at most {} tokens (`max_length`)", 8 * most));
         }
         let help = match ways.is_empty() {
-            true => "nothing of this model fits: take a smaller one, or 4-bit weights \
-                     (`quantization`)"
+            true => "nothing of this model fits: take a smaller one, or weights of \
+                     4 bits (`method: qlora`)"
                 .to_owned(),
             false => format!(
                 "this would fit: {}; `gradient_accumulation` raised by as much as `batch_size` is \
