@@ -21,6 +21,7 @@ if not full:
     settings = LoraConfig(
         r=work["r"],
         lora_alpha=2 * work["r"],
+        lora_dropout=work["dropout"],
         target_modules=work["targets"] or "all-linear",
         task_type="CAUSAL_LM" if causal else "SEQ_CLS",
     )

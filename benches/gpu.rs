@@ -53,6 +53,8 @@ struct Work {
     batch: usize,
     length: usize,
     checkpointing: bool,
+    /// Of the adapters' inputs.
+    dropout: f64,
     f32: bool,
     steps: usize,
     before: usize,
@@ -108,6 +110,7 @@ fn works() -> Vec<Work> {
         batch,
         length,
         checkpointing: what.contains("checkpointing"),
+        dropout: if what.contains("dropout") { 0.05 } else { 0.0 },
         f32: what.contains("f32"),
         steps: STEPS,
         before: BEFORE,
@@ -118,12 +121,14 @@ fn works() -> Vec<Work> {
             all.push(work("mistral-7b", "qlora", qkvo, batch, length, what));
         }
     }
+    all.push(work("mistral-7b", "qlora", qkvo, 8, 1024, " dropout"));
     all.push(work("mistral-7b", "lora", qkvo, 8, 1024, ""));
     let small = [("smollm2-135m", 16, 256), ("smollm2-135m", 4, 2048), ("qwen3-0.6b", 4, 2048)];
     for (model, batch, length) in small.into_iter().chain([("smollm2-1.7b", 4, 2048)]) {
         for method in ["lora", "qlora"] {
             all.push(work(model, method, &[], batch, length, ""));
         }
+        all.push(work(model, "lora", &[], batch, length, " dropout"));
     }
     for (batch, what) in [(16, " f32"), (16, ""), (64, " f32"), (64, "")] {
         all.push(work("distilbert", "lora", &["q_lin", "v_lin"], batch, 128, what));
@@ -278,7 +283,8 @@ fn measure(work: &Work, dir: &Path, config: &Value) -> Result<Measured> {
         false => TargetModules::Names(work.targets.clone()),
     };
     let (r, alpha) = (work.r, 2.0 * work.r as f64);
-    let lora = LoraConfig { r, alpha, dropout: 0.0, target_modules, use_rslora: false };
+    let dropout = work.dropout;
+    let lora = LoraConfig { r, alpha, dropout, target_modules, use_rslora: false };
     let setup = Setup {
         task: task.clone(),
         method,

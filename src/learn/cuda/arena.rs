@@ -28,12 +28,17 @@ pub(super) struct Arena {
     ordinal: i32,
     mapped: Cell<usize>,
     used: Cell<usize>,
+    /// The highest that it stood since [`Arena::count`].
+    highest: Cell<usize>,
+    /// Nothing is put under what is allocated: only its extent is wanted.
+    counting: Cell<bool>,
 }
 
 impl Arena {
     /// An empty one.
     pub(super) fn new(device: &Device) -> Result<Self> {
         let (total, _) = device.memory()?;
+        let (used, mapped, highest) = (Cell::new(0), Cell::new(0), Cell::new(0));
         let reserved = total.next_multiple_of(1 << 30);
         let mut base = 0;
         // Safety: writes an address into `base`.
@@ -41,7 +46,8 @@ impl Arena {
             .result()
             .map_err(failed)?;
         let ordinal = device.ordinal();
-        Ok(Self { base, reserved, ordinal, mapped: Cell::new(0), used: Cell::new(0) })
+        let counting = Cell::new(false);
+        Ok(Self { base, reserved, ordinal, mapped, used, highest, counting })
     }
 
     /// Bytes that it has taken from the GPU.
@@ -59,6 +65,17 @@ impl Arena {
         self.used.set(mark);
     }
 
+    /// Gives all of its memory back to the GPU, which must be done with it.
+    pub(super) fn empty(&self) -> Result<()> {
+        self.used.set(0);
+        let mapped = self.mapped.replace(0);
+        if mapped == 0 {
+            return Ok(());
+        }
+        // Safety: this is all that was put under the addresses.
+        unsafe { sys::cuMemUnmap(self.base, mapped) }.result().map_err(failed)
+    }
+
     /// So many bytes.
     ///
     /// # Errors
@@ -66,11 +83,23 @@ impl Arena {
     pub(super) fn alloc(&self, bytes: usize) -> Result<u64> {
         let start = self.used.get();
         let end = start + bytes.max(1).next_multiple_of(ALIGN);
-        if end > self.mapped.get() {
+        if end > self.mapped.get() && !self.counting.get() {
             self.grow(end)?;
         }
         self.used.set(end);
+        self.highest.set(self.highest.get().max(end));
         Ok(self.base + start as u64)
+    }
+
+    /// From now on counts what would be taken, or takes it again.
+    pub(super) fn count(&self, on: bool) {
+        self.counting.set(on);
+        self.highest.set(self.used.get());
+    }
+
+    /// Bytes that it would have taken from the GPU since it counts.
+    pub(super) fn counted(&self) -> usize {
+        self.highest.get().next_multiple_of(STEP)
     }
 
     fn grow(&self, end: usize) -> Result<()> {
@@ -121,14 +150,10 @@ impl Arena {
 
 impl Drop for Arena {
     fn drop(&mut self) {
-        let mapped = self.mapped.get();
-        // Safety: the addresses are this arena's; an error leaves them to the end of the process.
-        unsafe {
-            if mapped > 0 {
-                let _ = sys::cuMemUnmap(self.base, mapped);
-            }
-            let _ = sys::cuMemAddressFree(self.base, self.reserved);
-        }
+        // An error leaves it to the end of the process.
+        let _ = self.empty();
+        // Safety: the addresses are this arena's, and nothing is under them.
+        let _ = unsafe { sys::cuMemAddressFree(self.base, self.reserved) };
     }
 }
 

@@ -36,6 +36,8 @@ pub(super) struct Saved {
     middle: Mat,
     post: Moments,
     gate_up: Mat,
+    /// The ranks of what was not kept: the inputs of `qkv`, `gate_up` and `down`.
+    ranks: [Mat; 3],
 }
 
 impl DecoderLayer {
@@ -44,8 +46,8 @@ impl DecoderLayer {
         Heads { q: turned, k: p.columns(turned, queries), v: p.columns(qkv, queries + keys) }
     }
 
-    /// `y` from `x`, `[tokens, hidden]` each.
-    pub(super) fn forward(&self, p: &Pass<'_>, x: Mat, y: Mat) -> Result<Saved> {
+    /// `y` from `x`, `[tokens, hidden]` each; without `y` only what the backward needs.
+    pub(super) fn forward(&self, p: &Pass<'_>, x: Mat, y: Option<Mat>) -> Result<Saved> {
         let mark = p.scratch.mark();
         let (tokens, hidden) = (p.tokens, self.qkv.inputs);
         let (queries, keys) = self.attention.widths();
@@ -56,6 +58,7 @@ impl DecoderLayer {
         p.rms_norm(&self.input_norm, (x, h), input.rstd, (tokens, hidden, 1))?;
         let qkv = p.saved(self.qkv.outputs)?;
         p.project(&self.qkv, h, qkv, None, tokens)?;
+        let qkv_ranks = p.keep_ranks(&self.qkv, h)?;
         let (turned, head_norms) = match &self.head_norms {
             None => (qkv, None),
             Some((query, key)) => {
@@ -79,11 +82,30 @@ impl DecoderLayer {
         p.rms_norm(&self.post_norm, (middle, h), post.rstd, (tokens, hidden, 1))?;
         let gate_up = p.saved(self.gate_up.outputs)?;
         p.project(&self.gate_up, h, gate_up, None, tokens)?;
+        let gate_up_ranks = p.keep_ranks(&self.gate_up, h)?;
         let act = p.scratch(self.down.in_ld())?;
-        p.map(p.device.kernels.swiglu, (gate_up, act), self.down.inputs)?;
-        p.project(&self.down, act, y, Some(middle), tokens)?;
+        if y.is_some() || self.down.ranks > 0 {
+            p.map(p.device.kernels.swiglu, (gate_up, act), self.down.inputs)?;
+        }
+        match y {
+            Some(y) => p.project(&self.down, act, y, Some(middle), tokens)?,
+            None => p.fill_ranks(&self.down, act, tokens)?,
+        }
+        let ranks = [qkv_ranks, gate_up_ranks, p.keep_ranks(&self.down, act)?];
         p.scratch.release(mark);
-        Ok(Saved { x, input, qkv, turned, head_norms, mixed, log_sums, middle, post, gate_up })
+        Ok(Saved {
+            x,
+            input,
+            qkv,
+            turned,
+            head_norms,
+            mixed,
+            log_sums,
+            middle,
+            post,
+            gate_up,
+            ranks,
+        })
     }
 
     /// Turns the gradient `g` of the layer's result into that of its input, if `below` wants it,
@@ -99,16 +121,14 @@ impl DecoderLayer {
         let act = p.scratch(self.down.inputs)?;
         p.input_gradient(&self.down, g, act, None, tokens)?;
         let d_gate_up = p.scratch(self.gate_up.out_ld())?;
-        let again = self.down.reads_input().then(|| p.scratch(self.down.in_ld())).transpose()?;
+        let again = self.down.reads_input().then(|| p.scratch(self.down.inputs)).transpose()?;
         let mats = (s.gate_up, act, d_gate_up, again);
         p.map_backward(p.device.kernels.swiglu_backward, mats, self.down.inputs)?;
         if self.down.trains() {
-            let act = again.unwrap_or(act);
-            p.fill_ranks(&self.down, act, tokens)?;
-            p.parameter_gradients(&self.down, act, g, tokens)?;
+            p.parameter_gradients(&self.down, (again.unwrap_or(act), s.ranks[2]), g, tokens)?;
         }
         p.input_gradient(&self.gate_up, d_gate_up, h, None, tokens)?;
-        self.again(p, &self.gate_up, &self.post_norm, (s.middle, s.post, d_gate_up))?;
+        self.again(p, &self.gate_up, &self.post_norm, (s.middle, s.post, s.ranks[1], d_gate_up))?;
         p.scratch.release(inner);
         let size = (tokens, hidden, 1);
         p.rms_norm_backward(&self.post_norm, (s.middle, h, Some(g), g), s.post.rstd, size)?;
@@ -116,7 +136,8 @@ impl DecoderLayer {
         let d_mixed = p.scratch(queries)?;
         p.input_gradient(&self.out, g, d_mixed, None, tokens)?;
         if self.out.trains() {
-            p.parameter_gradients(&self.out, s.mixed, g, tokens)?;
+            let mixed = (s.mixed, self.out.ranks_in(p.device, s.mixed));
+            p.parameter_gradients(&self.out, mixed, g, tokens)?;
         }
         let d_qkv = p.scratch(self.qkv.out_ld())?;
         let heads = self.heads(p, s.turned, s.qkv);
@@ -135,7 +156,7 @@ impl DecoderLayer {
         } else {
             p.only_ranks(&self.qkv, d_qkv, tokens)?;
         }
-        self.again(p, &self.qkv, &self.input_norm, (s.x, s.input, d_qkv))?;
+        self.again(p, &self.qkv, &self.input_norm, (s.x, s.input, s.ranks[0], d_qkv))?;
         if below || self.input_norm.weight_gradient.is_some() {
             p.rms_norm_backward(&self.input_norm, (s.x, h, Some(g), g), s.input.rstd, size)?;
         }
@@ -150,14 +171,13 @@ impl DecoderLayer {
         p: &Pass<'_>,
         projection: &Projection,
         norm: &Norm,
-        (x, moments, g): (Mat, Moments, Mat),
+        (x, moments, ranks, g): (Mat, Moments, Mat, Mat),
     ) -> Result<()> {
         if !projection.trains() {
             return Ok(());
         }
-        let h = p.scratch(projection.in_ld())?;
+        let h = p.scratch(projection.inputs)?;
         p.rms_norm(norm, (x, h), moments.rstd, (p.tokens, projection.inputs, 1))?;
-        p.fill_ranks(projection, h, p.tokens)?;
-        p.parameter_gradients(projection, h, g, p.tokens)
+        p.parameter_gradients(projection, (h, ranks), g, p.tokens)
     }
 }

@@ -5,6 +5,7 @@
 // arguments stops the GPU's work with an error, it cannot touch the program's own memory.
 #![allow(unsafe_code)]
 
+use std::cell::Cell;
 use std::ffi::{CString, c_void};
 use std::fmt;
 
@@ -13,6 +14,9 @@ use cudarc::driver::{result, sys};
 
 use super::matmul::Matmuls;
 use crate::source::Fault;
+
+/// The oldest driver that takes the kernels (see ptx.sh), as it gives its version.
+const DRIVER: i32 = 12_030;
 
 /// Type of the numbers of activations and frozen weights.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -82,6 +86,7 @@ kernels!(
     embed,
     embed_backward,
     pick,
+    copy_columns,
     cross_entropy,
     dropout,
     widen,
@@ -163,6 +168,8 @@ pub(super) struct Device {
     /// Attention kernels for Hopper, where the card is one and they suit the model.
     pub(super) hopper: Option<sys::CUmodule>,
     pub(super) matmuls: Matmuls,
+    /// Nothing is done: only how much memory it would take is wanted.
+    pub(super) dry: Cell<bool>,
     name: String,
 }
 
@@ -217,6 +224,19 @@ impl Device {
                 )
                 .into());
         }
+        let mut version = 0;
+        // Safety: writes a number; every driver has the call.
+        unsafe { sys::cuDriverGetVersion(&raw mut version) }.result().map_err(failed)?;
+        if version < DRIVER {
+            let words = |v: i32| format!("{}.{}", v / 1000, v % 1000 / 10);
+            let message = format!("the GPU's driver is of CUDA {}", words(version));
+            let help = format!(
+                "install a driver of CUDA {} or newer (`nvidia-smi` shows it at the top right); \
+                 `--device cpu` computes on the CPU",
+                words(DRIVER)
+            );
+            return Err(Fault::new(message).help(help).into());
+        }
         let device = result::device::get(0).map_err(failed)?;
         let name = result::device::get_name(device).map_err(failed)?;
         // Safety: the device exists; the context is kept for the life of the process.
@@ -265,8 +285,13 @@ impl Device {
             attention: load(attention, "the attention kernels")?,
             hopper,
             matmuls: Matmuls::open()?,
+            dry: Cell::new(false),
             name,
         })
+    }
+
+    pub(super) fn context(&self) -> sys::CUcontext {
+        self.context
     }
 
     /// Ordinal of the device, for allocations.
@@ -293,9 +318,24 @@ impl Device {
 
     /// Starts a kernel.
     pub(super) fn launch(&self, kernel: Kernel, grid: Grid, args: &[Arg]) -> Result<()> {
+        self.launch_with(kernel, grid, args, &())
+    }
+
+    /// Starts a kernel whose last parameter is a struct.
+    pub(super) fn launch_with<T>(
+        &self,
+        kernel: Kernel,
+        grid: Grid,
+        args: &[Arg],
+        last: &T,
+    ) -> Result<()> {
         let mut pointers = [std::ptr::null_mut::<c_void>(); 40];
-        if args.len() > pointers.len() {
+        if args.len() >= pointers.len() {
             bail!("a kernel with {} arguments", args.len());
+        }
+        pointers[args.len()] = std::ptr::from_ref(last).cast_mut().cast();
+        if self.dry.get() {
+            return Ok(());
         }
         for (p, arg) in pointers.iter_mut().zip(args) {
             // The driver reads as many bytes as the kernel's parameter has, low ones first.
@@ -312,7 +352,7 @@ impl Device {
                 threads,
                 grid.shared as u32,
                 self.stream,
-                &mut pointers[..args.len()],
+                &mut pointers[..=args.len()],
             )
         }
         .map_err(failed)
@@ -320,7 +360,7 @@ impl Device {
 
     /// Copies to the GPU.
     pub(super) fn upload<T: Copy>(&self, to: u64, data: &[T]) -> Result<()> {
-        if data.is_empty() {
+        if data.is_empty() || self.dry.get() {
             return Ok(());
         }
         // Safety: the target has room for it (arenas), and pageable memory is copied before the
@@ -360,7 +400,7 @@ impl Device {
     /// Copies from the GPU, after all that was started has ended.
     pub(super) fn download<T: Copy + Default>(&self, from: u64, n: usize) -> Result<Vec<T>> {
         let mut data = vec![T::default(); n];
-        if n > 0 {
+        if n > 0 && !self.dry.get() {
             // Safety: the buffer is as large as what is copied, and lives until the copy is done.
             unsafe { result::memcpy_dtoh_async(&mut data, from, self.stream) }.map_err(failed)?;
         }
@@ -370,7 +410,7 @@ impl Device {
 
     /// Sets bytes to zero.
     pub(super) fn zero(&self, at: u64, bytes: usize) -> Result<()> {
-        if bytes == 0 {
+        if bytes == 0 || self.dry.get() {
             return Ok(());
         }
         // Safety: the memory is of an arena.

@@ -35,6 +35,8 @@ pub(super) struct Saved {
     up: Mat,
     output_sum: Mat,
     output: Moments,
+    /// The ranks of the input of `down`, which is not kept.
+    down_ranks: Mat,
 }
 
 impl EncoderLayer {
@@ -43,8 +45,9 @@ impl EncoderLayer {
         Heads { q: qkv, k: p.columns(qkv, queries), v: p.columns(qkv, queries + keys) }
     }
 
-    /// `y` from `x`, `[tokens, hidden]` each; the rows of `x` have room for the ranks.
-    pub(super) fn forward(&self, p: &Pass<'_>, x: Mat, y: Mat) -> Result<Saved> {
+    /// `y` from `x`, `[tokens, hidden]` each, the rows of `x` with room for the ranks; without `y`
+    /// only what the backward needs.
+    pub(super) fn forward(&self, p: &Pass<'_>, x: Mat, y: Option<Mat>) -> Result<Saved> {
         let mark = p.scratch.mark();
         let (tokens, hidden) = (p.tokens, self.qkv.inputs);
         let qkv = p.saved(self.qkv.outputs)?;
@@ -66,10 +69,11 @@ impl EncoderLayer {
         let act = p.scratch(self.down.in_ld())?;
         p.map(p.device.kernels.gelu, (up, act), self.down.inputs)?;
         p.project(&self.down, act, part, None, tokens)?;
+        let down_ranks = p.keep_ranks(&self.down, act)?;
         p.drop_elements(&self.down_drop, (part, part), (tokens, hidden))?;
         let output_sum = p.saved(hidden)?;
         let output = p.moments(tokens, &self.output_norm)?;
-        let mats = (part, Some(middle), output_sum, y);
+        let mats = (part, Some(middle), output_sum, y.unwrap_or(part));
         p.layer_norm(&self.output_norm, mats, output, hidden)?;
         p.scratch.release(mark);
         Ok(Saved {
@@ -83,6 +87,7 @@ impl EncoderLayer {
             up,
             output_sum,
             output,
+            down_ranks,
         })
     }
 
@@ -102,18 +107,18 @@ impl EncoderLayer {
         let d_act = p.scratch(self.down.inputs)?;
         p.input_gradient(&self.down, d_down, d_act, None, tokens)?;
         let d_up = p.scratch(self.up.out_ld())?;
-        let again = self.down.reads_input().then(|| p.scratch(self.down.in_ld())).transpose()?;
+        let again = self.down.reads_input().then(|| p.scratch(self.down.inputs)).transpose()?;
         let mats = (s.up, d_act, d_up, again);
         p.map_backward(p.device.kernels.gelu_backward, mats, self.down.inputs)?;
         if self.down.trains() {
-            let act = again.unwrap_or(d_act);
-            p.fill_ranks(&self.down, act, tokens)?;
+            let act = (again.unwrap_or(d_act), s.down_ranks);
             p.parameter_gradients(&self.down, act, d_down, tokens)?;
         }
         // The gradient of the result is no longer needed: its place takes that of the middle.
         p.input_gradient(&self.up, d_up, g, Some(d_sum), tokens)?;
         if self.up.trains() {
-            p.parameter_gradients(&self.up, s.middle, d_up, tokens)?;
+            let middle = (s.middle, self.up.ranks_in(p.device, s.middle));
+            p.parameter_gradients(&self.up, middle, d_up, tokens)?;
         }
 
         let d_sum = p.scratch(self.out.out_ld())?;
@@ -127,7 +132,8 @@ impl EncoderLayer {
         let d_mixed = p.scratch(self.out.inputs)?;
         p.input_gradient(&self.out, d_out, d_mixed, None, tokens)?;
         if self.out.trains() {
-            p.parameter_gradients(&self.out, s.mixed, d_out, tokens)?;
+            let mixed = (s.mixed, self.out.ranks_in(p.device, s.mixed));
+            p.parameter_gradients(&self.out, mixed, d_out, tokens)?;
         }
         let d_qkv = p.scratch(self.qkv.out_ld())?;
         let (heads, gradients) = (self.heads(p, s.qkv), self.heads(p, d_qkv));
@@ -138,7 +144,8 @@ impl EncoderLayer {
             p.only_ranks(&self.qkv, d_qkv, tokens)?;
         }
         if self.qkv.trains() {
-            p.parameter_gradients(&self.qkv, s.x, d_qkv, tokens)?;
+            let x = (s.x, self.qkv.ranks_in(p.device, s.x));
+            p.parameter_gradients(&self.qkv, x, d_qkv, tokens)?;
         }
         p.scratch.release(mark);
         Ok(())

@@ -3,14 +3,18 @@
 mod build;
 mod embedding;
 mod head;
+mod inputs;
+mod room;
 
 use std::collections::BTreeMap;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
-use anyhow::{Context as _, Result, bail, ensure};
+use anyhow::{Result, bail, ensure};
 use candle_core::{Tensor, Var};
 
-use super::arena::{Arena, OutOfMemory};
+use self::inputs::{Away, Inputs};
+use super::arena::Arena;
+use super::away::Pinned;
 use super::decoder::{self, DecoderLayer};
 use super::device::{Device, Float, Mat};
 use super::encoder::{self, EncoderLayer};
@@ -22,7 +26,6 @@ use crate::learn::config::ModelConfig;
 use crate::learn::linear::{Dropout, Mode, Parameters};
 use crate::learn::ops::RopeTable;
 use crate::learn::optimizer::AdamWConfig;
-use crate::source::Fault;
 
 /// Bytes of one block of logits, unless that is less than 1,024 rows. Fixed, so that sums do not
 /// depend on the machine.
@@ -102,6 +105,9 @@ struct State {
     vocab: usize,
     pad: Option<u32>,
     checkpointing: bool,
+    away: Away,
+    /// Tables on the host.
+    _tables: Vec<Pinned>,
 }
 
 impl Engine {
@@ -116,60 +122,10 @@ impl Engine {
         float: Float,
         checkpointing: bool,
     ) -> Result<Self> {
-        for (what, size) in [("hidden size", config.hidden), ("MLP", config.intermediate)] {
-            ensure!(size.is_multiple_of(8), "a {what} of {size}; the GPU takes multiples of 8");
-        }
-        ensure!(
-            config.head.is_multiple_of(8)
-                && (config.rope.is_empty() || config.head.is_multiple_of(16)),
-            "heads of {} elements; the GPU takes multiples of 16",
-            config.head
-        );
         let device = Device::open(float, config.head)?;
-        let weights = Arena::new(&device)?;
-        device.matmuls.reserve(&weights)?;
-        let order = build::order(config, trainable);
-        let room = || "bringing the model to the GPU";
-        let trained = Trained::new(&device, &weights, &order, trainable).with_context(room)?;
-        let mut builder = Builder {
-            device: &device,
-            arena: &weights,
-            parameters,
-            trained: &trained,
-            copies: Vec::new(),
-            placed: Vec::new(),
-            unpacked: 0,
-        };
-        let embeddings = builder.embeddings(config).with_context(room)?;
-        let layers = builder.layers(config).with_context(room)?;
-        let head = builder.head(config, embeddings.words).with_context(room)?;
-        let Builder { copies, placed, unpacked, .. } = builder;
-        let copies = Parts::of(&device, &weights, copies)?;
-        let placed = Parts::of(&device, &weights, placed)?;
-        let shared =
-            Shared { unpacked: weights.alloc(unpacked)?, map: upload_map(&device, &weights)? };
-        let state = State {
-            saved: Arena::new(&device)?,
-            scratch: Arena::new(&device)?,
-            weights,
-            device,
-            shared,
-            trained,
-            layers,
-            embeddings,
-            head,
-            copies,
-            placed,
-            inverse_frequencies: config.rope.clone(),
-            rope: None,
-            hidden: config.hidden,
-            vocab: config.vocab,
-            pad: config.pad,
-            checkpointing,
-        };
-        state.renew()?;
-        state.device.synchronize()?;
-        Ok(Self(Mutex::new(state)))
+        let memory = device.memory()?;
+        let state = State::new(device, config, parameters, trainable, checkpointing);
+        Ok(Self(Mutex::new(state.map_err(|e| room::too_small(e, memory))?)))
     }
 
     fn state(&self) -> Result<MutexGuard<'_, State>> {
@@ -203,7 +159,7 @@ impl Engine {
             return Ok(0.0);
         }
         let result = s.step(packed, rows, targets, step, denominator);
-        result.map_err(|e| s.explain(e, packed, rows.len()))
+        result.map_err(|e| s.explain(e, packed, rows.len(), true))
     }
 
     /// The logarithm of each target's probability.
@@ -215,7 +171,7 @@ impl Engine {
     ) -> Result<Vec<f64>> {
         let mut s = self.state()?;
         let result = s.evaluate(packed, rows, Some(targets));
-        let losses = result.map_err(|e| s.explain(e, packed, rows.len()))?;
+        let losses = result.map_err(|e| s.explain(e, packed, rows.len(), false))?;
         Ok(losses.into_iter().map(|x| -f64::from(x)).collect())
     }
 
@@ -223,7 +179,7 @@ impl Engine {
     pub(crate) fn logits(&self, packed: &Packed, rows: &[u32]) -> Result<Vec<f32>> {
         let mut s = self.state()?;
         let result = s.evaluate(packed, rows, None);
-        result.map_err(|e| s.explain(e, packed, rows.len()))
+        result.map_err(|e| s.explain(e, packed, rows.len(), false))
     }
 
     /// The gradients by name.
@@ -272,45 +228,77 @@ impl Engine {
 }
 
 impl State {
+    fn new(
+        device: Device,
+        config: &ModelConfig,
+        parameters: &Parameters,
+        trainable: &BTreeMap<String, Var>,
+        checkpointing: bool,
+    ) -> Result<Self> {
+        for (what, size) in [("hidden size", config.hidden), ("MLP", config.intermediate)] {
+            ensure!(size.is_multiple_of(8), "a {what} of {size}; the GPU takes multiples of 8");
+        }
+        ensure!(
+            config.head.is_multiple_of(8)
+                && (config.rope.is_empty() || config.head.is_multiple_of(16)),
+            "heads of {} elements; the GPU takes multiples of 16",
+            config.head
+        );
+        let weights = Arena::new(&device)?;
+        device.matmuls.reserve(&weights)?;
+        let order = build::order(config, trainable);
+        let trained = Trained::new(&device, &weights, &order, trainable)?;
+        let mut builder = Builder {
+            device: &device,
+            arena: &weights,
+            parameters,
+            trained: &trained,
+            copies: Vec::new(),
+            placed: Vec::new(),
+            pinned: Vec::new(),
+        };
+        let embeddings = builder.embeddings(config, checkpointing)?;
+        let layers = builder.layers(config)?;
+        let head = builder.head(config, embeddings.words)?;
+        let Builder { copies, placed, pinned, .. } = builder;
+        let copies = Parts::of(&device, &weights, copies)?;
+        let placed = Parts::of(&device, &weights, placed)?;
+        let shared = Shared { map: upload_map(&device, &weights)? };
+        let state = State {
+            saved: Arena::new(&device)?,
+            scratch: Arena::new(&device)?,
+            weights,
+            device,
+            shared,
+            trained,
+            layers,
+            embeddings,
+            head,
+            copies,
+            placed,
+            inverse_frequencies: config.rope.clone(),
+            rope: None,
+            hidden: config.hidden,
+            vocab: config.vocab,
+            pad: config.pad,
+            checkpointing,
+            away: Away::new()?,
+            _tables: pinned,
+        };
+        state.renew()?;
+        state.device.synchronize()?;
+        Ok(state)
+    }
+
     /// Renews what is made of the trained values.
     fn renew(&self) -> Result<()> {
         if let Some(copies) = &self.copies {
             self.device.renew(copies)?;
         }
         if let Some(placed) = &self.placed {
-            self.device.place(placed, self.shared.unpacked)?;
+            self.device.place(placed, 0)?;
         }
         Ok(())
-    }
-
-    /// Says what was asked for and what would fit.
-    fn explain(&self, e: anyhow::Error, packed: &Packed, targets: usize) -> anyhow::Error {
-        // What was begun must not go on into what comes next.
-        let _ = self.device.synchronize();
-        self.saved.release(0);
-        self.scratch.release(0);
-        if e.downcast_ref::<OutOfMemory>().is_none() {
-            return e;
-        }
-        let gib = |bytes: usize| bytes as f64 / (1 << 30) as f64;
-        let (total, _) = self.device.memory().unwrap_or((0, 0));
-        let tokens = packed.ids.len();
-        let message = format!(
-            "the GPU's memory ({:.1} GiB) is too small: the weights take {:.1} GiB, and {tokens} \
-             tokens at once (with {targets} targets) need more than the {:.1} GiB that were left \
-             for them",
-            gib(total),
-            gib(self.weights.mapped()),
-            gib(self.saved.mapped() + self.scratch.mapped()),
-        );
-        let mut help = String::from(
-            "lower `batch_size` (and raise `gradient_accumulation` by as much: the result is the \
-             same), or `max_length` of the tokens",
-        );
-        if !self.checkpointing {
-            help.push_str(", or set `gradient_checkpointing: true`");
-        }
-        Fault::new(message).help(help).into()
     }
 
     /// The tables of the rotary embedding for so many positions.
@@ -419,7 +407,7 @@ impl State {
         self.hidden + ranks.unwrap_or(0)
     }
 
-    fn forward(&self, p: &Pass<'_>, i: usize, x: Mat, y: Mat) -> Result<Saved> {
+    fn forward(&self, p: &Pass<'_>, i: usize, x: Mat, y: Option<Mat>) -> Result<Saved> {
         match &self.layers {
             Layers::Encoder(layers) => layers[i].forward(p, x, y).map(Saved::Encoder),
             Layers::Decoder(layers) => layers[i].forward(p, x, y).map(Saved::Decoder),
@@ -478,36 +466,32 @@ impl State {
         let (s, r) = (self.saved.mark(), self.scratch.mark());
         let (u, [rows_at, targets_at]) = self.upload(packed, [rows, targets])?;
         let p = self.pass(packed, &u, rope, Mode::Train(step));
-        let (count, ld) = (self.count(), self.input_ld());
-        let inputs: Vec<Mat> = (0..=count).map(|_| p.saved(ld)).collect::<Result<_>>()?;
-        let embedded = self.embed(&p, &u, inputs[0])?;
-        let lowest = self.lowest();
+        let (count, lowest) = (self.count(), self.lowest());
+        let inputs = Inputs::new(self, &p, lowest)?;
+        let (losses, g) = (p.saved.alloc(4 * rows.len())?, p.saved(self.gradient_ld())?);
+        let embedded = self.embed(&p, &u, inputs.at(0))?;
         let mut kept = Vec::with_capacity(count);
         for i in 0..count {
+            inputs.written(i)?;
             let mark = self.saved.mark();
-            let saved = self.forward(&p, i, inputs[i], inputs[i + 1])?;
-            let again = self.checkpointing || i < lowest;
+            let saved = self.forward(&p, i, inputs.at(i), Some(inputs.at(i + 1)))?;
+            // The last layer's backward follows at once.
+            let again = (self.checkpointing && i + 1 < count) || i < lowest;
             if again {
                 self.saved.release(mark);
             }
-            kept.push((!again).then_some(saved));
+            kept.push((mark, (!again).then_some(saved)));
         }
-        let g = p.saved(self.gradient_ld())?;
-        let scale = 1.0 / denominator;
-        let losses = self.loss(
-            &p,
-            inputs[count],
-            (rows_at, targets_at, rows.len()),
-            scale,
-            g,
-            lowest < count,
-        )?;
+        let place = (rows_at, targets_at, rows.len());
+        let below = lowest < count;
+        self.loss(&p, inputs.at(count), place, 1.0 / denominator, (losses, g), below)?;
         for i in (lowest..count).rev() {
+            inputs.wanted(i)?;
             let below = i > lowest || self.embeddings_train();
-            let mark = self.saved.mark();
-            let saved = match kept[i] {
+            let (mark, saved) = kept[i];
+            let saved = match saved {
                 Some(saved) => saved,
-                None => self.forward(&p, i, inputs[i], inputs[i + 1])?,
+                None => self.forward(&p, i, inputs.at(i), None)?,
             };
             self.backward(&p, i, &saved, g, below)?;
             self.saved.release(mark);

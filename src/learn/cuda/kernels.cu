@@ -5,6 +5,7 @@
 // atomics: equal inputs give equal bits.
 //
 // It is compiled twice, for matrices of f32 and of bf16; see ptx.sh.
+// Adapters have a file of their own, adapters.cuh.
 
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
@@ -393,29 +394,79 @@ extern "C" __global__ void pick(const T* x, int ldx, const int* index, T* y, int
     store(y + to * ldy + c, load(x + from * ldx + c));
 }
 
-// loss[r] = -log softmax(logits[r])[target]; grads (may be null) = its gradient times scale.
-extern "C" __global__ void cross_entropy(const float* logits, const int* targets, float* loss, T* grads,
-                                     int ldg, int n, float scale) {
-  int r = blockIdx.x;
-  logits += (size_t)r * n;
-  float top = -INFINITY, sum = 0;
-  for (int c = threadIdx.x; c < n; c += blockDim.x) {
+// Columns of a matrix.
+extern "C" __global__ void copy_columns(const T* x, int ldx, T* y, int ldy, int n, int rows) {
+  int i = blockIdx.x * blockDim.x + threadIdx.x, wide = n / 8;
+  if (i >= rows * wide) return;
+  size_t r = i / wide;
+  int c = i % wide * 8;
+  store(y + r * ldy + c, load(x + r * ldx + c));
+}
+
+static __device__ __forceinline__ float4 load4(const float* p) { return *(const float4*)p; }
+static __device__ __forceinline__ float4 load4(const bf16* p) {
+  uint2 u = *(const uint2*)p;
+  return make_float4(__uint_as_float(u.x << 16), __uint_as_float(u.x & 0xffff0000u),
+                     __uint_as_float(u.y << 16), __uint_as_float(u.y & 0xffff0000u));
+}
+static __device__ __forceinline__ void store4(float* p, float4 x) { *(float4*)p = x; }
+static __device__ __forceinline__ void store4(bf16* p, float4 x) {
+  union {
+    __nv_bfloat162 h[2];
+    uint2 u;
+  } out;
+  out.h[0] = __floats2bfloat162_rn(x.x, x.y);
+  out.h[1] = __floats2bfloat162_rn(x.z, x.w);
+  *(uint2*)p = out.u;
+}
+
+static __device__ __forceinline__ float power(float x) { return exp2f(1.4426950408889634f * x); }
+
+// loss[r] = -log softmax(logits[r])[target]; grads (may be null) = its gradient times scale. The
+// rows of grads may begin where those of the logits do: what is written was read before.
+extern "C" __global__ void cross_entropy(const float* logits, int ldl, const int* targets,
+                                     float* loss, T* grads, int ldg, int n, float scale) {
+  int r = blockIdx.x, step = blockDim.x * 4, target = targets[r];
+  logits += (size_t)r * ldl;
+  int whole = ldl % 4 ? 0 : n & ~3;
+  float wanted = logits[target], top = -INFINITY, sum = 0;
+  for (int c = threadIdx.x * 4; c < whole; c += step) {
+    float4 x = load4(logits + c);
+    float m = fmaxf(fmaxf(x.x, x.y), fmaxf(x.z, x.w));
+    if (m > top) {
+      sum *= power(top - m);
+      top = m;
+    }
+    sum += power(x.x - top) + power(x.y - top) + power(x.z - top) + power(x.w - top);
+  }
+  for (int c = whole + threadIdx.x; c < n; c += blockDim.x) {
     float x = logits[c];
     if (x > top) {
-      sum *= expf(top - x);
+      sum *= power(top - x);
       top = x;
     }
-    sum += expf(x - top);
+    sum += power(x - top);
   }
   float all = row_max(top);
-  sum = row_sum(top == -INFINITY ? 0.f : sum * expf(top - all));
+  sum = row_sum(top == -INFINITY ? 0.f : sum * power(top - all));
   float log_sum = all + logf(sum);
-  int target = targets[r];
-  if (threadIdx.x == 0) loss[r] = log_sum - logits[target];
+  if (threadIdx.x == 0) loss[r] = log_sum - wanted;
   if (!grads) return;
   grads += (size_t)r * ldg;
-  for (int c = threadIdx.x; c < n; c += blockDim.x)
-    put(grads + c, scale * (expf(logits[c] - log_sum) - (c == target ? 1.f : 0.f)));
+  auto gradient = [&](float x, int c) {
+    return scale * (power(x - log_sum) - (c == target ? 1.f : 0.f));
+  };
+  for (int from = 0; from < whole; from += step) {
+    int c = from + threadIdx.x * 4;
+    bool in = c < whole;
+    float4 x = in ? load4(logits + c) : make_float4(0, 0, 0, 0);
+    __syncthreads();
+    if (in)
+      store4(grads + c, make_float4(gradient(x.x, c), gradient(x.y, c + 1), gradient(x.z, c + 2),
+                                    gradient(x.w, c + 3)));
+  }
+  for (int c = whole + threadIdx.x; c < n; c += blockDim.x)
+    put(grads + c, gradient(logits[c], c));
 }
 
 static __device__ __forceinline__ uint4 philox(uint32_t k0, uint32_t k1, uint4 c) {
@@ -431,22 +482,38 @@ static __device__ __forceinline__ uint4 philox(uint32_t k0, uint32_t k1, uint4 c
 }
 
 // y = mask * x, or (add) y += mask * x, over [rows, cols]. A thread draws one block of the
-// generator, which serves the elements g*64 + {0, 16, 32, 48} + b of the matrix in row order.
+// generator, which serves the elements g*64 + {0, 16, 32, 48} + b of the matrix in row order; the
+// threads of a warp then share what they drew, so that each has 4 elements side by side.
 extern "C" __global__ void dropout(const T* x, int ldx, T* y, int ldy, int rows, int cols, uint32_t k0,
                                uint32_t k1, uint32_t h0, uint32_t h1, uint32_t threshold,
                                float scale, int add) {
-  size_t i = (size_t)blockIdx.x * blockDim.x + threadIdx.x, n = (size_t)rows * cols;
-  size_t e = i / 16 * 64 + i % 16;
-  if (e >= n) return;
+  size_t i = (size_t)blockIdx.x * blockDim.x + threadIdx.x, n = (size_t)rows * cols, e = i * 4;
   uint4 u = philox(k0, k1, make_uint4((uint32_t)i, (uint32_t)(i >> 32), h0, h1));
-  uint32_t bits[4] = {u.x, u.y, u.z, u.w};
+  uint32_t words[4] = {u.x, u.y, u.z, u.w}, kept = 0;
+  int lane = threadIdx.x % 32;
 #pragma unroll
-  for (int j = 0; j < 4; j++, e += 16) {
-    if (e >= n) return;
-    size_t r = e / cols, c = e % cols;
-    float v = bits[j] >= threshold ? as_float(x[r * ldx + c]) * scale : 0.f;
-    put(y + r * ldy + c, add ? as_float(y[r * ldy + c]) + v : v);
+  for (int j = 0; j < 4; j++) {
+    uint32_t all = __ballot_sync(~0u, words[j] >= threshold);
+    if (lane / 4 % 4 == j) kept = all >> (lane / 16 * 16 + lane % 4 * 4);
   }
+  if (e >= n) return;
+  size_t r, c;
+  if (n >> 32) {
+    r = e / cols;
+    c = e % cols;
+  } else {
+    r = (uint32_t)e / (uint32_t)cols;
+    c = (uint32_t)e % (uint32_t)cols;
+  }
+  float4 v = load4(x + r * ldx + c);
+  v = make_float4(kept & 1 ? v.x * scale : 0.f, kept & 2 ? v.y * scale : 0.f,
+                  kept & 4 ? v.z * scale : 0.f, kept & 8 ? v.w * scale : 0.f);
+  y += r * ldy + c;
+  if (add) {
+    float4 w = load4(y);
+    v = make_float4(w.x + v.x, w.y + v.y, w.z + v.z, w.w + v.w);
+  }
+  store4(y, v);
 }
 
 // A few numbers as f32; y is [rows, n].
@@ -472,19 +539,20 @@ static __constant__ float NF4[16] = {
     -0.091050036f, 0.0f,        0.0795803f,   0.1609302f,  0.2461123f,   0.33791524f,
     0.44070983f,  0.562617f,   0.72295684f,  1.0f};
 
-// One part for each blockIdx.y. A thread unpacks 8 numbers.
+// One part for each blockIdx.y. A thread unpacks 8 numbers at a time.
 extern "C" __global__ void nf4_dequantize(const Packed* parts, const float* map, T* out, int ld) {
   __shared__ float values[16];
   if (threadIdx.x < 16) values[threadIdx.x] = NF4[threadIdx.x];
   __syncthreads();
   Packed p = parts[blockIdx.y];
-  size_t n = (size_t)p.rows * p.cols / 8;
-  for (size_t i = (size_t)blockIdx.x * blockDim.x + threadIdx.x; i < n;
-       i += (size_t)gridDim.x * blockDim.x) {
-    uint32_t bytes = reinterpret_cast<const uint32_t*>(p.packed)[i];
-    size_t block = i / 8;
-    float scale = p.codes ? map[p.codes[block]] * p.scales[block / 256] + p.offset
-                          : p.scales[block];
+  uint32_t wide = p.cols / 8, n = p.rows * wide;
+  out += (size_t)p.start * ld;
+#pragma unroll 2
+  for (uint32_t i = blockIdx.x * blockDim.x + threadIdx.x; i < n; i += gridDim.x * blockDim.x) {
+    uint32_t bytes = __ldg(reinterpret_cast<const uint32_t*>(p.packed) + i);
+    uint32_t block = i / 8, row = i / wide, col = i % wide * 8;
+    float scale = p.codes ? __ldg(map + __ldg(p.codes + block)) * __ldg(p.scales + block / 256) + p.offset
+                          : __ldg(p.scales + block);
     Eight e;
 #pragma unroll
     for (int j = 0; j < 4; j++) {
@@ -497,151 +565,7 @@ extern "C" __global__ void nf4_dequantize(const Packed* parts, const float* map,
         e.v[j] = p.round == 1 ? __bfloat162float(__float2bfloat16_rn(e.v[j]))
                               : __half2float(__float2half_rn(e.v[j]));
     }
-    size_t at = i * 8, row = at / p.cols, col = at % p.cols;
-    store(out + (row + p.start) * ld + col, e);
-  }
-}
-
-// A low-rank adapter and where it goes beside its frozen weight: A below it, scale * B on its
-// right, zeros on the right of B's neighbours.
-struct Adapter {
-  const float* a;  // [r, inputs]
-  const float* b;  // [outputs, r]
-  T* to;           // null: the kernel's argument
-  int r, inputs, outputs;
-  int start;    // of the module's rows
-  int offset;   // of its ranks among all
-  int ranks;    // all, padded
-  int below;    // the row where all A begin
-  int last;     // whether the padding of A is this one's to fill
-  float scale;
-  int ld;
-};
-
-extern "C" __global__ void place_adapters(const Adapter* parts, T* unpacked) {
-  Adapter p = parts[blockIdx.y];
-  T* out = p.to ? p.to : unpacked;
-  int ld = p.ld;
-  int fill = p.last ? p.ranks - p.offset : p.r;
-  size_t na = (size_t)fill * p.inputs, nb = (size_t)p.outputs * p.ranks;
-  for (size_t i = (size_t)blockIdx.x * blockDim.x + threadIdx.x; i < na + nb;
-       i += (size_t)gridDim.x * blockDim.x) {
-    if (i < na) {
-      size_t row = i / p.inputs, col = i % p.inputs;
-      put(out + (p.below + p.offset + row) * ld + col, row < p.r ? p.a[row * p.inputs + col] : 0.f);
-    } else {
-      size_t row = (i - na) / p.ranks;
-      int col = (int)((i - na) % p.ranks), j = col - p.offset;
-      bool own = j >= 0 && j < p.r;
-      put(out + (p.start + row) * ld + p.inputs + col, own ? p.scale * p.b[row * p.r + j] : 0.f);
-    }
-  }
-}
-
-// A part of the gradients of adapters: `width` columns, 64 at most, of one of the two matrices
-// that a product's backward has (the input, followed by z; the output's gradient, followed by dz)
-// against r ranks, 64 at most, of the other: dA = dz^T x, dB = scale * g^T z.
-struct Tile {
-  float* to;  // the gradient of the first column's first rank
-  int of_gradient;
-  int col, width;
-  int rank, r;  // where the ranks begin
-  int ld;       // A: from rank to rank; B: from column to column
-  float scale;
-};
-
-#ifdef BF16
-#define PITCH 72
-
-static __device__ __forceinline__ void copy16(bf16* to, const bf16* from, bool whole) {
-  uint32_t at = (uint32_t)__cvta_generic_to_shared(to);
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(at), "l"(from),
-               "r"(whole ? 16 : 0));
-}
-
-static __device__ __forceinline__ void matrices(uint32_t (&r)[4], const bf16* at) {
-  asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
-               : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
-               : "r"((uint32_t)__cvta_generic_to_shared(at)));
-}
-
-// Sums over a span of rows for each tile: parts[span][tile][rank][column].
-extern "C" __global__ void __launch_bounds__(128)
-    adapter_gradients(const bf16* x, int ldx, const bf16* g, int ldg, const Tile* tiles,
-                      float* parts, int rows, int span) {
-  __shared__ __align__(16) bf16 wide[2][64 * PITCH], thin[2][64 * PITCH];
-  Tile t = tiles[blockIdx.x];
-  const bf16* big = (t.of_gradient ? g : x) + t.col;
-  const bf16* small = (t.of_gradient ? x : g) + t.rank;
-  int ldb = t.of_gradient ? ldg : ldx, lds = t.of_gradient ? ldx : ldg;
-  int first = blockIdx.y * span, last = min(rows, first + span);
-  int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-  float sum[4][2][4] = {};
-  auto fetch = [&](int stage, int row) {
-    for (int i = threadIdx.x; i < 512; i += 128) {
-      int r = i / 8, c = i % 8 * 8, at = row + r;
-      bool in = at < last;
-      bool b = in && c < t.width, s = in && c < t.r;
-      copy16(&wide[stage][r * PITCH + c], b ? big + (size_t)at * ldb + c : big, b);
-      copy16(&thin[stage][r * PITCH + c], s ? small + (size_t)at * lds + c : small, s);
-    }
-    asm volatile("cp.async.commit_group;");
-  };
-  int stage = 0;
-  fetch(0, first);
-  for (int row = first; row < last; row += 64, stage ^= 1) {
-    if (row + 64 < last) {
-      fetch(stage ^ 1, row + 64);
-      asm volatile("cp.async.wait_group 1;");
-    } else {
-      asm volatile("cp.async.wait_group 0;");
-    }
-    __syncthreads();
-#pragma unroll
-    for (int k = 0; k < 64; k += 16) {
-      uint32_t b[4];
-      matrices(b, &wide[stage][(k + lane / 8 % 2 * 8 + lane % 8) * PITCH + warp * 16 + lane / 16 * 8]);
-#pragma unroll
-      for (int m = 0; m < 4; m++) {
-        if (m * 16 >= t.r) break;
-        uint32_t a[4];
-        matrices(a, &thin[stage][(k + lane / 16 * 8 + lane % 8) * PITCH + m * 16 + lane / 8 % 2 * 8]);
-#pragma unroll
-        for (int n = 0; n < 2; n++)
-          asm volatile(
-              "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, "
-              "{%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
-              : "+f"(sum[m][n][0]), "+f"(sum[m][n][1]), "+f"(sum[m][n][2]), "+f"(sum[m][n][3])
-              : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[2 * n]), "r"(b[2 * n + 1]));
-      }
-    }
-    __syncthreads();
-  }
-  float* out = parts + ((size_t)blockIdx.y * gridDim.x + blockIdx.x) * 4096;
-#pragma unroll
-  for (int m = 0; m < 4; m++) {
-    if (m * 16 >= t.r) break;
-#pragma unroll
-    for (int n = 0; n < 2; n++) {
-      int r = m * 16 + lane / 4, c = warp * 16 + n * 8 + lane % 4 * 2;
-      *(float2*)(out + r * 64 + c) = make_float2(sum[m][n][0], sum[m][n][1]);
-      *(float2*)(out + (r + 8) * 64 + c) = make_float2(sum[m][n][2], sum[m][n][3]);
-    }
-  }
-}
-#endif
-
-// Adds the sums of all spans to the gradients.
-extern "C" __global__ void add_tiles(const Tile* tiles, const float* parts, int spans) {
-  Tile t = tiles[blockIdx.x];
-  for (int i = threadIdx.x; i < t.r * 64; i += blockDim.x) {
-    int r = i / 64, c = i % 64;
-    if (c >= t.width) continue;
-    float sum = 0;
-    for (int s = 0; s < spans; s++)
-      sum += parts[((size_t)s * gridDim.x + blockIdx.x) * 4096 + i];
-    float* to = t.of_gradient ? t.to + (size_t)c * t.ld + r : t.to + (size_t)r * t.ld + c;
-    *to += t.scale * sum;
+    store(out + (size_t)row * ld + col, e);
   }
 }
 
@@ -699,3 +623,5 @@ extern "C" __global__ void adamw(float* p, const float* g, float* mean, float* s
     p[j] = p[j] * left - step * (m / (sqrtf(v) / root + epsilon));
   }
 }
+
+#include "adapters.cuh"

@@ -218,6 +218,9 @@ impl Device {
         b: Factor,
         target: Target,
     ) -> Result<()> {
+        if self.dry.get() {
+            return Ok(());
+        }
         let Target { to, float, plus, bias, alpha } = target;
         let c = plus.unwrap_or(to);
         let mats = [a.mat, b.mat, c, to];

@@ -5,7 +5,8 @@
 //! `encoder.rs`), forward and backward, over addresses; large products go to cublasLt
 //! (`matmul.rs`), all else to kernels of this folder (`kernels.cu`, `attention.cu`, committed as
 //! PTX, which the driver compiles for the card). Memory is three stacks (`arena.rs`): weights, what
-//! the backward needs, and what a layer needs. The trained parameters, their gradients and
+//! the backward needs, and what a layer needs; with gradient checkpointing some of it is the host's
+//! (`away.rs`). The trained parameters, their gradients and
 //! AdamW's moments stay on the GPU (`trained.rs`); a step waits for the GPU once, for the loss and
 //! the norm of the gradients.
 //!
@@ -13,6 +14,7 @@
 
 mod arena;
 mod attention;
+mod away;
 mod decoder;
 mod device;
 mod encoder;

@@ -373,22 +373,36 @@ impl Pass<'_> {
 
     /// See [`Projection::only_ranks`].
     pub(super) fn only_ranks(&self, projection: &Projection, g: Mat, rows: usize) -> Result<()> {
-        projection.only_ranks(self.device, self.shared, g, rows)
+        projection.only_ranks(self.device, self.scratch, g, rows)
     }
 
     /// See [`Projection::fill_ranks`].
     pub(super) fn fill_ranks(&self, projection: &Projection, x: Mat, rows: usize) -> Result<()> {
-        projection.fill_ranks(self.device, self.shared, self.scratch, x, rows, self.mode)
+        projection.fill_ranks(self.device, self.scratch, x, rows, self.mode)
+    }
+
+    /// The ranks of `x`, for a backward that will have the rest of it again.
+    pub(super) fn keep_ranks(&self, projection: &Projection, x: Mat) -> Result<Mat> {
+        let ranks = projection.ranks;
+        if ranks == 0 {
+            return Ok(Mat { at: 0, ld: 0 });
+        }
+        let (from, to) = (projection.ranks_in(self.device, x), self.saved(ranks)?);
+        let args = [from.at, int(from.ld), to.at, int(to.ld), int(ranks), int(self.tokens)];
+        let grid = Grid::each(self.tokens * ranks / 8);
+        self.device.launch(self.device.kernels.copy_columns, grid, &args)?;
+        Ok(to)
     }
 
     /// See [`Projection::parameter_gradients`].
     pub(super) fn parameter_gradients(
         &self,
         projection: &Projection,
-        x: Mat,
+        (x, ranks): (Mat, Mat),
         g: Mat,
         rows: usize,
     ) -> Result<()> {
-        projection.parameter_gradients(self.device, self.scratch, (x, g), rows, self.mode)
+        let mats = (x, ranks, g);
+        projection.parameter_gradients(self.device, self.scratch, mats, rows, self.mode)
     }
 }

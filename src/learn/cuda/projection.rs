@@ -13,8 +13,8 @@
 //!
 //! the forward reads the upper rows and the backward the left columns, so that an adapter costs no
 //! pass over the activations beside the one that gives `z`. Activations therefore have room for
-//! the ranks at the end of their rows. A quantized weight is unpacked into one buffer that all
-//! layers share, with the adapter beside it.
+//! the ranks at the end of their rows. A quantized weight is unpacked for each product,
+//! with the adapter beside it.
 
 mod builder;
 
@@ -75,10 +75,26 @@ struct Tile {
     r: i32,
     ld: i32,
     scale: f32,
+    mask: i32,
 }
+
+/// As `Masks` in kernels.cu.
+#[repr(C)]
+#[derive(Debug, Clone, Copy, Default)]
+struct Masks {
+    state: [[u32; 4]; MASKS],
+    threshold: u32,
+    scale: f32,
+}
+
+/// Adapters of one projection whose inputs are dropped by masks of their own, at most.
+const MASKS: usize = 4;
 
 /// Columns and ranks of a [`Tile`] at most.
 const TILE: usize = 64;
+
+/// Blocks of threads that the gradients of a projection's adapters are cut into, about.
+const BLOCKS: usize = 2048;
 
 /// As `Copy` in kernels.cu.
 #[repr(C)]
@@ -96,7 +112,7 @@ pub(super) struct TrainedCopy {
 pub(super) struct Parts {
     at: u64,
     count: usize,
-    /// Elements of the largest.
+    /// Elements of the largest; of tiles, the most ranks.
     largest: usize,
 }
 
@@ -180,8 +196,6 @@ pub(super) struct Projection {
 /// What projections of one model share.
 #[derive(Debug)]
 pub(super) struct Shared {
-    /// The buffer that quantized weights are unpacked into.
-    pub(super) unpacked: u64,
     /// The map of the scales' codes.
     pub(super) map: u64,
 }
@@ -238,6 +252,11 @@ impl Projection {
         self.outputs + self.ranks
     }
 
+    /// The ranks at the end of the rows of its input.
+    pub(super) fn ranks_in(&self, device: &Device, x: Mat) -> Mat {
+        device.part(x, 0, self.inputs)
+    }
+
     /// Whether anything in it is trained.
     pub(super) fn trains(&self) -> bool {
         self.ranks > 0 || self.modules.iter().any(|m| m.weight.is_some() || m.bias.is_some())
@@ -257,20 +276,39 @@ impl Projection {
         self.adapters_of_modules().any(|adapter| adapter.dropout.mask(mode).is_some())
     }
 
-    /// The weight with the adapters beside it.
-    fn matrix(&self, device: &Device, shared: &Shared) -> Result<Mat> {
+    /// The masks of its adapters, in their order.
+    fn masks(&self, mode: Mode) -> Masks {
+        let mut all = Masks::default();
+        for (state, adapter) in all.state.iter_mut().zip(self.adapters_of_modules()) {
+            if let Some(mask) = adapter.dropout.mask(mode) {
+                let (stream, threshold, scale) = mask.parts();
+                let ([k0, k1], [h0, h1]) = stream.words_of_state();
+                *state = [k0, k1, h0, h1];
+                (all.threshold, all.scale) = (threshold, scale);
+            }
+        }
+        all
+    }
+
+    /// The weight with the adapters beside it; a quantized one is unpacked on top of `scratch`.
+    fn matrix(&self, device: &Device, shared: &Shared, scratch: &Arena) -> Result<Mat> {
         let ld = self.in_ld();
         let parts = match &self.weight {
             Weight::Here(at) => return Ok(Mat { at: *at, ld }),
             Weight::Packed(parts) => parts,
         };
-        let at = shared.unpacked;
+        let at = self.room(device, scratch)?;
         let args = [parts.at, shared.map, at, int(ld)];
         device.launch(device.kernels.nf4_dequantize, parts.grid(8), &args)?;
         if let Some(adapters) = &self.adapters {
             device.place(adapters, at)?;
         }
         Ok(Mat { at, ld })
+    }
+
+    /// Room for an unpacked weight and its adapters.
+    fn room(&self, device: &Device, scratch: &Arena) -> Result<u64> {
+        scratch.alloc(self.out_ld() * self.in_ld() * device.float.size())
     }
 
     /// `z = x A^T` at the end of the rows of `x` (after dropout of each adapter's own).
@@ -282,7 +320,7 @@ impl Projection {
         rows: usize,
         mode: Mode,
     ) -> Result<()> {
-        let z = device.part(x, 0, self.inputs);
+        let z = self.ranks_in(device, x);
         let a = device.part(weight, self.outputs, 0);
         let target = |to| Target { to, float: device.float, plus: None, bias: None, alpha: 1.0 };
         if !self.drops(mode) {
@@ -315,13 +353,16 @@ impl Projection {
         rows: usize,
         mode: Mode,
     ) -> Result<()> {
-        let weight = self.matrix(device, shared)?;
+        let mark = scratch.mark();
+        let weight = self.matrix(device, shared, scratch)?;
         if self.ranks > 0 {
             self.ranks_of(device, scratch, (x, weight), rows, mode)?;
         }
         let size = (rows, self.outputs, self.in_ld());
         let target = Target { to: y, float: device.float, plus, bias: self.bias, alpha: 1.0 };
-        device.matmul(size, x.n(), weight.t(), target)
+        device.matmul(size, x.n(), weight.t(), target)?;
+        scratch.release(mark);
+        Ok(())
     }
 
     /// From the gradient `g` of the output, whose ranks it fills, the gradient of the input, plus
@@ -335,15 +376,17 @@ impl Projection {
         rows: usize,
         mode: Mode,
     ) -> Result<()> {
-        let weight = self.matrix(device, shared)?;
+        let mark = scratch.mark();
+        let weight = self.matrix(device, shared, scratch)?;
         self.ranks_of_gradient(device, (g, weight), rows)?;
         let target = Target { to: dx, float: device.float, plus, bias: None, alpha: 1.0 };
         if !self.drops(mode) {
             let size = (rows, self.inputs, self.out_ld());
-            return device.matmul(size, g.n(), weight.n(), target);
+            device.matmul(size, g.n(), weight.n(), target)?;
+            scratch.release(mark);
+            return Ok(());
         }
         device.matmul((rows, self.inputs, self.outputs), g.n(), weight.n(), target)?;
-        let mark = scratch.mark();
         let part =
             Mat { at: scratch.alloc(rows * self.inputs * device.float.size())?, ld: self.inputs };
         for adapter in self.adapters_of_modules() {
@@ -379,22 +422,24 @@ impl Projection {
     pub(super) fn only_ranks(
         &self,
         device: &Device,
-        shared: &Shared,
+        scratch: &Arena,
         g: Mat,
         rows: usize,
     ) -> Result<()> {
         if self.ranks == 0 {
             return Ok(());
         }
-        let weight = self.matrix(device, shared)?;
-        self.ranks_of_gradient(device, (g, weight), rows)
+        let mark = scratch.mark();
+        let weight = self.beside(device, scratch)?;
+        self.ranks_of_gradient(device, (g, weight), rows)?;
+        scratch.release(mark);
+        Ok(())
     }
 
     /// Fills the ranks of an input that was computed again.
     pub(super) fn fill_ranks(
         &self,
         device: &Device,
-        shared: &Shared,
         scratch: &Arena,
         x: Mat,
         rows: usize,
@@ -403,25 +448,33 @@ impl Projection {
         if self.ranks == 0 {
             return Ok(());
         }
-        // Only A is read: a quantized weight need not be unpacked for it.
-        let ld = self.in_ld();
-        let weight = match (&self.weight, &self.adapters) {
-            (Weight::Packed(_), Some(adapters)) => {
-                device.place(adapters, shared.unpacked)?;
-                Mat { at: shared.unpacked, ld }
-            }
-            _ => self.matrix(device, shared)?,
-        };
-        self.ranks_of(device, scratch, (x, weight), rows, mode)
+        let mark = scratch.mark();
+        let weight = self.beside(device, scratch)?;
+        self.ranks_of(device, scratch, (x, weight), rows, mode)?;
+        scratch.release(mark);
+        Ok(())
     }
 
-    /// Adds the gradients of what is trained, from the input and the gradient of the output, both
-    /// with their ranks.
+    /// The adapters where [`Projection::matrix`] has them; a quantized weight is not unpacked.
+    fn beside(&self, device: &Device, scratch: &Arena) -> Result<Mat> {
+        let ld = self.in_ld();
+        if let Weight::Here(at) = &self.weight {
+            return Ok(Mat { at: *at, ld });
+        }
+        let at = self.room(device, scratch)?;
+        if let Some(adapters) = &self.adapters {
+            device.place(adapters, at)?;
+        }
+        Ok(Mat { at, ld })
+    }
+
+    /// Adds the gradients of what is trained, from the input, its ranks and the gradient of the
+    /// output with its ranks.
     pub(super) fn parameter_gradients(
         &self,
         device: &Device,
         scratch: &Arena,
-        (x, g): (Mat, Mat),
+        (x, ranks, g): (Mat, Mat, Mat),
         rows: usize,
         mode: Mode,
     ) -> Result<()> {
@@ -431,21 +484,40 @@ impl Projection {
         };
         let mark = scratch.mark();
         let dropping = self.drops(mode);
-        let tiles = self.tiles.as_ref().filter(|_| !dropping);
+        let tiles = self.tiles.as_ref();
         if let (Some(tiles), Some(kernel)) = (tiles, device.adapter_gradients) {
             // Fixed, so that sums do not depend on the card.
-            let spans = (1024 / tiles.count).clamp(1, rows.div_ceil(TILE));
+            let spans = (BLOCKS / tiles.count).clamp(1, rows.div_ceil(TILE));
             let span = rows.div_ceil(spans).next_multiple_of(TILE);
             let spans = rows.div_ceil(span);
-            let parts = scratch.alloc(4 * TILE * TILE * tiles.count * spans)?;
+            let largest = tiles.largest;
+            let parts = scratch.alloc(4 * largest * TILE * tiles.count * spans)?;
             let grid = Grid { blocks: (tiles.count, spans, 1), threads: (128, 1), shared: 0 };
-            let args = [x.at, int(x.ld), g.at, int(g.ld), tiles.at, parts, int(rows), int(span)];
-            device.launch(kernel, grid, &args)?;
-            let args = [tiles.at, parts, int(spans)];
-            device.launch(device.kernels.add_tiles, Grid::blocks(tiles.count, 256), &args)?;
+            let args = [
+                x.at,
+                int(x.ld),
+                ranks.at,
+                int(ranks.ld),
+                g.at,
+                int(g.ld),
+                tiles.at,
+                parts,
+                int(largest),
+                int(rows),
+                int(span),
+                int(self.inputs),
+            ];
+            device.launch_with(kernel, grid, &args, &self.masks(mode))?;
+            let args = [tiles.at, parts, int(largest), int(spans)];
+            let across = (largest * TILE).div_ceil(256);
+            let grid = Grid { blocks: (tiles.count, across, 1), threads: (256, 1), shared: 0 };
+            device.launch(device.kernels.add_tiles, grid, &args)?;
         }
-        let dropped =
-            if dropping { scratch.alloc(rows * self.inputs * device.float.size())? } else { 0 };
+        let dropped = if dropping && tiles.is_none() {
+            scratch.alloc(rows * self.inputs * device.float.size())?
+        } else {
+            0
+        };
         let dropped = Mat { at: dropped, ld: self.inputs };
         for module in &self.modules {
             let own = device.part(g, 0, module.start);
@@ -477,7 +549,7 @@ impl Projection {
                 continue;
             };
             let own = device.part(g, 0, module.start);
-            let z = device.part(x, 0, self.inputs + adapter.offset);
+            let z = device.part(ranks, 0, adapter.offset);
             let db = sum(adapter.b, adapter.r, self.scaling);
             device.matmul((module.outputs, adapter.r, rows), own.t(), z.n(), db)?;
         }

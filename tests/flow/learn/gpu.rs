@@ -7,11 +7,13 @@ use std::path::Path;
 
 use anyhow::{Result, bail};
 use flow::learn::{
-    AdamWConfig, Compute, Duration, History, IGNORE, Labels, LoraConfig, Method, Model,
+    AdamWConfig, Batch, Compute, Duration, History, IGNORE, Labels, LoraConfig, Method, Model,
     ModelConfig, ModelFiles, Observer, Quantization, Row, Schedule, Setup, StepLog, TargetModules,
     Task, TrainingArguments, Warmup, random_weights, resume, train,
 };
+use flow::source::Fault;
 use serde_json::{Value, json};
+use sha2::{Digest, Sha256};
 
 use super::parity::{batches, cases, run};
 use super::{classes, numbers, relative};
@@ -296,6 +298,36 @@ fn evaluates_as_the_cpu() {
     }
 }
 
+/// A batch that is too large is an error that says how many rows would fit; they do, and the model
+/// goes on.
+#[test]
+#[ignore = "needs an NVIDIA GPU"]
+fn says_what_would_fit() {
+    let dir = tempfile::tempdir().unwrap();
+    let (config, task) = (decoder("llama", 64), Task::CausalLm);
+    let files = files(dir.path(), &config, &task);
+    let model = Model::load(&files, &setup(&task, Method::Qlora, Compute::GpuBf16, 0.0)).unwrap();
+    let batch = |size: usize| Batch {
+        input_ids: (0..size * 256).map(|i| (i % 317) as u32).collect(),
+        token_type_ids: None,
+        lengths: vec![256; size],
+        size,
+        length: 256,
+        labels: Labels::Tokens((0..size * 256).map(|i| (i % 317) as i64).collect()),
+    };
+    let before = model.gradients(&batch(2), 0, 510.0).unwrap().0;
+    let error = model.gradients(&batch(60_000), 0, 1e7).unwrap_err();
+    let fault = error.downcast::<Fault>().unwrap();
+    let help = fault.help.unwrap();
+    println!("{}: {help}", fault.message);
+    assert!(fault.message.contains("60000 rows of up to 256 tokens"));
+    let fits = help.split("`batch_size: ").last().unwrap().split('`').next().unwrap();
+    let fits: usize = fits.parse().unwrap();
+    assert!((1000..60_000).contains(&fits), "{fits}");
+    model.gradients(&batch(fits), 0, 1e7).unwrap();
+    assert_eq!(model.gradients(&batch(2), 0, 510.0).unwrap().0, before);
+}
+
 /// Saved and loaded on the CPU, what was trained on the GPU predicts the same.
 #[test]
 #[ignore = "needs an NVIDIA GPU"]
@@ -316,4 +348,27 @@ fn saves_what_it_trained() {
     batch.labels = Labels::None;
     let (a, b) = (gpu.logits(&batch).unwrap(), cpu.logits(&batch).unwrap());
     assert!(relative(&numbers(&a), &numbers(&b)) < 1e-4);
+}
+
+/// The committed PTX is what `ptx.sh` made of the committed sources.
+#[test]
+fn kernels_are_those_of_the_sources() {
+    let dir = Path::new(env!("CARGO_MANIFEST_DIR")).join("src/learn/cuda");
+    let listed = std::fs::read_to_string(dir.join("ptx/sources")).unwrap();
+    let mut names = Vec::new();
+    for line in listed.lines() {
+        let (digest, name) = line.split_once("  ").unwrap();
+        let name = name.trim_start_matches("./");
+        let found = Sha256::digest(std::fs::read(dir.join(name)).unwrap());
+        let found: String = found.iter().map(|byte| format!("{byte:02x}")).collect();
+        assert_eq!(digest, found, "{name} has changed: run src/learn/cuda/ptx.sh");
+        names.push(name.to_owned());
+    }
+    let is_source = |name: &String| name.ends_with(".cu") || name.ends_with(".cuh");
+    let there = std::fs::read_dir(&dir).unwrap().chain(std::fs::read_dir(dir.join("ptx")).unwrap());
+    let there = there.map(|entry| entry.unwrap().file_name().into_string().unwrap());
+    for name in there.filter(|name| is_source(name) || name.ends_with(".zst")) {
+        let listed = names.iter().any(|n| n.trim_start_matches("ptx/") == name);
+        assert!(listed, "{name} is not listed: run src/learn/cuda/ptx.sh");
+    }
 }

@@ -123,9 +123,17 @@ impl Builder<'_> {
         Ok(Layers::Encoder(layers))
     }
 
-    pub(super) fn embeddings(&mut self, c: &ModelConfig) -> Result<Embeddings> {
+    /// With `away` a table that is neither trained nor the output's stays on the host: the GPU
+    /// reads a few of its rows.
+    pub(super) fn embeddings(&mut self, c: &ModelConfig, away: bool) -> Result<Embeddings> {
         if c.is_decoder() {
-            return Ok(Embeddings { words: self.table(WORD)?, encoder: None });
+            let away = away && !c.tied && trained_name(self.trained, WORD).is_none();
+            let there = if away { self.narrow_on_host(WORD)? } else { None };
+            let words = match there {
+                Some(at) => Table { at, gradient: None },
+                None => self.table(WORD)?,
+            };
+            return Ok(Embeddings { words, encoder: None });
         }
         let at = |name: &str| format!("{}.embeddings.{name}", c.family.prefix());
         let table = |name: &str| at(&format!("{name}_embeddings.weight"));

@@ -16,17 +16,16 @@ impl State {
     }
 
     /// The losses of the targets, and in `g` the gradient of the last layer's result, if that is
-    /// wanted; adds the gradients of what is trained above it.
+    /// wanted (`below`); adds the gradients of what is trained above it.
     pub(super) fn loss(
         &self,
         p: &Pass<'_>,
         x: Mat,
         (rows, targets, n): (u64, u64, usize),
         scale: f64,
-        g: Mat,
+        (losses, g): (u64, Mat),
         below: bool,
-    ) -> Result<u64> {
-        let losses = p.saved.alloc(4 * n)?;
+    ) -> Result<()> {
         let mark = p.scratch.mark();
         let d = self.hidden;
         let chosen = match &self.head {
@@ -42,9 +41,10 @@ impl State {
                 let rstd = p.scratch.alloc(4 * n)?;
                 p.rms_norm(norm, (chosen, features), rstd, (n, d, 1))?;
                 let block = self.block().min(n);
-                let logits = Mat { at: p.scratch.alloc(4 * block * self.vocab)?, ld: self.vocab };
-                let wide = self.vocab.next_multiple_of(8);
-                let d_logits = p.scratch_rows(block, wide)?;
+                let ld = self.vocab.next_multiple_of(8);
+                let logits = Mat { at: p.scratch.alloc(4 * block * ld)?, ld };
+                // Their gradients take the place of the logits.
+                let d_logits = Mat { at: logits.at, ld: ld * 4 / self.device.float.size() };
                 for start in (0..n).step_by(block) {
                     let m = block.min(n - start);
                     let from = |mat| self.device.part(mat, start, 0);
@@ -90,14 +90,15 @@ impl State {
                 self.cross_entropy(logits, (targets, losses), d_logits, size, scale)?;
                 let d_y = p.scratch_rows(n, dense.out_ld())?;
                 p.input_gradient(classifier, d_logits, d_y, None, n)?;
-                p.parameter_gradients(classifier, y.dropped, d_logits, n)?;
+                let none = Mat { at: 0, ld: 0 };
+                p.parameter_gradients(classifier, (y.dropped, none), d_logits, n)?;
                 p.drop_elements(drop, (d_y, d_y), (n, d))?;
                 let tanh = int(usize::from(*tanh));
                 let args = [y.active.at, d_y.at, int(d_y.ld), int(d), int(n), tanh];
                 let kernel = self.device.kernels.activate_backward;
                 self.device.launch(kernel, Grid::each(n * d), &args)?;
                 p.input_gradient(dense, d_y, d_chosen, None, n)?;
-                p.parameter_gradients(dense, chosen, d_y, n)?;
+                p.parameter_gradients(dense, (chosen, dense.ranks_in(p.device, chosen)), d_y, n)?;
             }
             Head::Bare => bail!("the model has no head"),
         }
@@ -106,7 +107,7 @@ impl State {
             p.pick((d_chosen, g), rows, (n, d), true)?;
         }
         p.scratch.release(mark);
-        Ok(losses)
+        Ok(())
     }
 
     fn logits_of(&self, x: Mat, table: Table, logits: Mat, rows: usize) -> Result<()> {
@@ -124,8 +125,16 @@ impl State {
         (rows, classes): (usize, usize),
         scale: f64,
     ) -> Result<()> {
-        let args =
-            [logits.at, targets, losses, d_logits.at, int(d_logits.ld), int(classes), float(scale)];
+        let args = [
+            logits.at,
+            int(logits.ld),
+            targets,
+            losses,
+            d_logits.at,
+            int(d_logits.ld),
+            int(classes),
+            float(scale),
+        ];
         let grid = Grid::blocks(rows, if classes > 1024 { 512 } else { 32 });
         self.device.launch(self.device.kernels.cross_entropy, grid, &args)
     }
@@ -179,7 +188,7 @@ impl State {
         self.embed(&p, &u, x)?;
         for i in 0..self.count() {
             let mark = self.saved.mark();
-            self.forward(&p, i, x, y)?;
+            self.forward(&p, i, x, Some(y))?;
             self.saved.release(mark);
             (x, y) = (y, x);
         }

@@ -5,10 +5,11 @@ use candle_core::{CpuStorage, DType, Storage, Tensor};
 use half::bf16;
 
 use super::{
-    Adapter, Module, ModuleAdapter, Packed, Parts, Projection, RANKS, TILE, Tile, TrainedCopy,
-    Weight,
+    Adapter, MASKS, Module, ModuleAdapter, Packed, Parts, Projection, RANKS, TILE, Tile,
+    TrainedCopy, Weight,
 };
 use crate::learn::cuda::arena::Arena;
+use crate::learn::cuda::away::Pinned;
 use crate::learn::cuda::device::{Device, Float, Mat};
 use crate::learn::cuda::trained::Trained;
 use crate::learn::linear::{Held, Parameters};
@@ -61,8 +62,8 @@ pub(in crate::learn::cuda) struct Builder<'a> {
     pub(in crate::learn::cuda) copies: Vec<(TrainedCopy, usize)>,
     /// Adapters beside weights that stay, likewise: they are placed after each update.
     pub(in crate::learn::cuda) placed: Vec<(Adapter, usize)>,
-    /// Room for the largest unpacked weight, in bytes.
-    pub(in crate::learn::cuda) unpacked: usize,
+    /// What was left on the host.
+    pub(in crate::learn::cuda) pinned: Vec<Pinned>,
 }
 
 /// The name under which a tensor of the model is trained.
@@ -97,6 +98,16 @@ impl Builder<'_> {
         let at = self.arena.alloc(size)?;
         self.fill(name, Mat { at, ld: cols }, rows, cols)?;
         Ok(at)
+    }
+
+    /// The same in memory of the host, if that has the room.
+    pub(in crate::learn::cuda) fn narrow_on_host(&mut self, name: &str) -> Result<Option<u64>> {
+        let (rows, cols, size) = self.dims(name)?;
+        let Some(pinned) = Pinned::new(self.device, size) else { return Ok(None) };
+        let at = pinned.address();
+        self.pinned.push(pinned);
+        self.fill(name, Mat { at, ld: cols }, rows, cols)?;
+        Ok(Some(at))
     }
 
     fn dims(&self, name: &str) -> Result<(usize, usize, usize)> {
@@ -240,7 +251,6 @@ impl Builder<'_> {
         } else {
             None
         };
-        let bytes = (start + ranks) * ld * self.device.float.size();
         let largest = |p: &Adapter| {
             (p.ranks as usize) * (p.inputs as usize) + (p.outputs as usize) * (p.ranks as usize)
         };
@@ -252,6 +262,7 @@ impl Builder<'_> {
             }
         }
         let weight = if quantized.is_empty() {
+            let bytes = (start + ranks) * ld * self.device.float.size();
             let at = self.arena.alloc(bytes)?;
             self.device.zero(at, bytes)?;
             for (name, module) in names.iter().zip(&modules) {
@@ -268,7 +279,6 @@ impl Builder<'_> {
             Weight::Here(at)
         } else {
             ensure!(quantized.len() == names.len(), "some of {names:?} are quantized, some not");
-            self.unpacked = self.unpacked.max(bytes);
             let most = dims.iter().map(|d| d.0 * d.1).max().unwrap_or(0);
             Weight::Packed(Parts::new(self.device, self.arena, &quantized, most)?)
         };
@@ -297,39 +307,71 @@ impl Builder<'_> {
             && self.device.adapter_gradients.is_some()
             && adapters()
                 .all(|(m, a)| a.r <= TILE && a.r.is_multiple_of(8) && m.start.is_multiple_of(8));
-        if !fits {
+        // Each adapter then has a mask of its own, which the kernel draws 64 columns at a time.
+        let dropping = self.parameters.adapter_dropout > 0.0;
+        if !fits || dropping && (!inputs.is_multiple_of(TILE) || adapters().count() > MASKS) {
             return Ok(None);
         }
         let outputs: usize = modules.iter().map(|m| m.outputs).sum();
         let mut tiles = Vec::new();
-        for (module, adapter) in adapters() {
-            let mut push = |columns: usize, of_gradient: bool| -> Result<()> {
-                for col in (0..columns).step_by(TILE) {
-                    // A is [r, in], B is [out, r].
-                    let (base, ld, start, rank) = match of_gradient {
-                        false => (adapter.a + 4 * col as u64, inputs, 0, outputs),
-                        true => {
-                            let at = adapter.b + 4 * (col * adapter.r) as u64;
-                            (at, adapter.r, module.start, inputs)
-                        }
-                    };
-                    tiles.push(Tile {
-                        to: base,
-                        of_gradient: i32::from(of_gradient),
-                        col: i32::try_from(start + col)?,
-                        width: i32::try_from(TILE.min(columns - col))?,
-                        rank: i32::try_from(rank + adapter.offset)?,
-                        r: i32::try_from(adapter.r)?,
-                        ld: i32::try_from(ld)?,
-                        scale: if of_gradient { self.parameters.scaling as f32 } else { 1.0 },
-                    });
+        let mut push = |columns: usize, tile: Tile| -> Result<()> {
+            for col in (0..columns).step_by(TILE) {
+                // A is [r, in], B is [out, r].
+                let across = if tile.of_gradient == 1 { tile.ld as usize } else { 1 };
+                tiles.push(Tile {
+                    to: tile.to + 4 * (col * across) as u64,
+                    col: tile.col + i32::try_from(col)?,
+                    width: i32::try_from(TILE.min(columns - col))?,
+                    ..tile
+                });
+            }
+            Ok(())
+        };
+        // Those of modules that lie behind each other are one matrix.
+        let mut together: Vec<(u64, usize, usize)> = Vec::with_capacity(modules.len());
+        for (_, adapter) in adapters() {
+            match together.last_mut() {
+                Some((a, offset, r))
+                    if !dropping
+                        && *a + (4 * *r * inputs) as u64 == adapter.a
+                        && *offset + *r == adapter.offset
+                        && *r + adapter.r <= TILE =>
+                {
+                    *r += adapter.r;
                 }
-                Ok(())
-            };
-            push(inputs, false)?;
-            push(module.outputs, true)?;
+                _ => together.push((adapter.a, adapter.offset, adapter.r)),
+            }
         }
-        Parts::new(self.device, self.arena, &tiles, tiles.len()).map(Some)
+        for (i, (a, offset, r)) in together.into_iter().enumerate() {
+            let tile = Tile {
+                to: a,
+                of_gradient: 0,
+                col: 0,
+                width: 0,
+                rank: i32::try_from(outputs + offset)?,
+                r: i32::try_from(r)?,
+                ld: i32::try_from(inputs)?,
+                scale: 1.0,
+                mask: i32::try_from(i)?,
+            };
+            push(inputs, tile)?;
+        }
+        for (module, adapter) in adapters() {
+            let tile = Tile {
+                to: adapter.b,
+                of_gradient: 1,
+                col: i32::try_from(module.start)?,
+                width: 0,
+                rank: i32::try_from(adapter.offset)?,
+                r: i32::try_from(adapter.r)?,
+                ld: i32::try_from(adapter.r)?,
+                scale: self.parameters.scaling as f32,
+                mask: 0,
+            };
+            push(module.outputs, tile)?;
+        }
+        let most = tiles.iter().map(|t| t.r as usize).max().unwrap_or(0);
+        Parts::new(self.device, self.arena, &tiles, most).map(Some)
     }
 }
 
