@@ -26,7 +26,6 @@ use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Instant;
 
 use arrow::array::{ArrayRef, Int64Array, RecordBatch, StringArray};
@@ -223,19 +222,19 @@ fn measure(work: &Value) -> Value {
     let encoder = Encoder::new(tokenizer, limits).unwrap();
     let task = if causal { Task::CausalLm } else { Task::SequenceClassification };
     let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap();
+    let salt = Digest::of(b"bench");
     let store = work["store"].as_str().map(|dir| Store::open(Path::new(dir)).unwrap());
-    let bytes = AtomicU64::new(0);
+    let memos = store.map(|store| store.memos(&salt));
     let keep = |key: &Digest, make: &mut dyn FnMut() -> anyhow::Result<Vec<u8>>| {
-        let Some(store) = &store else { return make() };
-        if let Some(kept) = store.memo(key) {
+        let Some(memos) = &memos else { return make() };
+        if let Some((kept, _)) = memos.get(key) {
             return Ok(kept);
         }
         let made = make()?;
-        bytes.fetch_add(made.len() as u64, Ordering::Relaxed);
-        store.keep_memo(key, &made)?;
+        memos.keep(key, &made)?;
         Ok(made)
     };
-    let chunks = Chunks { salt: Digest::of(b"bench"), keep: &keep };
+    let chunks = Chunks { salt, keep: &keep };
     let (input, output) = (path("rows"), path("out"));
     let made = pool
         .install(|| tokenize_file(&input, &output, &encoder, task, &chunks, &mut |_, _| Ok(())));

@@ -1,10 +1,6 @@
 //! Rows that repeat earlier ones, exactly or nearly.
-//!
-//! Near ones by MinHash (Broder 1997): a text is the set of its runs of words, and of 128 orders
-//! of all such runs the first one in the set is its signature; two signatures agree in as many
-//! places as the sets overlap (Jaccard). Rows that agree in a whole band of places are compared.
 
-use std::collections::{HashMap, HashSet};
+use std::collections::HashSet;
 
 use anyhow::{Context as _, Result};
 use arrow::array::RecordBatch;
@@ -12,9 +8,7 @@ use arrow::util::display::{ArrayFormatter, FormatOptions};
 use rayon::prelude::*;
 
 use super::doctor::digest;
-
-/// Orders of a signature.
-const ORDERS: usize = 128;
+use super::minhash::{Alike, Near, Signature, signature};
 
 /// What counts as a repetition.
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -25,36 +19,23 @@ pub enum Deduplicate {
     Near(Near),
 }
 
-/// From where on texts are nearly the same.
-#[derive(Debug, Clone, Copy, PartialEq)]
-pub struct Near {
-    /// Share of runs of words that two texts have in common, of those that either has.
-    pub threshold: f64,
-    /// Words of a run.
-    pub words: usize,
-}
-
 /// What was seen of earlier rows.
 #[derive(Debug)]
 pub struct Seen {
     how: Deduplicate,
     exact: HashSet<u128>,
-    /// Places of a band.
-    band: usize,
-    /// Kept rows by band and its hash.
-    bands: HashMap<(usize, u64), Vec<u32>>,
-    signatures: Vec<[u32; ORDERS]>,
+    /// Rows that were kept.
+    kept: Option<Alike>,
 }
 
 impl Seen {
     /// Nothing yet.
     pub fn new(how: Deduplicate) -> Self {
-        let band = match how {
-            Deduplicate::Exact => ORDERS,
-            Deduplicate::Near(near) => band_of(near.threshold),
+        let kept = match how {
+            Deduplicate::Exact => None,
+            Deduplicate::Near(near) => Some(Alike::new(near.threshold)),
         };
-        let (exact, bands) = (HashSet::new(), HashMap::new());
-        Self { how, exact, band, bands, signatures: Vec::new() }
+        Self { how, exact: HashSet::new(), kept }
     }
 
     /// For each row of a batch whether it is new, by some of its columns; new ones are remembered.
@@ -74,7 +55,7 @@ impl Seen {
             let values = formats.iter().map(|f| Ok(f.value(row).try_to_string()?));
             texts.push(values.collect::<Result<Vec<String>>>()?);
         }
-        let signatures: Vec<Option<[u32; ORDERS]>> = match self.how {
+        let signatures: Vec<Option<Signature>> = match self.how {
             Deduplicate::Exact => vec![None; texts.len()],
             Deduplicate::Near(near) => texts
                 .par_iter()
@@ -85,82 +66,17 @@ impl Seen {
         Ok(rows.map(|(texts, signature)| self.is_new(texts, signature)).collect())
     }
 
-    fn is_new(&mut self, texts: &[String], signature: Option<[u32; ORDERS]>) -> bool {
+    fn is_new(&mut self, texts: &[String], signature: Option<Signature>) -> bool {
         if !self.exact.insert(digest(texts.iter().map(String::as_bytes))) {
             return false;
         }
-        let (Deduplicate::Near(near), Some(signature)) = (self.how, signature) else {
-            return true;
-        };
-        let bands: Vec<(usize, u64)> = signature
-            .chunks_exact(self.band)
-            .enumerate()
-            .map(|(at, places)| (at, places.iter().fold(0, |h, p| mixed(h ^ u64::from(*p)))))
-            .collect();
-        let wanted = near.threshold * ORDERS as f64;
-        for band in &bands {
-            for other in self.bands.get(band).into_iter().flatten() {
-                let other = &self.signatures[*other as usize];
-                let same = signature.iter().zip(other).filter(|(a, b)| a == b).count();
-                if same as f64 >= wanted {
-                    return false;
-                }
-            }
+        let (Some(kept), Some(signature)) = (&mut self.kept, signature) else { return true };
+        let new = !kept.has_like(&signature);
+        if new {
+            kept.add(signature);
         }
-        let number = u32::try_from(self.signatures.len()).unwrap_or(u32::MAX);
-        self.signatures.push(signature);
-        for band in bands {
-            self.bands.entry(band).or_default().push(number);
-        }
-        true
+        new
     }
-}
-
-/// The longest band by which pairs at the threshold are still found with 97 % and more: one of
-/// `128 / band` bands agrees with probability 1 - (1 - t^band)^(128 / band).
-fn band_of(threshold: f64) -> usize {
-    let found = |band: i32| {
-        let bands = ORDERS as f64 / f64::from(band);
-        1.0 - (1.0 - threshold.powi(band)).powf(bands)
-    };
-    [32, 16, 8, 4, 2].into_iter().find(|band| found(*band) >= 0.97).unwrap_or(1) as usize
-}
-
-/// Finaliser of SplitMix64 (Steele, Lea, Flood 2014).
-fn mixed(x: u64) -> u64 {
-    let x = x.wrapping_add(0x9e37_79b9_7f4a_7c15);
-    let x = (x ^ (x >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-    let x = (x ^ (x >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
-    x ^ (x >> 31)
-}
-
-fn word_hash(word: &str) -> u64 {
-    let lower = word.chars().flat_map(char::to_lowercase);
-    lower.fold(0, |hash, c| mixed(hash ^ u64::from(c)))
-}
-
-/// The signature of a text: of each order, the least run of words. Case and punctuation do not
-/// count; a text of fewer words than a run is one run.
-fn signature(text: &str, words: usize) -> [u32; ORDERS] {
-    let hashes: Vec<u64> = text
-        .split(|c: char| !c.is_alphanumeric())
-        .filter(|word| !word.is_empty())
-        .map(word_hash)
-        .collect();
-    let mut least = [u32::MAX; ORDERS];
-    let mut take = |run: &[u64]| {
-        let run = run.iter().fold(0u64, |hash, word| mixed(hash.rotate_left(5) ^ word));
-        for (order, least) in least.iter_mut().enumerate() {
-            let place = mixed(run ^ mixed(order as u64)) >> 32;
-            *least = (*least).min(place as u32);
-        }
-    };
-    if hashes.len() <= words {
-        take(&hashes);
-    } else {
-        hashes.windows(words.max(1)).for_each(take);
-    }
-    least
 }
 
 #[cfg(test)]
@@ -210,22 +126,5 @@ mod tests {
         assert_eq!(new(near, &rows), [true, false, false, true, true, true]);
         let strict = Deduplicate::Near(Near { threshold: 1.0, words: 3 });
         assert_eq!(new(strict, &rows)[..3], [true, false, true]);
-    }
-
-    #[test]
-    fn bands_find_pairs_at_the_threshold() {
-        assert_eq!([1.0, 0.9, 0.8, 0.5].map(band_of), [32, 8, 4, 2]);
-    }
-
-    /// The estimate is that of the sets, within chance.
-    #[test]
-    fn signatures_estimate_the_overlap() {
-        for shared in [20, 60, 90] {
-            let (a, b) = (words(0, 100), words(100 - shared, 100));
-            let [a, b] = [a, b].map(|text| signature(&text, 1));
-            let same = a.iter().zip(&b).filter(|(a, b)| a == b).count() as f64 / ORDERS as f64;
-            let truth = shared as f64 / (200 - shared) as f64;
-            assert!((same - truth).abs() < 0.15, "{same} for {truth}");
-        }
     }
 }

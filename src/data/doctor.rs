@@ -2,7 +2,8 @@
 //!
 //! A [`Doctor`] is fed row by row, split by split, with [`Facts`] (digests, lengths, flaws) and
 //! never with the rows themselves, so that it takes some 40 bytes a row whatever is in it. It
-//! knows neither texts nor tokens: who feeds it says what a row's flaws are.
+//! knows neither texts nor tokens: who feeds it says what a row's flaws are. A row that is to be
+//! found among nearly the same ones has a signature of 512 bytes besides.
 
 mod between;
 mod report;
@@ -13,6 +14,8 @@ use std::collections::BTreeMap;
 
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
+
+use super::Near;
 
 pub use survey::{Facts, Survey, digest};
 pub use texts::{Columns, survey_dataset, survey_prompts};
@@ -49,6 +52,8 @@ pub enum Check {
     Conflicts,
     /// Rows of a split that stand in an earlier one as well.
     Overlap,
+    /// Rows of a split of which nearly all words stand in a row of an earlier one.
+    NearOverlap,
     /// Rows with nothing to learn.
     NoTarget,
     /// Rows that the tokenize step left out.
@@ -84,7 +89,7 @@ impl Check {
             | Self::NoTarget
             | Self::DoubledBos
             | Self::UnknownTokens => Some(0.0),
-            Self::Overlap => Some(limits.overlap),
+            Self::Overlap | Self::NearOverlap => Some(limits.overlap),
             Self::CutTarget => Some(0.1),
             Self::Empty | Self::Dropped | Self::MissingEos | Self::UntrainedTokens => Some(0.5),
             Self::Sorted
@@ -119,6 +124,10 @@ impl Check {
             Self::Overlap => {
                 "leave them out with `deduplicate: { across: true }` of a transform step: what was \
                  trained on says nothing about what was learnt"
+            }
+            Self::NearOverlap => {
+                "leave them out with `deduplicate: { near: 0.8, across: true }` of a transform \
+                 step: they are copies that were edited"
             }
             Self::NoTarget => {
                 "check the target column of the format step, and `max_length` and `truncate` of \
@@ -192,6 +201,10 @@ pub struct Finding {
 }
 
 impl Finding {
+    fn against(&self) -> &str {
+        self.against.as_deref().unwrap_or_default()
+    }
+
     /// Message and rows.
     pub fn line(&self) -> String {
         if self.rows.is_empty() || self.count >= self.of && self.of > SHOWN as u64 {
@@ -212,6 +225,8 @@ const SHOWN: usize = 10;
 pub struct Limits {
     /// Share of a split's rows that may stand in an earlier split.
     pub overlap: f64,
+    /// From where on a row nearly stands in another split; if not given, that is not looked at.
+    pub near: Option<Near>,
     /// Distance of two distributions, 0 (the same) to 1.
     pub drift: f64,
     /// Share of rows that the largest class may have.
@@ -220,7 +235,7 @@ pub struct Limits {
 
 impl Default for Limits {
     fn default() -> Self {
-        Self { overlap: 0.01, drift: 0.1, largest_class: 0.9 }
+        Self { overlap: 0.01, near: None, drift: 0.1, largest_class: 0.9 }
     }
 }
 

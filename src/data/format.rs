@@ -63,6 +63,11 @@ impl Format {
     /// # Errors
     /// When the ending is not known; the message lists those that are.
     pub fn required(name: &str) -> Result<(Self, Codec)> {
+        if is_archive(name) {
+            let fault =
+                Fault::new(format!("`{name}` is an archive, and archives are not unpacked"));
+            return Err(fault.help("unpack it, and name its files under `files`").into());
+        }
         Self::of_name(name).ok_or_else(|| {
             Fault::new(format!("`{name}` has no ending that says what it holds"))
                 .help(
@@ -71,6 +76,14 @@ impl Format {
                 .into()
         })
     }
+}
+
+/// Whether a name is that of an archive, which holds files and not rows.
+pub fn is_archive(name: &str) -> bool {
+    let name = name.to_ascii_lowercase();
+    let packed = [".gz", ".bz2", ".xz", ".zst"].iter().find_map(|end| name.strip_suffix(end));
+    let plain = packed.unwrap_or(&name);
+    plain.ends_with(".tar") || [".zip", ".tgz", ".7z", ".rar"].iter().any(|end| name.ends_with(end))
 }
 
 impl Codec {

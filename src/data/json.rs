@@ -5,21 +5,21 @@ use std::fmt;
 use std::io::{BufRead, BufReader, Read};
 use std::sync::Arc;
 
-use anyhow::{Context as _, Result, bail};
+use anyhow::Result;
 use arrow::array::RecordBatch;
 use arrow::datatypes::{DataType, Field, Schema};
 use serde::de::{Deserializer, MapAccess, SeqAccess, Visitor};
 use serde::ser::{SerializeMap as _, SerializeSeq as _, Serializer};
 use serde::{Deserialize, Serialize};
 
+use super::document::document;
 use super::table::BATCH;
 use super::text::unmarked;
 use super::{Reading, Table};
-use crate::source::{Fault, suggest};
 
 /// A JSON value whose fields keep their order.
 #[derive(Debug, Clone, PartialEq)]
-enum Json {
+pub(super) enum Json {
     Null,
     Bool(bool),
     Int(i64),
@@ -112,7 +112,7 @@ impl Serialize for Json {
 
 /// What a column holds so far.
 #[derive(Debug, Clone, PartialEq)]
-enum Ty {
+pub(super) enum Ty {
     Null,
     Bool,
     Int,
@@ -126,7 +126,7 @@ enum Ty {
 
 impl Ty {
     /// The type of a value; `None` for a list whose items do not go together.
-    fn of(value: &Json) -> Option<Self> {
+    pub(super) fn of(value: &Json) -> Option<Self> {
         Some(match value {
             Json::Null => Self::Null,
             Json::Bool(_) => Self::Bool,
@@ -195,7 +195,7 @@ impl Ty {
         }
     }
 
-    fn noun(&self) -> &'static str {
+    pub(super) fn noun(&self) -> &'static str {
         match self {
             Self::Null => "null",
             Self::Bool => "true or false",
@@ -321,19 +321,19 @@ impl Columns {
         from: impl Read,
         reading: &mut Reading<'_>,
     ) -> Result<Found> {
-        let items = match document(from, reading, &mut self.notes)? {
-            Document::Items(items) => items,
-            Document::Lines(whole, e) => {
-                return self.scan_lines(whole.as_slice(), reading).context(e);
+        let (mut bad, mut notes) = (Vec::new(), std::mem::take(&mut self.notes));
+        let of = (reading.name, reading.field);
+        let lines = document(from, of, &mut notes, &mut |number, row| {
+            if !self.add(number, &row, reading)? {
+                bad.push(number);
             }
-        };
-        let mut bad = Vec::new();
-        for (i, item) in items.iter().enumerate() {
-            if !self.add(i + 1, item, reading)? {
-                bad.push(i + 1);
-            }
+            Ok(())
+        });
+        self.notes = notes;
+        match lines? {
+            Some(lines) => self.scan_lines(lines, reading),
+            None => Ok(Found { lines: false, bad }),
         }
-        Ok(Found { lines: false, bad })
     }
 
     /// Hands out the rows of a file in batches, in a second pass; a field that is absent is null.
@@ -372,8 +372,8 @@ impl Columns {
         };
         if found.lines {
             lines(from, &mut |number, parsed| add(number, parsed.unwrap_or(Json::Null)))?;
-        } else if let Document::Items(items) = document(from, reading, &mut Vec::new())? {
-            items.into_iter().enumerate().try_for_each(|(i, item)| add(i + 1, item))?;
+        } else {
+            document(from, (reading.name, reading.field), &mut Vec::new(), &mut add)?;
         }
         if rows.is_empty() { Ok(()) } else { flush(&mut rows) }
     }
@@ -398,101 +398,9 @@ fn lines(
     Ok(())
 }
 
-/// What a `.json` file is.
-enum Document {
-    /// One value, whose rows these are.
-    Items(Vec<Json>),
-    /// An object per line, as many files named .json are; and why it is no document.
-    Lines(Vec<u8>, serde_json::Error),
-}
-
-fn document(
-    mut from: impl Read,
-    reading: &Reading<'_>,
-    notes: &mut Vec<String>,
-) -> Result<Document> {
-    let mut whole = Vec::new();
-    from.read_to_end(&mut whole)?;
-    // An empty file is a split's part without a row, as it is with a row a line.
-    if unmarked(&whole).trim_ascii().is_empty() {
-        return Ok(Document::Items(Vec::new()));
-    }
-    let one_line = !whole.trim_ascii().contains(&b'\n');
-    Ok(Document::Items(match (serde_json::from_slice(unmarked(&whole)), reading.field) {
-        (Ok(Json::List(items)), None) => items,
-        (Ok(Json::List(_)), Some(field)) => {
-            let message = format!("{} is a list and has no field `{field}`", reading.name);
-            return Err(Fault::new(message).help("leave `field` out").into());
-        }
-        (Ok(Json::Map(fields)), None) if one_line => {
-            if let [field] = lists_of_rows(&fields).as_slice() {
-                notes.push(format!(
-                    "{} is one line and was read as one row; if its rows are the list in \
-                     `{field}`, set `field: {field}`",
-                    reading.name
-                ));
-            }
-            vec![Json::Map(fields)]
-        }
-        (Ok(Json::Map(fields)), _) => in_field(fields, reading)?,
-        (Ok(other), _) => {
-            let found = Ty::of(&other).map_or("a list", |ty| ty.noun());
-            bail!("{}: expected a list of objects, found {found}", reading.name)
-        }
-        (Err(e), _) if !one_line && first_line_is_a_row(&whole) => {
-            return Ok(Document::Lines(whole, e));
-        }
-        (Err(e), _) => return Err(e).with_context(|| format!("{} is not JSON", reading.name)),
-    }))
-}
-
 /// serde_json counts lines within what it was given; ours is one line of the file.
 fn syntax(e: &serde_json::Error, line: usize) -> String {
     let text = e.to_string();
     let message = text.split(" at line ").next().unwrap_or(&text);
     format!("not JSON: {message} (line {line}, character {})", e.column())
-}
-
-fn first_line_is_a_row(whole: &[u8]) -> bool {
-    let line = unmarked(whole).split(|b| *b == b'\n').next().unwrap_or_default();
-    matches!(serde_json::from_slice(line), Ok(Json::Map(_)))
-}
-
-/// Names of the fields that hold a list of objects with something in it.
-fn lists_of_rows(fields: &[(String, Json)]) -> Vec<String> {
-    let rows = |value: &Json| match value {
-        Json::List(items) => !items.is_empty() && items.iter().all(|i| matches!(i, Json::Map(_))),
-        _ => false,
-    };
-    fields.iter().filter(|(_, v)| rows(v)).map(|(n, _)| n.clone()).collect()
-}
-
-/// The list in the field that was asked for, else in the only field that holds a list of objects.
-fn in_field(fields: Vec<(String, Json)>, reading: &Reading<'_>) -> Result<Vec<Json>> {
-    let names = lists_of_rows(&fields);
-    let name = match (reading.field, names.as_slice()) {
-        (Some(field), _) => field.to_owned(),
-        (None, [only]) => only.clone(),
-        (None, _) => {
-            let what = if names.is_empty() { "no field" } else { "more than one field" };
-            let message =
-                format!("{} is an object with {what} that holds a list of rows", reading.name);
-            let fault = Fault::new(message).help(if names.is_empty() {
-                "a list of objects is expected".to_owned()
-            } else {
-                format!("set `field` to one of {}", names.join(", "))
-            });
-            return Err(fault.into());
-        }
-    };
-    let known: Vec<&str> = names.iter().map(String::as_str).collect();
-    let missing = || {
-        let fault = Fault::new(format!("{} has no list of rows in `{name}`", reading.name));
-        fault.help(suggest(&name, &known).unwrap_or_else(|| "it has none at all".into()))
-    };
-    match fields.into_iter().find(|(n, _)| *n == name) {
-        // Empty, and asked for by name: no rows.
-        Some((_, Json::List(items))) if items.is_empty() || names.contains(&name) => Ok(items),
-        _ => Err(missing().into()),
-    }
 }

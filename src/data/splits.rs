@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 
 use anyhow::{Result, bail};
 
-use super::{Card, Config, Format};
+use super::{Card, Config, Format, is_archive};
 use crate::source::{Fault, suggest};
 
 /// Words that name a split when they stand alone in a path (`data/train-00000.parquet`).
@@ -183,6 +183,13 @@ pub fn with_rows<'a>(paths: &[&'a str]) -> (Vec<&'a str>, Vec<&'a str>) {
 /// When no file holds rows, or splits are named in several formats.
 pub fn of_names(paths: &[&str]) -> Result<Found> {
     let (data, mut left_out) = with_rows(paths);
+    let archives: Vec<&str> = paths.iter().copied().filter(|path| is_archive(path)).collect();
+    let is_text = |path: &&str| matches!(Format::of_name(path), Some((Format::Text, _)));
+    if !archives.is_empty() && data.iter().all(is_text) {
+        let message = format!("the rows are in archives: {}", archives.join(", "));
+        let help = "archives are not unpacked: unpack them, and name their files under `files`";
+        return Err(Fault::new(message).help(help).into());
+    }
     let mut by_format: BTreeMap<Format, Vec<&str>> = BTreeMap::new();
     for path in data {
         if let Some((format, _)) = Format::of_name(path) {
@@ -320,6 +327,16 @@ mod tests {
         ] {
             assert_eq!(glob_match(pattern, path), want, "{pattern} {path}");
         }
+    }
+
+    #[test]
+    fn archives_are_told() {
+        for archives in ["train.zip", "data/train.tar.gz", "train.csv.zip", "a.TGZ", "b.tar"] {
+            let e = of_names(&["README.md", "notes.txt", archives]).unwrap_err();
+            assert_eq!(e.to_string(), format!("the rows are in archives: {archives}"));
+        }
+        assert!(of_names(&["train.csv", "images.zip"]).is_ok());
+        assert!(!is_archive("train.csv.gz") && !is_archive("zip.parquet"));
     }
 
     #[test]

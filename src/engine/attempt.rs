@@ -23,7 +23,7 @@ use crate::hub::Hub;
 use crate::lineage::{Made, Record, Wrote, unix_ms};
 use crate::pipeline::Instance;
 use crate::source::{Fault, advice};
-use crate::step::{CHECKPOINT_EVERY, Context, Device, Event, Produced, Step};
+use crate::step::{CHECKPOINT_EVERY, Context, Device, Event, Produced, Refused, Step};
 use crate::store::{FileState, Lease, Spares, Store, StoreError, host};
 
 /// What is to be done: all that an attempt needs beside the parsed step.
@@ -118,7 +118,8 @@ pub(super) struct Failure {
     pub(super) help: Vec<String>,
     /// The store's disk refused.
     pub(super) store: bool,
-    /// An input moved: trying again cannot help, and the attempt's directory is worth keeping.
+    /// An input moved, or was refused: trying again cannot help, and the attempt's directory is
+    /// worth keeping.
     pub(super) keep: bool,
 }
 
@@ -137,7 +138,7 @@ impl Failure {
                 matches!(refused, Some(StoreError::Full { .. } | StoreError::ReadOnly { .. }))
                     || matches!(full, Some(ErrorKind::StorageFull | ErrorKind::QuotaExceeded))
             }),
-            keep: error.chain().any(<dyn std::error::Error>::is::<Tainted>),
+            keep: error.chain().any(|e| e.is::<Tainted>() || e.is::<Refused>()),
         }
     }
 

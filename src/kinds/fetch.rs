@@ -33,8 +33,9 @@ use crate::step::{Context, FileInput, Outside, Ports, Problem, StepKind};
 /// the split (a shard's name, as in `train_sft-00000-of-00004`, is taken whole), and without such
 /// words all is `train`. Files that are left out are named in a warning.
 ///
-/// Where a hub dataset is only a script, and no revision is asked for, the Parquet files are taken
-/// into which the hub has converted it (`refs/convert/parquet`).
+/// Where a hub dataset is only a script, or archives, and no revision is asked for, the Parquet
+/// files are taken into which the hub has converted it (`refs/convert/parquet`). Archives are not
+/// unpacked.
 ///
 /// A hub revision is pinned to a commit, a URL to a checksum, in the lock beside the pipeline.
 #[derive(Debug, Clone, Serialize, Deserialize, JsonSchema)]

@@ -17,7 +17,7 @@ use crate::source::{Fault, advice, suggest};
 use crate::step::{Context, Input, Ports, Problem, StepKind};
 use crate::text::{
     ChatTemplate, Classes, Fields, Formatter, LabelWords, OnRefused, Pattern, Rendered,
-    RenderedFile, Target, Task, Template, distinct, render_file, schema,
+    RenderedFile, Tags, Target, Task, Template, distinct, known_roles, render_file, schema,
 };
 
 /// Renders rows into prompts and targets, or into texts and classes.
@@ -69,6 +69,14 @@ pub(super) struct Format {
     /// `{from, value}` (ShareGPT), or that as JSON. Calls of tools are answers.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     messages: Option<String>,
+    /// What `messages` call role and text where that is neither OpenAI's nor ShareGPT's:
+    /// `{ role: speaker, content: text, roles: { customer: user, agent: assistant } }`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    tags: Option<Tags>,
+    /// The column of the turns before the row's own (chat with `output`): a list of `[asked,
+    /// answered]`, or that as JSON, as in LLaMA-Factory. Their answers are learnt, too.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    history: Option<String>,
     /// The column of the tools that a conversation may call (with `messages`): a list of their
     /// descriptions, or that as JSON.
     #[serde(default, skip_serializing_if = "Option::is_none")]
@@ -234,6 +242,10 @@ impl StepKind for Format {
                 wrong(&format!("classes[{at}]"), format!("class `{class}` is named twice"), "");
             }
         }
+        for (name, role) in self.tags.iter().flat_map(Tags::unknown) {
+            let help = format!("known are {}, function_call", known_roles());
+            wrong(&format!("tags.roles.{name}"), format!("`{role}` is no role"), &help);
+        }
         if let Some(date) = &self.date
             && let Err(e) = ChatTemplate::date(date)
         {
@@ -357,6 +369,8 @@ impl Format {
             ("classes", !self.classes.is_empty(), t == Classification),
             ("system", self.system.is_some(), system && self.messages.is_none()),
             ("messages", self.messages.is_some(), t == Chat),
+            ("tags", self.tags.is_some(), t == Chat && self.messages.is_some()),
+            ("history", self.history.is_some(), t == Chat && self.messages.is_none()),
             ("tools", self.tools.is_some(), t == Chat && self.messages.is_some()),
             ("tokenizer", self.tokenizer.is_some(), t == Chat),
             ("date", self.date.is_some(), t == Chat),
@@ -374,7 +388,8 @@ impl Format {
 
     /// Refuses a column whose values cannot be what they are read as.
     fn check_type(&self, split: &str, column: &str, held: &DataType) -> Result<()> {
-        let json = [self.messages.as_deref(), self.tools.as_deref()].contains(&Some(column));
+        let json = [&self.messages, &self.tools, &self.history];
+        let json = json.iter().any(|named| named.as_deref() == Some(column));
         let text = matches!(held, DataType::Utf8 | DataType::LargeUtf8 | DataType::Utf8View);
         let lists = matches!(held, DataType::List(_) | DataType::LargeList(_));
         let bytes = matches!(
@@ -385,7 +400,7 @@ impl Format {
                 | DataType::FixedSizeBinary(_)
         );
         let (fits, expected) = if json {
-            (text || lists, "lists of messages, or these as JSON")
+            (text || lists, "lists, or these as JSON")
         } else {
             (!held.is_nested() && !bytes, "text or numbers")
         };
@@ -457,6 +472,8 @@ impl Format {
             pair: self.pair.clone(),
             target,
             messages: self.messages.clone(),
+            tags: self.tags.clone().unwrap_or_default(),
+            history: self.history.clone(),
             tools: self.tools.clone(),
         }
     }

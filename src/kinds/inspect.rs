@@ -1,6 +1,7 @@
 //! `inspect`: what in the rows would ruin a run.
 
 use std::collections::BTreeSet;
+use std::path::Path;
 
 use anyhow::{Context as _, Result};
 use schemars::JsonSchema;
@@ -11,13 +12,14 @@ use crate::artifact::{
     AnyRows, Artifact as _, Dataset, Model, Prompts, ReportFile, TokenizerFiles, Tokens,
     TokensInfo, TokensSplit, Type,
 };
+use crate::data::Near;
 use crate::data::doctor::{
     Check, Columns, Doctor, Facts, Finding, Limits, Severity, Survey, digest, survey_dataset,
     survey_prompts,
 };
 use crate::learn::{self, Embedding, Row, RowReader};
 use crate::source::Fault;
-use crate::step::{Context, Input, Ports, Problem, StepKind};
+use crate::step::{Added, Context, Input, Ports, Problem, Refused, StepKind};
 
 /// Looks at rows and refuses what would ruin a run: the data doctor.
 ///
@@ -26,7 +28,8 @@ use crate::step::{Context, Input, Ports, Problem, StepKind};
 ///
 /// - refused: `no_rows`, `one_class`, `no_label`, `label_outside`, `no_target` (nothing to
 ///   learn), `doubled_bos`, `unknown_tokens`, and with more than a share of the rows `overlap`
-///   (rows of a split that stand in an earlier one; share `overlap`), `cut_target` (a tenth),
+///   (rows of a split that stand in an earlier one; share `overlap`), `near_overlap` (rows that
+///   nearly do, where `near` is given; the same share), `cut_target` (a tenth),
 ///   `missing_eos`, `empty`, `dropped` and `untrained_tokens` (half);
 /// - warned of: these in fewer rows, and `sorted`, `imbalance`, `unseen_class`, `class_drift`,
 ///   `length_drift`, `duplicates`, `conflicts` (one text, several labels), `missing_bos`.
@@ -59,6 +62,14 @@ pub(super) struct Inspect {
     /// Share of a split's rows that may stand in an earlier split.
     #[serde(default = "overlap")]
     overlap: f64,
+    /// Looks for rows that nearly stand in an earlier split (datasets; MinHash): the share of runs of
+    /// words, of all that two rows have, from which on they do; 0.8 finds copies that were edited.
+    /// Costs some 500 bytes a row, and more time than all the rest.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    near: Option<f64>,
+    /// Words of a run, for `near`.
+    #[serde(default = "five")]
+    words: usize,
     /// Distance between the classes, or the lengths, of two splits from which on it is told, 0
     /// (the same) to 1.
     #[serde(default = "drift")]
@@ -71,6 +82,9 @@ pub(super) struct Inspect {
 fn overlap() -> f64 {
     Limits::default().overlap
 }
+fn five() -> usize {
+    5
+}
 fn drift() -> f64 {
     Limits::default().drift
 }
@@ -81,6 +95,7 @@ fn largest_class() -> f64 {
 impl StepKind for Inspect {
     const NAME: &'static str = "inspect";
     const VERSION: u32 = 1;
+    const ADDED: &'static [Added] = &[Added { field: "words", legacy: "5" }];
 
     fn ports(&self) -> Ports {
         Ports::of(Type::Report)
@@ -93,6 +108,7 @@ impl StepKind for Inspect {
             ("label", self.label.is_some(), Type::Dataset),
             ("target", self.target.is_some(), Type::Dataset),
             ("columns", self.columns.is_some(), Type::Dataset),
+            ("near", self.near.is_some(), Type::Dataset),
             ("model", self.model.is_some(), Type::Tokens),
         ];
         for (field, given, of) in only {
@@ -105,8 +121,16 @@ impl StepKind for Inspect {
             let problem = Problem::error("columns", "no column is named");
             problems.push(problem.help("leave it out for all columns of text"));
         }
+        if self.words == 0 {
+            problems.push(Problem::error("words", "a run has 1 word or more"));
+        }
+        if self.near == Some(0.0) {
+            let problem = Problem::error("near", "all rows have nothing in common");
+            problems.push(problem.help("0.8 finds copies that were edited"));
+        }
         for (field, share) in [
             ("overlap", self.overlap),
+            ("near", self.near.unwrap_or(1.0)),
             ("drift", self.drift),
             ("largest_class", self.largest_class),
         ] {
@@ -125,8 +149,12 @@ impl StepKind for Inspect {
     }
 
     fn run(&self, cx: &mut Context<'_>) -> Result<()> {
-        let limits =
-            Limits { overlap: self.overlap, drift: self.drift, largest_class: self.largest_class };
+        let limits = Limits {
+            overlap: self.overlap,
+            near: self.near.map(|threshold| Near { threshold, words: self.words }),
+            drift: self.drift,
+            largest_class: self.largest_class,
+        };
         let (doctor, notes) = match cx.open(&self.data)? {
             AnyRows::Dataset(data) => (self.of_dataset(cx, &data, limits)?, Vec::new()),
             AnyRows::Prompts(data) => (self.of_prompts(cx, &data, limits)?, Vec::new()),
@@ -144,7 +172,6 @@ impl StepKind for Inspect {
                 cx.warn(told(finding));
             }
         }
-        refuse(&findings)?;
         for (name, value) in &metrics {
             cx.fact(name, *value);
         }
@@ -152,7 +179,9 @@ impl StepKind for Inspect {
         let details = doctor.details(&findings);
         let dir = cx.out_dir("report")?;
         std::fs::write(dir.join("report.md"), markdown).context("writing report.md")?;
-        cx.write_json(&dir, "report.json", &ReportFile { title, metrics, details })
+        cx.write_json(&dir, "report.json", &ReportFile { title, metrics, details })?;
+        let report = cx.kept_dir().join("out/report/report.md");
+        refuse(&findings, &report)
     }
 }
 
@@ -162,15 +191,19 @@ pub(super) fn told(finding: &Finding) -> String {
 }
 
 /// Fails with all that is refused, and how to let it pass.
-fn refuse(findings: &[Finding]) -> Result<()> {
+fn refuse(findings: &[Finding], report: &Path) -> Result<()> {
     let refused: Vec<&Finding> =
         findings.iter().filter(|f| f.severity == Severity::Refused).collect();
     let Some(first) = refused.first() else { return Ok(()) };
     let lines: Vec<String> = refused.iter().map(|f| f.line()).collect();
     let names: BTreeSet<String> = refused.iter().map(|f| f.check.name()).collect();
     let names = names.into_iter().collect::<Vec<_>>().join(", ");
-    let help = format!("{}; or, if it is meant to be so, set `allow: [{names}]`", first.help);
-    Err(Fault::new(lines.join("; ")).help(help).into())
+    let help = format!(
+        "{}; or, if it is meant to be so, set `allow: [{names}]`; the whole report is in {}",
+        first.help,
+        report.display()
+    );
+    Err(Refused(Fault::new(lines.join("; ")).help(help)).into())
 }
 
 impl Inspect {

@@ -20,8 +20,9 @@ use crate::step::{Context, Input, Ports, Problem, StepKind};
 /// another one gets, as long as there are enough.
 ///
 /// With `group`, rows of one group (of one film, one user) all go to the same split, so numbers of
-/// rows are upper bounds. With `folds`, `train` is cut into so many folds, of which `fold` becomes
-/// `validation` and all others `train`; a sweep over `fold` is a cross-validation.
+/// rows are upper bounds; `stratify` then keeps proportions as far as whole groups allow. With
+/// `folds`, `train` is cut into so many folds, of which `fold` becomes `validation` and all others
+/// `train`; a sweep over `fold` is a cross-validation.
 ///
 /// Slices of one class, and unshuffled slices sorted by class, are refused: a dataset that is
 /// stored class by class (IMDB is) gives them easily, and a model trained on them learns nothing.
@@ -227,9 +228,6 @@ impl Sample {
 
     fn check_folds(&self, problems: &mut Vec<Problem>) {
         let mut wrong = |path: &str, message: String| problems.push(Problem::error(path, message));
-        if self.group.is_some() && self.stratify.is_some() {
-            wrong("group", "`group` and `stratify` exclude each other".into());
-        }
         let Some(folds) = self.folds else {
             if self.fold.is_some() {
                 wrong("fold", "`fold` belongs to `folds`".into());
@@ -289,7 +287,8 @@ impl Sample {
         let drawn = match &self.group {
             Some(column) => {
                 let of = Labels::any(&table, column)?.rows;
-                let groups = Groups::new(source, &of, self.seed, self.shuffle);
+                let strata = labels.as_ref().filter(|_| self.stratify.is_some());
+                let groups = Groups::new(source, &of, strata, self.seed, self.shuffle);
                 self.parts(
                     source,
                     parts,

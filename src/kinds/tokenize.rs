@@ -106,10 +106,9 @@ impl StepKind for Tokenize {
                     cx.stop()
                 };
                 let out = dir.join(ROWS);
-                let keep = Chunks {
-                    salt: self.salt(&cx.open(&self.tokenizer)?, &info)?,
-                    keep: &|key, make| cx.memo(key, make),
-                };
+                let salt = self.salt(&cx.open(&self.tokenizer)?, &info)?;
+                let memos = cx.memos(&salt);
+                let keep = Chunks { salt, keep: &|key, make| cx.memo(&memos, key, make) };
                 pool.install(|| tokenize_file(&rows, &out, &encoder, task, &keep, &mut progress))
                     .with_context(|| format!("split `{name}`"))?
             };

@@ -133,6 +133,7 @@ struct Survey<'a> {
     blobs: BTreeMap<Digest, Vec<Digest>>,
     objects: BTreeMap<Digest, Item>,
     origins: BTreeMap<Digest, Item>,
+    /// Packs of them.
     memos: BTreeMap<Digest, Item>,
     /// By key of the step whose result was made of them.
     memo_uses: BTreeMap<Digest, (Item, Vec<Digest>)>,
@@ -212,7 +213,7 @@ impl<'a> Survey<'a> {
             blobs,
             objects,
             origins,
-            memos: store.by_digest("memos")?,
+            memos: store.memo_packs()?.0,
             memo_uses,
             checkpoints,
             unchanged: store.items("unchanged")?,
@@ -260,13 +261,14 @@ impl<'a> Survey<'a> {
             self.candidates.extend(inspection.map(|(class, i)| Candidate::Inspection(class, i)));
         }
         let mut temporary = store.items("tmp")?;
-        for folder in ["trees", "origins", "records", "memos"] {
+        for folder in ["trees", "origins", "records"] {
             let files = store.sharded(folder)?.into_iter().map(|(_, item)| item);
             temporary.extend(files.filter(|item| is_temporary(item.name())));
         }
         for folder in ["pins", "outputs", "unchanged", "memo-uses"] {
             temporary.extend(store.items(folder)?.into_iter().filter(|i| is_temporary(i.name())));
         }
+        temporary.extend(store.memo_packs()?.1);
         for item in temporary.iter().filter(|item| stale(item, budget.grace)) {
             self.litter.push(self.removal(Class::Temporary, item, None));
         }

@@ -14,7 +14,8 @@ use super::{Binding, Input};
 use crate::artifact::{Artifact, View};
 use crate::digest::Digest;
 use crate::hub;
-use crate::store::{Entry, Origin, Store};
+use crate::source::Fault;
+use crate::store::{Entry, KEPT_ATTEMPT, Memos, Origin, Store};
 
 /// Numbers and words about a run that belong to its record, not to its output: parameter counts,
 /// rows, throughput, times.
@@ -33,6 +34,12 @@ pub enum Device {
     /// An NVIDIA GPU.
     Cuda,
 }
+
+/// A step's verdict on its inputs: to try again cannot help, and the folder of the attempt is kept
+/// for the user to look at ([`Context::kept_dir`]).
+#[derive(Debug, thiserror::Error)]
+#[error("{0}")]
+pub struct Refused(#[source] pub Fault);
 
 /// What a step says while it runs.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -81,7 +88,7 @@ pub struct Produced {
     pub facts: Facts,
     /// For the record.
     pub warnings: Vec<String>,
-    /// Keys of the memos that it was made of.
+    /// Packs of the memos that it was made of.
     pub memos: Mutex<BTreeSet<Digest>>,
     /// Whether all of it is made, memos that are kept or not: a run that was forced.
     pub afresh: bool,
@@ -167,6 +174,12 @@ impl Context<'_> {
         Ok(dir)
     }
 
+    /// Where the folder of this attempt lies in the end if the step fails as [`Refused`].
+    pub fn kept_dir(&self) -> PathBuf {
+        let name = self.attempt_dir.file_name().unwrap_or_default();
+        self.attempt_dir.with_file_name(format!("{KEPT_ATTEMPT}{}", name.display()))
+    }
+
     /// Keeps a folder of this attempt as the newest checkpoint, for the next attempt to go on
     /// from if this one does not come to its end. The folder is taken over.
     ///
@@ -193,24 +206,33 @@ impl Context<'_> {
         }
     }
 
+    /// Parts of results that have a scope in common: what decides them beside their keys.
+    pub fn memos(&self, scope: &Digest) -> Memos {
+        self.store.memos(scope)
+    }
+
     /// A part of the result: what was kept under a key, else what `make` makes, which is kept.
-    /// Everything that decides the bytes must be in the key. May be called by several threads.
+    /// Everything that decides the bytes must be in the key or in the scope. May be called by
+    /// several threads.
     ///
     /// # Errors
     /// When `make` fails. What cannot be kept is made again another time.
-    pub fn memo(&self, key: &Digest, make: &mut dyn FnMut() -> Result<Vec<u8>>) -> Result<Vec<u8>> {
-        let kept = if self.produced.afresh { None } else { self.store.memo(key) };
-        let bytes = match kept {
-            Some(bytes) => bytes,
+    pub fn memo(
+        &self,
+        memos: &Memos,
+        key: &Digest,
+        make: &mut dyn FnMut() -> Result<Vec<u8>>,
+    ) -> Result<Vec<u8>> {
+        let kept = if self.produced.afresh { None } else { memos.get(key) };
+        let (bytes, pack) = match kept {
+            Some(kept) => kept,
             None => {
                 let bytes = make()?;
-                if self.store.keep_memo(key, &bytes).is_err() {
-                    return Ok(bytes);
-                }
-                bytes
+                let Ok(pack) = memos.keep(key, &bytes) else { return Ok(bytes) };
+                (bytes, pack)
             }
         };
-        self.produced.memos.lock().unwrap_or_else(PoisonError::into_inner).insert(*key);
+        self.produced.memos.lock().unwrap_or_else(PoisonError::into_inner).insert(pack);
         Ok(bytes)
     }
 

@@ -6,7 +6,8 @@ use std::path::{Path, PathBuf};
 use anyhow::{Context as _, Result};
 
 use super::FileInput;
-use crate::data::{Format, glob_match, with_rows};
+use crate::data::{Format, glob_match, is_archive, with_rows};
+use crate::digest::Digest;
 use crate::hub::{Hub, RepoFile, RepoType};
 use crate::lineage::Lock;
 use crate::source::Fault;
@@ -29,12 +30,13 @@ pub struct Outside<'a> {
 /// Where the hub keeps what it has converted to Parquet.
 const CONVERTED: &str = "refs/convert/parquet";
 
-/// Whether a dataset has a script and no rows.
-fn is_script(files: &[RepoFile]) -> bool {
+/// Whether a dataset has a script, or archives, and no rows.
+fn needs_converting(files: &[RepoFile]) -> bool {
     let names: Vec<&str> = files.iter().map(|f| f.path.as_str()).collect();
     let (rows, _) = with_rows(&names);
     let text = |name: &&str| matches!(Format::of_name(name), Some((Format::Text, _)));
-    rows.iter().all(text) && names.iter().any(|name| name.ends_with(".py") && !name.contains('/'))
+    let made = |name: &&str| is_archive(name) || name.ends_with(".py") && !name.contains('/');
+    rows.iter().all(text) && names.iter().any(made)
 }
 
 impl Outside<'_> {
@@ -52,8 +54,8 @@ impl Outside<'_> {
         self.lock.get_or_insert(&name, || hub.commit(ty, repo, revision))
     }
 
-    /// The commit of a dataset's rows: where a dataset is only a script that makes them, and no
-    /// revision is asked for, that of the branch in which the hub keeps them as Parquet. A lock
+    /// The commit of a dataset's rows: where a dataset is only a script that makes them, or has
+    /// them in archives, and no revision is asked for, that of the branch in which the hub keeps them as Parquet. A lock
     /// that knows the dataset says which of the two it was.
     ///
     /// # Errors
@@ -68,12 +70,22 @@ impl Outside<'_> {
         if revision.is_some() {
             return Ok(commit);
         }
-        let script = match known {
+        let converted = match known {
             true => knows(self.lock, CONVERTED),
             // What is wrong with the list of files is said where they are read.
-            false => self.hub.tree(ty, repo, &commit).is_ok_and(|files| is_script(&files)),
+            false => self.hub.tree(ty, repo, &commit).is_ok_and(|files| needs_converting(&files)),
         };
-        if script { self.commit(ty, repo, Some(CONVERTED)) } else { Ok(commit) }
+        if !converted {
+            return Ok(commit);
+        }
+        self.commit(ty, repo, Some(CONVERTED)).map_err(|e| {
+            let message = format!(
+                "`{repo}` has a script or archives instead of files with rows, and there is no \
+                 Parquet of it on the hub (`{CONVERTED}`)"
+            );
+            let help = "unpack its archives, or run its script, and name the files under `files`";
+            Fault::new(message).help(help).cause(e).into()
+        })
     }
 
     /// The files that a path with `*`, `?` or `[…]` in it names, resolved, each with its path

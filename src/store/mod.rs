@@ -15,8 +15,8 @@
 //! outputs/…             what was put at the places of outputs
 //! quarantine/…          damaged objects and manifests, kept for inspection
 //! tmp/…                 files on their way to `objects`
-//! memos/ab/cdef…        parts of results below a step; may be deleted at any time
-//! memo-uses/<key>       the memos that a key's result was made of
+//! memos/<scope>.<pack>  parts of results below a step; may be deleted at any time
+//! memo-uses/<key>       the packs of memos that a key's result was made of
 //! pins/<name>           results that are never collected (written by `lineage`)
 //! ```
 
@@ -40,6 +40,7 @@ pub use disk::{Disk, Faults, StoreError};
 pub use folder::{is_within, states_in};
 pub use gc::Item;
 pub use lease::{Holder, Lease, Spares, host};
+pub use memo::Memos;
 use stat::StatTable;
 pub use stat::{FileState, States, digest_of_states};
 

@@ -1,7 +1,11 @@
 //! Whole conversations as data sets write them.
 
+use std::collections::BTreeMap;
+
 use anyhow::{Context as _, Result};
 use minijinja::value::{Value, ValueKind};
+use schemars::JsonSchema;
+use serde::{Deserialize, Serialize};
 
 use super::chat::Message;
 use super::json::{fields, map, parse};
@@ -10,6 +14,48 @@ use crate::source::Fault;
 /// The roles that chat templates know.
 const ROLES: [&str; 5] = ["system", "developer", "user", "assistant", "tool"];
 const LEAVE_OUT: &str = "leave such rows out with `on_refused: drop`";
+
+/// What the calls of tools are called where they are messages of their own.
+const CALL: &str = "function_call";
+
+/// What a data set calls the parts of a message.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct Tags {
+    /// The key of a message's role; `role` or `from` if not given.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    role: Option<String>,
+    /// The key of its text; `content` or `value` if not given.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    content: Option<String>,
+    /// Roles (`user`, `assistant`, `system`, `developer`, `tool`, `function_call`) by what the
+    /// data calls them, where that is none of these or ShareGPT's `human`, `gpt`, `observation`.
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    roles: BTreeMap<String, String>,
+}
+
+impl Tags {
+    /// Names in `roles` that stand for no role, with the role.
+    pub fn unknown(&self) -> impl Iterator<Item = (&str, &str)> {
+        let known = |role: &str| ROLES.contains(&role) || role == CALL;
+        let roles = self.roles.iter().map(|(name, role)| (name.as_str(), role.as_str()));
+        roles.filter(move |(_, role)| !known(role))
+    }
+
+    fn role_of<'a>(&'a self, name: &'a str) -> &'a str {
+        match self.roles.get(name).map_or(name, String::as_str) {
+            "human" => "user",
+            "gpt" => "assistant",
+            "observation" => "tool",
+            same => same,
+        }
+    }
+}
+
+/// Roles as they are listed in messages.
+pub fn known_roles() -> String {
+    ROLES.join(", ")
+}
 
 /// A whole conversation: `{role, content}` (OpenAI) or `{from, value}` (ShareGPT) entries, with
 /// the calls of tools (`tool_calls`, the older `function_call`, ShareGPT's `function_call` entries)
@@ -23,9 +69,9 @@ impl Conversation {
     /// # Errors
     /// When it is not a list of messages, or a message has no role or no text, a role that chat
     /// templates do not write, a part that is not text, or a call that is not one.
-    pub fn read(cell: &Value) -> Result<Self> {
+    pub fn read(cell: &Value, tags: &Tags) -> Result<Self> {
         let list = items(cell).context("a conversation is a list of messages")?;
-        let messages = list.iter().enumerate().map(|(i, m)| message(m, i + 1));
+        let messages = list.iter().enumerate().map(|(i, m)| message(m, i + 1, tags));
         messages.collect::<Result<_>>().map(Self)
     }
 }
@@ -34,7 +80,31 @@ fn items(value: &Value) -> Option<Vec<Value>> {
     (value.kind() == ValueKind::Seq).then(|| value.try_iter().ok().map(Iterator::collect))?
 }
 
-fn text_of(message: &Value, names: [&str; 2]) -> Option<String> {
+/// Turns before a row's own, as in the `history` of LLaMA-Factory: a list of (asked, answered).
+///
+/// # Errors
+/// When it is not that.
+pub(super) fn history(cell: &Value) -> Result<Vec<Message>> {
+    if cell.is_none() || cell.is_undefined() {
+        return Ok(Vec::new());
+    }
+    let turns = items(cell).context("a history is a list of turns")?;
+    let mut messages = Vec::with_capacity(2 * turns.len());
+    for (at, turn) in turns.iter().enumerate() {
+        let texts = items(turn).unwrap_or_default();
+        let texts: Vec<&str> = texts.iter().filter_map(Value::as_str).collect();
+        let [asked, answered] = texts.as_slice() else {
+            let fault = Fault::new(format!("turn {} of the history is not two texts", at + 1));
+            return Err(fault.help(format!("[\"asked\", \"answered\"]; or {LEAVE_OUT}")).into());
+        };
+        let user = Message { input_from: Some(0), ..Message::new("user", *asked) };
+        messages.extend([user, Message::new("assistant", *answered)]);
+    }
+    Ok(messages)
+}
+
+fn text_of(message: &Value, own: Option<&str>, usual: [&str; 2]) -> Option<String> {
+    let names = own.map_or(usual.to_vec(), |own| vec![own]);
     names.into_iter().find_map(|name| match message.get_attr(name).ok()? {
         text if text.as_str().is_some() => text.as_str().map(str::to_owned),
         parts => parts_of(&parts),
@@ -51,20 +121,21 @@ fn parts_of(parts: &Value) -> Option<String> {
     texts.collect::<Option<Vec<String>>>().filter(|texts| !texts.is_empty()).map(|t| t.concat())
 }
 
-fn message(m: &Value, number: usize) -> Result<Message> {
-    let role = text_of(m, ["role", "from"]);
-    let role = role.with_context(|| format!("message {number} has no role"))?;
-    let role = match role.as_str() {
-        "human" => "user",
-        "gpt" => "assistant",
-        "observation" => "tool",
-        same => same,
+fn message(m: &Value, number: usize, tags: &Tags) -> Result<Message> {
+    let keys = [tags.role.as_deref(), tags.content.as_deref()];
+    let lacks = |what: &str, key: Option<&str>, usual: &str| {
+        let key = key.map_or(usual.to_owned(), |key| format!("`{key}`"));
+        format!("message {number} has no {what} in {key}; `tags` names other keys")
     };
+    let role = text_of(m, keys[0], ["role", "from"]);
+    let role = role.with_context(|| lacks("role", keys[0], "`role` or `from`"))?;
+    let role = tags.role_of(&role);
     let mut more: Vec<(String, Value)> = Vec::new();
     for (name, value) in fields(m) {
         let given = !value.is_none() && !value.is_undefined();
         match name.as_str() {
             "role" | "from" | "content" | "value" => {}
+            name if keys.contains(&Some(name)) => {}
             "tool_calls" if given => {
                 let list = items(&value);
                 let list = list.with_context(|| no_call(number, "`tool_calls` is no list"))?;
@@ -80,8 +151,8 @@ fn message(m: &Value, number: usize) -> Result<Message> {
             _ => {}
         }
     }
-    let text = text_of(m, ["content", "value"]);
-    if role == "function_call" {
+    let text = text_of(m, keys[1], ["content", "value"]);
+    if role == CALL {
         let text = text.with_context(|| no_call(number, "it has no text"))?;
         let call = parse(&text).with_context(|| no_call(number, "its text is not JSON"))?;
         let list = items(&call).unwrap_or_else(|| vec![call]);
@@ -91,11 +162,14 @@ fn message(m: &Value, number: usize) -> Result<Message> {
     }
     if !ROLES.contains(&role) {
         let fault = Fault::new(format!("message {number} has the unknown role `{role}`"));
-        let help = format!("known are {}; {LEAVE_OUT}", ROLES.join(", "));
+        let help = format!(
+            "known are {}; name others in `tags: {{ roles: {{ \"{role}\": user }} }}`, or {LEAVE_OUT}",
+            known_roles()
+        );
         return Err(fault.help(help).into());
     }
     let text = text.or_else(|| (role == "assistant").then(String::new));
-    let text = text.with_context(|| format!("message {number} has no text"))?;
+    let text = text.with_context(|| lacks("text", keys[1], "`content` or `value`"))?;
     let input_from = (role == "user").then_some(0);
     Ok(Message { role: role.to_owned(), content: text, input_from, more })
 }

@@ -108,7 +108,9 @@ fn inputs(encoder: &Encoder, runs: &[Run]) -> Result<Vec<Input>> {
         if run.pieces.iter().all(|piece| piece.part != Part::Input) {
             continue;
         }
-        let places = encoder.tokenizer().places(&run.text())?;
+        // those of a later run depend on what stands before it
+        let known = (at == 0).then_some(run.ids.as_slice());
+        let places = encoder.tokenizer().places_of(&run.text(), known)?;
         let mut start = 0;
         for (piece, of) in run.pieces.iter().enumerate() {
             let end = start + of.text.len();

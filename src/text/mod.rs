@@ -26,7 +26,7 @@ mod train_tokenizer;
 
 pub use chat::{ChatTemplate, Message, Turns};
 pub use columns::{Columns, distinct, schema, texts};
-pub use conversation::{Conversation, tools};
+pub use conversation::{Conversation, Tags, known_roles, tools};
 pub use encode::{Encoded, Encoder, Limits, Pair, Row, TooLong, Truncate};
 pub use json::parse;
 pub use labels::{Classes, LabelWords};

@@ -6,7 +6,7 @@ use serde::Serialize;
 
 use super::chat::{ChatTemplate, Message};
 use super::columns::Columns;
-use super::conversation::{self, Conversation};
+use super::conversation::{self, Conversation, Tags};
 use super::labels::{Classes, LabelWords};
 use super::pattern::Pattern;
 use super::piece::{Part, Piece};
@@ -50,6 +50,10 @@ pub struct Fields {
     pub target: Option<Target>,
     /// The column that holds whole conversations.
     pub messages: Option<String>,
+    /// What their messages call role and text.
+    pub tags: Tags,
+    /// The column that holds turns before the row's own (chat).
+    pub history: Option<String>,
     /// The column that holds the tools of a conversation.
     pub tools: Option<String>,
 }
@@ -153,7 +157,7 @@ impl Formatter {
             "output" if f.target.is_some() => None,
             column => Some(column),
         });
-        let named = [&f.instruction_column, &f.input, &f.pair, &f.messages, &f.tools];
+        let named = [&f.instruction_column, &f.input, &f.pair, &f.messages, &f.history, &f.tools];
         let named = named.into_iter().flatten().map(String::as_str);
         for name in named.chain(f.target.as_ref().map(Target::column)).chain(roles) {
             if !columns.contains(&name) {
@@ -228,12 +232,20 @@ impl Formatter {
                 Ok(pieces)
             }
             // what follows an answer does not depend on what was asked
-            Form::Chat(chat) => Ok(chat.pieces(&self.conversation("", "?", word))?.pieces),
+            Form::Chat(chat) => {
+                Ok(chat.pieces(&self.conversation(Vec::new(), "", "?", word))?.pieces)
+            }
             Form::Classification => Ok(Vec::new()),
         }
     }
 
-    fn conversation(&self, instruction: &str, input: &str, output: &str) -> Vec<Message> {
+    fn conversation(
+        &self,
+        history: Vec<Message>,
+        instruction: &str,
+        input: &str,
+        output: &str,
+    ) -> Vec<Message> {
         let mut asked = instruction.to_owned();
         if !asked.is_empty() && !input.is_empty() {
             asked.push_str("\n\n");
@@ -242,7 +254,8 @@ impl Formatter {
         asked.push_str(input);
         let system = self.fields.system.as_ref().map(|text| Message::new("system", text));
         let user = Message { input_from, ..Message::new("user", asked) };
-        system.into_iter().chain([user, Message::new("assistant", output)]).collect()
+        let turn = [user, Message::new("assistant", output)];
+        system.into_iter().chain(history).chain(turn).collect()
     }
 
     /// Renders one row.
@@ -331,9 +344,16 @@ impl Formatter {
                 let messages = match &f.messages {
                     Some(column) => {
                         let cell = columns.nested(column, row);
-                        cell.and_then(|cell| Conversation::read(&cell)).map(|found| found.0)
+                        cell.and_then(|cell| Conversation::read(&cell, &f.tags))
+                            .map(|found| found.0)
                     }
-                    None => Ok(self.conversation(instruction, input, output)),
+                    None => {
+                        let history = f.history.as_ref().map_or(Ok(Vec::new()), |column| {
+                            columns.nested(column, row).and_then(|c| conversation::history(&c))
+                        });
+                        history
+                            .map(|history| self.conversation(history, instruction, input, output))
+                    }
                 };
                 let tools = match &f.tools {
                     Some(column) => {

@@ -199,8 +199,13 @@ impl Tokenizer {
     /// # Errors
     /// When the tokenizer fails.
     pub fn places(&self, text: &str) -> Result<Vec<(usize, usize)>> {
+        self.places_of(text, None)
+    }
+
+    /// Like [`Tokenizer::places`], of a text whose tokens may be known.
+    pub(super) fn places_of(&self, text: &str, ids: Option<&[u32]>) -> Result<Vec<(usize, usize)>> {
         if let Some(fast) = self.fast()
-            && let Some(places) = fast.places(&self.inner, text)?
+            && let Some(places) = fast.places(&self.inner, text, ids)?
         {
             return Ok(places);
         }

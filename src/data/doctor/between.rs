@@ -1,9 +1,10 @@
 //! Splits held against each other.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 use super::survey::Survey;
 use super::{About, Check, Doctor, Finding, SHOWN, percent};
+use crate::data::minhash::Alike;
 
 /// Standard errors by which two samples of one distribution may differ.
 const CHANCE: f64 = 3.0;
@@ -12,17 +13,29 @@ const CHANCE: f64 = 3.0;
 pub(super) fn compare(doctor: &Doctor, splits: &[(&str, &Survey)], found: &mut Vec<Finding>) {
     for (at, (name, survey)) in splits.iter().enumerate() {
         for (other, earlier) in &splits[..at] {
+            let of = survey.rows();
+            let mut add = |check, count, rows, message| {
+                let about = About { count, of, rows };
+                let mut finding = doctor.finding(check, name, about, message);
+                finding.against = Some((*other).to_owned());
+                found.push(finding);
+            };
             let shared = shared(survey, earlier);
-            if shared.is_empty() {
-                continue;
+            if !shared.is_empty() {
+                let count = shared.len() as u64;
+                let message = format!("{count} of {of} rows of `{name}` also stand in `{other}`");
+                add(Check::Overlap, count, shared.into_iter().take(SHOWN).collect(), message);
             }
-            let (count, of) = (shared.len() as u64, survey.rows());
-            let rows = shared.into_iter().take(SHOWN).collect();
-            let message = format!("{count} of {of} rows of `{name}` also stand in `{other}`");
-            let about = About { count, of, rows };
-            let mut finding = doctor.finding(Check::Overlap, name, about, message);
-            finding.against = Some((*other).to_owned());
-            found.push(finding);
+            let near = near(doctor, survey, earlier);
+            if let Some((row, like)) = near.first() {
+                let count = near.len() as u64;
+                let message = format!(
+                    "{count} of {of} rows of `{name}` nearly stand in `{other}`, as row {row} \
+                     does in row {like}"
+                );
+                let rows = near.iter().map(|(row, _)| *row).take(SHOWN).collect();
+                add(Check::NearOverlap, count, rows, message);
+            }
         }
         if let (Some((first, base)), true) = (splits.first(), at > 0) {
             drift(doctor, (name, survey), (first, base), found);
@@ -37,6 +50,28 @@ pub(super) fn shared(survey: &Survey, other: &Survey) -> Vec<u64> {
     let rows = survey.contents().iter().enumerate();
     let rows = rows.filter(|(_, content)| known.binary_search(content).is_ok());
     rows.map(|(row, _)| row as u64).collect()
+}
+
+/// (row, the first of another split that is nearly the same), by row; those that stand there as
+/// they are do not count.
+pub(super) fn near(doctor: &Doctor, survey: &Survey, other: &Survey) -> Vec<(u64, u64)> {
+    let Some(near) = doctor.limits.near else { return Vec::new() };
+    let same: BTreeSet<u64> = shared(survey, other).into_iter().collect();
+    // Of two splits the later one is the smaller, most often: it is kept, the other passes by.
+    let (mut alike, mut rows) = (Alike::new(near.threshold), Vec::new());
+    for (row, signature) in (0..).zip(survey.signatures()) {
+        if !same.contains(&row) {
+            alike.add(**signature);
+            rows.push(row);
+        }
+    }
+    let mut found = Vec::new();
+    for (like, signature) in (0..).zip(other.signatures()) {
+        let numbers = alike.take_like(signature).into_iter();
+        found.extend(numbers.map(|number| (rows[number as usize], like)));
+    }
+    found.sort_unstable();
+    found
 }
 
 fn drift(
@@ -111,7 +146,7 @@ pub(super) fn class_distance(a: &Survey, b: &Survey) -> Option<(f64, u32)> {
         counts.get(&class).copied().unwrap_or(0) as f64 / all
     };
     let (mut sum, mut most) = (0.0, (0.0, 0));
-    let both: std::collections::BTreeSet<u32> = a.keys().chain(b.keys()).copied().collect();
+    let both: BTreeSet<u32> = a.keys().chain(b.keys()).copied().collect();
     for class in both {
         let difference = (share(a, class, all_a) - share(b, class, all_b)).abs();
         sum += difference;
@@ -124,8 +159,7 @@ pub(super) fn class_distance(a: &Survey, b: &Survey) -> Option<(f64, u32)> {
 
 /// The largest difference between the shares of rows up to a length (Kolmogorov-Smirnov).
 pub(super) fn length_distance(a: &Survey, b: &Survey) -> f64 {
-    let lengths: std::collections::BTreeSet<u64> =
-        a.lengths().keys().chain(b.lengths().keys()).copied().collect();
+    let lengths: BTreeSet<u64> = a.lengths().keys().chain(b.lengths().keys()).copied().collect();
     let (all_a, all_b) = (a.rows().max(1) as f64, b.rows().max(1) as f64);
     let (mut below_a, mut below_b, mut most) = (0, 0, 0.0f64);
     for length in lengths {

@@ -6,7 +6,7 @@ use std::fmt::Write as _;
 use serde_json::{Value, json};
 
 use super::survey::Survey;
-use super::{Doctor, Finding, Severity, between, percent};
+use super::{Check, Doctor, Finding, Severity, between, percent};
 use crate::data::grouped;
 
 /// Bars of a histogram, at most.
@@ -37,6 +37,13 @@ impl Doctor {
             if let Some((first, base)) = splits.first().filter(|(first, _)| first != name) {
                 let shared = between::shared(survey, base).len();
                 metrics.insert(format!("overlap.{name}.{first}"), shared as f64);
+                let near = |f: &&Finding| {
+                    f.check == Check::NearOverlap && f.split == *name && f.against() == *first
+                };
+                if self.limits.near.is_some() {
+                    let near = findings.iter().find(near).map_or(0, |f| f.count);
+                    metrics.insert(format!("near_overlap.{name}.{first}"), near as f64);
+                }
                 let distance = between::length_distance(survey, base);
                 metrics.insert(format!("length_drift.{name}"), distance);
                 if let Some((distance, _)) = between::class_distance(survey, base) {
@@ -185,7 +192,7 @@ mod tests {
         let mut survey = Survey::default();
         for (length, content, class) in rows {
             let answer = u128::from(class.unwrap_or(0));
-            survey.add(Facts { length, content, answer, class, flaws: Vec::new() });
+            survey.add(Facts { length, content, answer, class, ..Facts::default() });
         }
         survey
     }

@@ -3,6 +3,7 @@
 use std::collections::BTreeMap;
 
 use super::{Check, SHOWN};
+use crate::data::minhash::Signature;
 
 /// Class changes per class below which rows count as sorted.
 const BLOCKS: u64 = 2;
@@ -32,6 +33,8 @@ pub struct Facts {
     pub class: Option<u32>,
     /// What is wrong with the row by itself.
     pub flaws: Vec<Check>,
+    /// Of its words, where near rows are looked for.
+    pub signature: Option<Box<Signature>>,
 }
 
 /// Rows with a flaw.
@@ -60,6 +63,8 @@ pub struct Survey {
     lengths: BTreeMap<u64, u64>,
     classes: BTreeMap<u32, u64>,
     flaws: BTreeMap<Check, Flawed>,
+    /// Of all rows, or of none.
+    signatures: Vec<Box<Signature>>,
     last: Option<u32>,
     pub(super) changes: u64,
     pub(super) dropped: u64,
@@ -83,6 +88,7 @@ impl Survey {
             self.changes += u64::from(self.last.is_some_and(|last| last != class));
             self.last = Some(class);
         }
+        self.signatures.extend(facts.signature);
         for flaw in facts.flaws {
             let flawed = self.flaws.entry(flaw).or_default();
             flawed.count += 1;
@@ -118,6 +124,10 @@ impl Survey {
 
     pub(super) fn contents(&self) -> &[u128] {
         &self.contents
+    }
+
+    pub(super) fn signatures(&self) -> &[Box<Signature>] {
+        &self.signatures
     }
 
     pub(super) fn is_labelled(&self) -> bool {

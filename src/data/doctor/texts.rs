@@ -9,8 +9,10 @@ use arrow::array::{Array, AsArray as _, RecordBatch};
 use arrow::datatypes::{DataType, Int32Type, SchemaRef};
 use arrow::util::display::{ArrayFormatter, FormatOptions};
 use parquet::arrow::arrow_reader::{ParquetRecordBatchReader, ParquetRecordBatchReaderBuilder};
+use rayon::prelude::*;
 
 use super::{Check, Doctor, Facts, Survey, digest};
+use crate::data::minhash::signature;
 use crate::source::{Fault, suggest};
 
 /// Distinct values from which on a column that was only guessed holds no classes.
@@ -80,9 +82,16 @@ pub fn survey_dataset(
         let texts = texts.iter().map(|at| Texts::of(&batch, *at)).collect::<Result<Vec<_>>>()?;
         let label = label.filter(|_| labelled).map(|at| Texts::of(&batch, at)).transpose()?;
         let target = target.map(|at| Texts::of(&batch, at)).transpose()?;
-        for row in 0..batch.num_rows() {
-            let mut facts = Facts::default();
-            let values = texts.iter().map(|t| t.at(row)).collect::<Result<Vec<_>>>()?;
+        let values = |row| texts.iter().map(|t| t.at(row)).collect::<Result<Vec<_>>>();
+        let values = (0..batch.num_rows()).map(values).collect::<Result<Vec<_>>>()?;
+        let near = doctor.limits.near;
+        let signatures: Vec<_> = near.map_or_else(Vec::new, |near| {
+            let rows = values.par_iter();
+            rows.map(|row| Box::new(signature(&row.join("\n"), near.words))).collect()
+        });
+        let mut signatures = signatures.into_iter();
+        for (row, values) in values.iter().enumerate() {
+            let mut facts = Facts { signature: signatures.next(), ..Facts::default() };
             facts.content = digest(values.iter().map(String::as_bytes));
             facts.length = values.iter().map(|v| v.chars().count() as u64).sum();
             if values.iter().all(|v| v.trim().is_empty()) {

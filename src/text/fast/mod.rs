@@ -222,11 +222,12 @@ impl Fast {
     }
 
     /// Where the tokens of a text begin and end, in bytes, as the crate tells them; `None` where
-    /// that is for the crate to say.
+    /// that is for the crate to say. `known` are the text's ids, if they are known.
     pub(super) fn places(
         &self,
         inner: &tokenizers::Tokenizer,
         text: &str,
+        known: Option<&[u32]>,
     ) -> Result<Option<Vec<(usize, usize)>>> {
         let composed = self.nfc && !text.is_ascii();
         let added = self.added.find(text.as_bytes(), 0).is_some();
@@ -252,54 +253,46 @@ impl Fast {
                     }
                 }
             }
-            Model::Bytes(model) => self.byte_places(model, text, memo),
+            Model::Bytes(model) => {
+                if let Some(ids) = known {
+                    return Ok(self.byte_places(model, text, ids));
+                }
+                let mut ids = Vec::new();
+                let mut long = |word: &[u8], ids: &mut Vec<u32>| long_word(inner, word, ids);
+                model.encode(text.as_bytes(), 0, usize::MAX, memo, &mut ids, &mut long)?;
+                Ok(self.byte_places(model, text, &ids))
+            }
         })
     }
 
+    /// The same of tokens that are bytes of the text, one after the other.
     fn byte_places(
         &self,
         model: &ByteLevel,
         text: &str,
-        memo: &mut Memo,
-    ) -> Result<Option<Vec<(usize, usize)>>> {
+        ids: &[u32],
+    ) -> Option<Vec<(usize, usize)>> {
         let bytes = text.as_bytes();
-        let (mut ids, mut places, mut at) = (Vec::new(), Vec::new(), 0);
-        let mut too_long = false;
-        while at < bytes.len() {
-            let end = model.pattern.word_end(bytes, at);
-            ids.clear();
-            let mut long = |_: &[u8], _: &mut Vec<u32>| {
-                too_long = true;
-                Ok(())
-            };
-            // one word at a time, as the whole text has it
-            model.encode(&bytes[..end], at, usize::MAX, memo, &mut ids, &mut long)?;
-            for id in &ids {
-                let to = at + model.length(*id);
-                if to > end {
-                    return Ok(None);
+        let (mut places, mut at) = (Vec::with_capacity(ids.len()), 0);
+        for id in ids {
+            let to = at + model.length(*id);
+            let of = bytes.get(at..to)?;
+            let mut leading = of.iter().take_while(|b| **b == b' ').count();
+            let trailing = of.iter().rev().take_while(|b| **b == b' ').count();
+            // a part of a character counts as all of it
+            let (mut a, mut b) = (text.floor_char_boundary(at), text.ceil_char_boundary(to));
+            if let Trim::Blanks { but_first } = self.trim {
+                if a == 0 && but_first && leading == 1 {
+                    leading = 0;
                 }
-                let of = &bytes[at..to];
-                let mut leading = of.iter().take_while(|b| **b == b' ').count();
-                let trailing = of.iter().rev().take_while(|b| **b == b' ').count();
-                // a part of a character counts as all of it
-                let (mut a, mut b) = (text.floor_char_boundary(at), text.ceil_char_boundary(to));
-                if let Trim::Blanks { but_first } = self.trim {
-                    if a == 0 && but_first && leading == 1 {
-                        leading = 0;
-                    }
-                    a = (a + leading).min(b);
-                    b = b.saturating_sub(trailing).max(a);
-                }
-                places.push((a, b));
-                at = to;
+                a = (a + leading).min(b);
+                b = b.saturating_sub(trailing).max(a);
             }
-            // a byte without a token, or a word that was left out
-            if at != end || too_long {
-                return Ok(None);
-            }
+            places.push((a, b));
+            at = to;
         }
-        Ok(Some(places))
+        // a byte without a token is left out of the ids
+        (at == bytes.len()).then_some(places)
     }
 }
 

@@ -108,25 +108,27 @@ fn a_dataset_of_the_hub_and_again_without_a_network() {
 }
 
 #[test]
-fn of_a_dataset_that_is_a_script_the_converted_files_are_taken() {
+fn of_a_dataset_that_is_a_script_or_archives_the_converted_files_are_taken() {
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join("x");
     std::fs::write(&path, CSV).unwrap();
     let reading = flow::data::Reading::new("x.csv", flow::data::OnError::Fail);
     flow::data::write(&flow::data::read(&path, reading).unwrap(), &path).unwrap();
     let rows = std::fs::read(&path).unwrap();
-    let (mut room, offline) = room(&[
-        ("name.py", b"import datasets"),
-        ("converted/plain/train/0000.parquet", &rows),
-        ("converted/plain/train/0001.parquet", &rows),
-        ("converted/other/test/0000.parquet", &rows),
-    ]);
-    let fetch = json!({ "dataset": "org/name", "config": "plain" });
-    let data = room.run("fetch", fetch.clone()).unwrap();
-    let labels = ints(&room.table(&data, "train"), "label");
-    assert_eq!(labels, [Some(1), Some(0), Some(1), Some(0)]);
-    room.hub = offline;
-    assert_eq!(room.run("fetch", fetch).unwrap().ports, data.ports);
+    for other in ["name.py", "data/train.tar.gz"] {
+        let (mut room, offline) = room(&[
+            (other, b"import datasets"),
+            ("converted/plain/train/0000.parquet", &rows),
+            ("converted/plain/train/0001.parquet", &rows),
+            ("converted/other/test/0000.parquet", &rows),
+        ]);
+        let fetch = json!({ "dataset": "org/name", "config": "plain" });
+        let data = room.run("fetch", fetch.clone()).unwrap();
+        let labels = ints(&room.table(&data, "train"), "label");
+        assert_eq!(labels, [Some(1), Some(0), Some(1), Some(0)]);
+        room.hub = offline;
+        assert_eq!(room.run("fetch", fetch).unwrap().ports, data.ports);
+    }
 }
 
 #[test]

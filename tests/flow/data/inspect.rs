@@ -30,7 +30,10 @@ fn a_dataset_is_looked_at_split_by_split_and_between_them() {
         message,
         "10 of 20 rows of `test` also stand in `train` (rows 0, 1, 2, 3, 4, 5, 6, 7, 8, 9)"
     );
-    assert!(advice(&e)[0].ends_with("set `allow: [overlap]`"), "{e:?}");
+    let advised = advice(&e).remove(0);
+    let (help, at) = advised.rsplit_once("; the whole report is in ").unwrap();
+    assert!(help.ends_with("set `allow: [overlap]`"), "{e:?}");
+    assert!(at.ends_with("out/report/report.md") && at.contains("kept-"), "{at}");
 
     let mut allowed = with;
     allowed["allow"] = json!(["overlap"]);
@@ -47,6 +50,43 @@ fn a_dataset_is_looked_at_split_by_split_and_between_them() {
     assert!(markdown.contains("| train | 42 | 0 50.0 %, 1 50.0 % |"), "{markdown}");
     // Equal rows, equal bytes.
     assert_eq!(room.run("inspect", allowed).unwrap().ports, ran.ports);
+}
+
+#[test]
+fn edited_copies_in_another_split_are_found() {
+    let room = Room::new();
+    let text =
+        |from: usize| (from..from + 60).map(|i| format!("w{i}")).collect::<Vec<_>>().join(" ");
+    let row = |text: &str, label| format!("{}\n", json!({ "text": text, "label": label }));
+    let train: String = (0..20).map(|i| row(&text(i * 100), i % 2)).collect();
+    room.file("d/train.jsonl", train);
+    let edited = text(700).replace("w730", "another").to_uppercase();
+    let test = [text(5000), edited, text(300), text(6000), text(1130)];
+    room.file("d/test.jsonl", (0..).zip(&test).map(|(i, t)| row(t, i % 2)).collect::<String>());
+    let data = room.run("fetch", json!({ "files": "d" })).unwrap();
+    let look = |more: Value| {
+        let mut with = json!({ "data": edge("dataset", &data), "allow": ["overlap"] });
+        with.as_object_mut().unwrap().extend(more.as_object().unwrap().clone());
+        room.run("inspect", with)
+    };
+    let seen = report(&room, &look(json!({})).unwrap());
+    assert_eq!(seen["metrics"]["overlap.test.train"], 1.0);
+    assert!(seen["metrics"].get("near_overlap.test.train").is_none(), "{seen}");
+    let e = look(json!({ "near": 0.7 })).unwrap_err();
+    assert_eq!(
+        e.to_string(),
+        "1 of 5 rows of `test` nearly stand in `train`, as row 1 does in row 7 (row 1)"
+    );
+    assert!(advice(&e)[0].contains("[near_overlap]"), "{e:?}");
+    // with other columns, or asking for more, it is another row
+    let seen = look(json!({ "near": 1.0, "words": 3 })).unwrap();
+    assert_eq!(report(&room, &seen)["metrics"]["near_overlap.test.train"], 0.0);
+    let seen = look(json!({ "near": 0.2, "words": 1, "overlap": 0.5 })).unwrap();
+    let seen = report(&room, &seen);
+    assert_eq!(seen["metrics"]["near_overlap.test.train"], 2.0);
+    let found = seen["details"]["findings"].as_array().unwrap();
+    let near = found.iter().find(|f| f["check"] == "near_overlap").unwrap();
+    assert_eq!((&near["rows"], &near["against"]), (&json!([1, 4]), &json!("train")));
 }
 
 #[test]

@@ -201,7 +201,34 @@ fn groups_stay_whole() {
     assert_eq!(texts(&room.table(&ran, "validation"), "film").len(), 20);
     let e = with(json!({ "group": "flim" })).unwrap_err();
     assert!(advice(&e)[0].contains("`film`"), "{e:?}");
-    let both = json!({ "data": edge("dataset", &data), "group": "film", "stratify": "label" });
-    let problems = Room::parse("sample", &both).unwrap().check();
-    assert!(problems[0].message.contains("exclude each other"), "{problems:?}");
+}
+
+#[test]
+fn groups_keep_proportions_where_asked() {
+    let room = Room::new();
+    // every film is of one class, seven of ten of class 0
+    let row = |i: usize| {
+        let (film, label) = (i % 10, usize::from(i % 10 > 6));
+        format!("{{\"text\": \"row {i}\", \"film\": {film}, \"label\": {label}}}\n")
+    };
+    room.file("f/train.jsonl", (0..100).map(row).collect::<String>());
+    let data = room.run("fetch", json!({ "files": "f" })).unwrap();
+    for seed in 0..4 {
+        let with = |more: Value| {
+            let with = json!({
+                "data": edge("dataset", &data), "group": "film", "stratify": "label", "seed": seed,
+            });
+            room.run("sample", extended(with, more)).unwrap()
+        };
+        let ones = |ran: &Ran, split: &str| {
+            let labels = ints(&room.table(ran, split), "label");
+            (labels.iter().filter(|l| **l == Some(1)).count(), labels.len())
+        };
+        let ran = with(json!({ "rows": { "train": 60, "validation": 40 } }));
+        assert_eq!([ones(&ran, "train"), ones(&ran, "validation")], [(20, 60), (10, 40)]);
+        for fold in 0..3 {
+            let ran = with(json!({ "folds": 3, "fold": fold }));
+            assert_eq!(ones(&ran, "validation").0, 10);
+        }
+    }
 }

@@ -89,20 +89,19 @@ fn parts_of_results_go_with_the_last_that_was_made_of_them() {
     let (one, two) = (bench.run(&steps("p", "one")), bench.run(&steps("p", "two")));
     let store = bench.store();
     let memo = |name: &str| Digest::of(name.as_bytes());
-    for name in ["of one", "of both", "of two", "of none", "of an unknown key"] {
-        store.keep_memo(&memo(name), name.as_bytes()).unwrap();
-    }
+    let scope = memo("scope");
+    let names = ["of one", "of both", "of two", "of none", "of an unknown key"];
+    // each in a pack of its own
+    let keep = |name| (name, store.memos(&scope).keep(&memo(name), name.as_bytes()).unwrap());
+    let packs = std::collections::BTreeMap::from(names.map(keep));
     let note = |key: Digest, names: [&str; 2]| {
-        store.note_memos(&key, &names.map(memo).into_iter().collect()).unwrap();
+        store.note_memos(&key, &names.map(|name| packs[name]).into_iter().collect()).unwrap();
     };
     note(key_of(&bench, &one, "b"), ["of one", "of both"]);
     note(key_of(&bench, &two, "b"), ["of two", "of both"]);
     note(memo("no step"), ["of an unknown key", "of both"]);
     std::fs::write(bench.path("store/memo-uses/.1-2-3.tmp"), "half").unwrap();
-    let left = || {
-        let names = ["of one", "of both", "of two", "of none", "of an unknown key"];
-        names.map(|name| store.memo(&memo(name)).is_some())
-    };
+    let left = || names.map(|name| store.memos(&scope).get(&memo(name)).is_some());
     // what is not noted yet may be of a step that is under way
     let swept = collect(&store, &Budget::none());
     assert_eq!((count(&swept, Class::Memo), left()), (2, [true, true, true, true, false]));

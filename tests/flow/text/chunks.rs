@@ -36,13 +36,14 @@ fn encoder() -> Encoder {
 fn made(texts: &[String], store: Option<&Store>, threads: usize) -> (Vec<u8>, Tokenized) {
     let dir = tempfile::tempdir().unwrap();
     let (prompts, out) = (render(texts, dir.path()), dir.path().join("out.parquet"));
+    let memos = store.map(|store| store.memos(&Digest::of(b"salt")));
     let keep = |key: &Digest, make: &mut dyn FnMut() -> anyhow::Result<Vec<u8>>| {
-        let Some(store) = store else { return make() };
-        if let Some(kept) = store.memo(key) {
+        let Some(memos) = &memos else { return make() };
+        if let Some((kept, _)) = memos.get(key) {
             return Ok(kept);
         }
         let made = make()?;
-        store.keep_memo(key, &made)?;
+        memos.keep(key, &made)?;
         Ok(made)
     };
     let chunks = Chunks { salt: Digest::of(b"salt"), keep: &keep };
@@ -123,19 +124,26 @@ fn damaged_chunks_are_made_again() {
     let dir = tempfile::tempdir().unwrap();
     let store = Store::open(&dir.path().join("store")).unwrap();
     let rows = texts(1000);
-    let (first, _) = made(&rows, Some(&store), 2);
-    for (at, (_, item)) in store.sharded("memos").unwrap().into_iter().enumerate() {
-        let mut bytes = std::fs::read(&item.path).unwrap();
-        let middle = bytes.len() / 2;
-        if at % 2 == 0 {
-            bytes[middle] ^= 1
-        } else {
-            bytes.truncate(middle)
-        }
-        std::fs::write(&item.path, bytes).unwrap();
-    }
+    let (first, cold) = made(&rows, Some(&store), 2);
+    assert!(cold.chunks > 2, "{}", cold.chunks);
+    let pack = || store.memo_packs().unwrap().0.into_values().next().unwrap().path;
+    let whole = std::fs::read(pack()).unwrap();
+    let middle = whole.len() / 2;
+    // what stands before the place where it was cut off is taken
+    std::fs::write(pack(), &whole[..middle]).unwrap();
     let (second, again) = made(&rows, Some(&store), 2);
-    assert_eq!((again.encoded, second), (again.chunks, first));
+    assert!((1..cold.chunks).contains(&again.encoded), "{}", again.encoded);
+    assert_eq!(second, first);
+    // a damaged pack is set aside
+    for item in store.memo_packs().unwrap().0.into_values().skip(1) {
+        std::fs::remove_file(item.path).unwrap();
+    }
+    let mut damaged = whole;
+    damaged[middle..].fill(1);
+    std::fs::write(pack(), damaged).unwrap();
+    let (third, again) = made(&rows, Some(&store), 2);
+    assert!((1..=cold.chunks).contains(&again.encoded), "{}", again.encoded);
+    assert_eq!(third, first);
 }
 
 #[test]

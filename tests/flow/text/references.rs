@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 
-use flow::text::{ChatTemplate, Conversation, Message, Part, parse, tools};
+use flow::text::{ChatTemplate, Conversation, Message, Part, Tags, parse, tools};
 use serde_json::Value;
 
 use super::{chain, fixture, map};
@@ -28,7 +28,8 @@ fn conversations() -> BTreeMap<String, (Vec<Message>, minijinja::Value)> {
     let names = all.try_iter().unwrap().map(|name| name.as_str().unwrap().to_owned());
     let named = names.map(|name| {
         let one = all.get_attr(&name).unwrap();
-        let messages = Conversation::read(&one.get_attr("messages").unwrap()).unwrap().0;
+        let messages =
+            Conversation::read(&one.get_attr("messages").unwrap(), &Tags::default()).unwrap().0;
         (name, (messages, tools(&one.get_attr("tools").unwrap()).unwrap()))
     });
     named.collect()
@@ -93,7 +94,8 @@ fn sharegpt_and_openai_are_one() {
         { "from": "observation", "value": "{\"sky\": \"grey\"}" },
         { "from": "gpt", "value": "Grey." },
     ]);
-    let shared = Conversation::read(&parse(&shared.to_string()).unwrap()).unwrap().0;
+    let shared =
+        Conversation::read(&parse(&shared.to_string()).unwrap(), &Tags::default()).unwrap().0;
     let (messages, tools) = &conversations()["tools"];
     let render = |messages: &[Message]| {
         template("qwen25-tools.jinja").render_with(messages, tools, false).unwrap()
@@ -105,7 +107,7 @@ fn sharegpt_and_openai_are_one() {
             "name": "weather", "arguments": "{\"place\": \"Ulm\", \"days\": 3}",
         } },
     ] }]);
-    let text = Conversation::read(&parse(&text.to_string()).unwrap()).unwrap().0;
+    let text = Conversation::read(&parse(&text.to_string()).unwrap(), &Tags::default()).unwrap().0;
     let both = [messages[..2].to_vec(), text].concat();
     assert_eq!(render(&both), render(&messages[..3]));
 }

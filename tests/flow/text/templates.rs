@@ -2,7 +2,7 @@
 
 use flow::text::{
     ChatTemplate, Columns, Conversation, Fields, Formatter, LabelWords, Message, OnRefused, Part,
-    Piece, Rendered, Target, Template, Turns, parse, render_file,
+    Piece, Rendered, Tags, Target, Template, Turns, parse, render_file,
 };
 
 use super::{chain, fixture, map, parquet};
@@ -339,7 +339,8 @@ fn what_a_conversation_may_hold() {
         for (key, value) in rest.as_object().unwrap() {
             message[key] = value.clone();
         }
-        Conversation::read(&parse(&serde_json::json!([message]).to_string()).unwrap())
+        let cell = parse(&serde_json::json!([message]).to_string()).unwrap();
+        Conversation::read(&cell, &Tags::default())
     };
     use serde_json::json;
     assert!(read("tool", json!({ "tool_calls": [], "function_call": null })).is_ok());
@@ -354,6 +355,73 @@ fn what_a_conversation_may_hold() {
     let silent = read("assistant", json!({ "content": null })).unwrap();
     assert_eq!(silent.0[0].content, "");
     assert!(read("user", json!({ "content": null })).is_err());
+}
+
+#[test]
+fn messages_with_other_names_are_read_as_they_are_told() {
+    use serde_json::json;
+    let cell = json!([
+        { "speaker": "boss", "text": "Be kind.", "role": 7 },
+        { "speaker": "customer", "text": "Hi", "mood": "good" },
+        { "speaker": "gpt", "text": "Hello" },
+    ]);
+    let cell = parse(&cell.to_string()).unwrap();
+    let tags = |value| serde_json::from_value::<Tags>(value).unwrap();
+    let roles = json!({ "boss": "system", "customer": "user" });
+    let all = tags(json!({ "role": "speaker", "content": "text", "roles": roles }));
+    let read = Conversation::read(&cell, &all).unwrap().0;
+    let said: Vec<(&str, &str)> =
+        read.iter().map(|m| (m.role.as_str(), m.content.as_str())).collect();
+    assert_eq!(said, [("system", "Be kind."), ("user", "Hi"), ("assistant", "Hello")]);
+    assert_eq!(read[1].more.iter().map(|(name, _)| name.as_str()).collect::<Vec<_>>(), ["mood"]);
+    assert_eq!(read[1].input_from, Some(0));
+    let fails = |given| chain(&Conversation::read(&cell, &tags(given)).unwrap_err());
+    assert!(fails(json!({})).contains("message 1 has no role in `role` or `from`; `tags`"));
+    let said = fails(json!({ "role": "speaker", "roles": { "boss": "system" } }));
+    assert!(said.contains("message 1 has no text in `content` or `value`"), "{said}");
+    let said = fails(json!({ "role": "speaker", "content": "text" }));
+    assert!(said.contains("unknown role `boss`") && said.contains("tags: { roles"), "{said}");
+    let wrong = tags(json!({ "roles": { "a": "user", "b": "usr", "c": "function_call" } }));
+    assert_eq!(wrong.unknown().collect::<Vec<_>>(), [("b", "usr")]);
+}
+
+#[test]
+fn turns_of_a_history_come_before() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("rows.parquet");
+    let history = [r#"[["a", "b"], ["c", "d"]]"#, "[]", "", r#"[["a"]]"#];
+    let same = |text| vec![text; 4];
+    parquet(
+        &path,
+        &[("input", same("e")), ("output", same("f")), ("history", history.to_vec())],
+        None,
+    );
+    let file = std::fs::File::open(&path).unwrap();
+    let mut reader =
+        parquet::arrow::arrow_reader::ParquetRecordBatchReader::try_new(file, 8).unwrap();
+    let columns = Columns::new(&reader.next().unwrap().unwrap()).unwrap();
+    let source = "{% for m in messages %}<{{ m.role }}>{{ m.content }}\n{% endfor %}\
+                  {% if add_generation_prompt %}<assistant>{% endif %}";
+    let chat = ChatTemplate::new(source, map(&[]), None).unwrap();
+    let fields = Fields {
+        system: Some("s".into()),
+        input: Some("input".into()),
+        target: Some(Target::Text("output".into())),
+        history: Some("history".into()),
+        ..Fields::default()
+    };
+    let formatter = Formatter::new(Template::Chat, None, Some(chat), fields).unwrap();
+    assert_eq!(formatter.columns(), ["input", "history", "output"]);
+    let row = |at| pieces(formatter.row(&columns, at).unwrap());
+    let told = row(0);
+    assert_eq!(text(&told, true), "bdf");
+    let before = "<system>s\n<user>a\n<assistant>\n<user>c\n<assistant>\n<user>e\n<assistant>";
+    assert_eq!(text(&told, false), before);
+    for at in [1, 2] {
+        assert_eq!(text(&row(at), false), "<system>s\n<user>e\n<assistant>");
+    }
+    let said = chain(&formatter.row(&columns, 3).unwrap_err());
+    assert!(said.contains("turn 1 of the history is not two texts"), "{said}");
 }
 
 #[test]
