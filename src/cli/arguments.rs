@@ -7,7 +7,6 @@ use clap::{Args, Parser, Subcommand};
 
 use crate::artifact::Tolerance;
 use crate::pipeline::{bytes, duration};
-use crate::source::Fault;
 use crate::step::Device;
 
 const AFTER: &str = "Exit codes: 0 done, 1 a step failed, 2 pipeline or command wrong, \

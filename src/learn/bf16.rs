@@ -23,8 +23,6 @@ use super::matrix::{Matrix, Threads};
 use output::Output;
 use pack::{Form, Packed, Side};
 
-pub(crate) use output::Block;
-
 /// Terms that a product can have.
 pub(crate) const MAX_TERMS: usize = 4;
 
@@ -137,21 +135,25 @@ pub(crate) fn product(
     terms: &[(&Lhs, &Rhs)],
     threads: Threads,
 ) {
-    dispatch(out, beta, bias, terms, threads, None::<&fn(&mut Block<'_>)>);
-}
-
-/// As [`product`]; `finish` gets each element once, in blocks, on the thread that has just
-/// computed them and while they are in its cache. How the blocks are cut may depend on the
-/// number of threads, so what it does to an element must not.
-pub(crate) fn product_then(
-    out: (&mut [f32], usize),
-    beta: bool,
-    bias: Option<&[f32]>,
-    terms: &[(&Lhs, &Rhs)],
-    threads: Threads,
-    finish: impl Fn(&mut Block<'_>) + Sync,
-) {
-    dispatch(out, beta, bias, terms, threads, Some(&finish));
+    assert!((1..=MAX_TERMS).contains(&terms.len()), "number of terms of a product");
+    let (m, n, form) = (terms[0].0.0.outer(), terms[0].1.0.outer(), terms[0].0.0.form());
+    for (Lhs(lhs), Rhs(rhs)) in terms {
+        assert_eq!((lhs.outer(), rhs.outer()), (m, n), "outer sizes of a product");
+        assert_eq!(lhs.k(), rhs.k(), "inner sizes of a product");
+        assert!((lhs.form(), rhs.form()) == (form, form), "forms of a product's operands");
+    }
+    assert!(bias.is_none_or(|bias| bias.len() == n), "size of a product's bias");
+    let out = Output::new(out, (m, n));
+    if m == 0 || n == 0 {
+        return;
+    }
+    let mut pairs = [(&terms[0].0.0, &terms[0].1.0); MAX_TERMS];
+    pairs.iter_mut().zip(terms).for_each(|(pair, (lhs, rhs))| *pair = (&lhs.0, &rhs.0));
+    let terms = &pairs[..terms.len()];
+    match form {
+        Form::Tiles(amx) => amx.product(out, beta, bias, terms, threads),
+        Form::Plain => plain::product(out, beta, bias, terms, threads),
+    }
 }
 
 /// `out = beta * out + (alpha * lhs) * rhs` on this thread, for small products inside a parallel
@@ -171,33 +173,4 @@ pub(crate) fn product_of(
         r.refill(rhs, Threads::One);
         product(out, beta, None, &[(l, r)], Threads::One);
     });
-}
-
-fn dispatch<F: Fn(&mut Block<'_>) + Sync>(
-    out: (&mut [f32], usize),
-    beta: bool,
-    bias: Option<&[f32]>,
-    terms: &[(&Lhs, &Rhs)],
-    threads: Threads,
-    finish: Option<&F>,
-) {
-    assert!((1..=MAX_TERMS).contains(&terms.len()), "number of terms of a product");
-    let (m, n, form) = (terms[0].0.0.outer(), terms[0].1.0.outer(), terms[0].0.0.form());
-    for (Lhs(lhs), Rhs(rhs)) in terms {
-        assert_eq!((lhs.outer(), rhs.outer()), (m, n), "outer sizes of a product");
-        assert_eq!(lhs.k(), rhs.k(), "inner sizes of a product");
-        assert!((lhs.form(), rhs.form()) == (form, form), "forms of a product's operands");
-    }
-    assert!(bias.is_none_or(|bias| bias.len() == n), "size of a product's bias");
-    let out = Output::new(out, (m, n));
-    if m == 0 || n == 0 {
-        return;
-    }
-    let mut pairs = [(&terms[0].0.0, &terms[0].1.0); MAX_TERMS];
-    pairs.iter_mut().zip(terms).for_each(|(pair, (lhs, rhs))| *pair = (&lhs.0, &rhs.0));
-    let terms = &pairs[..terms.len()];
-    match form {
-        Form::Tiles(amx) => amx.product(out, beta, bias, terms, threads, finish),
-        Form::Plain => plain::product(out, beta, bias, terms, threads, finish),
-    }
 }

@@ -7,7 +7,6 @@ use anyhow::{Context as _, Result};
 
 use super::FileInput;
 use crate::data::{Format, glob_match, is_archive, with_rows};
-use crate::digest::Digest;
 use crate::hub::{Hub, RepoFile, RepoType};
 use crate::lineage::Lock;
 use crate::source::Fault;

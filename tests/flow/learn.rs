@@ -9,10 +9,11 @@
 mod adapters; // PEFT's directories both ways, merge
 mod decoders; // against candle-transformers
 mod gate; // dropout, frozen weights, counts, errors
-mod gpu;
-mod half; // an NVIDIA GPU against the CPU and PyTorch
+mod gpu; // an NVIDIA GPU against the CPU and PyTorch
+// an NVIDIA GPU against the CPU and PyTorch
 mod nf4; // against bitsandbytes
 mod parity; // training against PyTorch
+mod rounded; // the CPU in bf16 against itself and PyTorch's autocast
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};

@@ -13,7 +13,7 @@ use std::arch::x86_64::{__cpuid, __cpuid_count};
 use std::sync::OnceLock;
 
 use super::pack::Side;
-use super::{Block, Output, Packed};
+use super::{Output, Packed};
 use crate::learn::matrix::{Matrix, Threads};
 
 /// Proof that this process may use the tiles.
@@ -36,16 +36,15 @@ impl Amx {
     }
 
     /// `out = beta * out + bias + ` the sum over the terms of lhs times rhs.
-    pub(super) fn product<F: Fn(&mut Block<'_>) + Sync>(
+    pub(super) fn product(
         self,
         out: Output<'_>,
         beta: bool,
         bias: Option<&[f32]>,
         terms: &[(&Packed, &Packed)],
         threads: Threads,
-        finish: Option<&F>,
     ) {
-        blocks::product(self, out, beta, bias, terms, threads, finish);
+        blocks::product(self, out, beta, bias, terms, threads);
     }
 }
 

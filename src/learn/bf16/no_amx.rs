@@ -1,7 +1,7 @@
 //! Stands for the product on tiles where there are none.
 
 use super::pack::Side;
-use super::{Block, Output, Packed};
+use super::{Output, Packed};
 use crate::learn::matrix::{Matrix, Threads};
 
 /// Proof that this process may use the tiles: there is none.
@@ -20,14 +20,13 @@ impl Amx {
     }
 
     /// Cannot be called.
-    pub(super) fn product<F: Fn(&mut Block<'_>) + Sync>(
+    pub(super) fn product(
         self,
         _: Output<'_>,
         _: bool,
         _: Option<&[f32]>,
         _: &[(&Packed, &Packed)],
         _: Threads,
-        _: Option<&F>,
     ) {
         match self {}
     }

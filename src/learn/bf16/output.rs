@@ -53,38 +53,29 @@ impl Shared<'_> {
         let rows = rows.start.min(self.rows)..rows.end.min(self.rows);
         let cols = cols.start.min(self.cols)..cols.end.min(self.cols);
         let first = self.first.wrapping_add(rows.start * self.stride + cols.start);
-        Block { first, stride: self.stride, rows, cols, slice: PhantomData }
+        let size = (rows.len(), cols.len());
+        Block { first, stride: self.stride, size, slice: PhantomData }
     }
 }
 
 /// A block of a product that one thread holds.
-pub(crate) struct Block<'a> {
+pub(super) struct Block<'a> {
     /// Its first element.
     pub(super) first: *mut f32,
     /// Elements from row to row.
     pub(super) stride: usize,
-    rows: Range<usize>,
-    cols: Range<usize>,
+    /// Rows and columns.
+    pub(super) size: (usize, usize),
     slice: PhantomData<&'a mut [f32]>,
 }
 
 impl Block<'_> {
-    /// Its rows in the product.
-    pub(crate) fn rows(&self) -> Range<usize> {
-        self.rows.clone()
-    }
-
-    /// Its columns in the product.
-    pub(crate) fn cols(&self) -> Range<usize> {
-        self.cols.clone()
-    }
-
-    /// The part of row `i` of the product, one of [`Block::rows`], that is in the block.
+    /// Its row `i`.
     #[expect(unsafe_code, reason = "a block is no slice: other threads hold what is between")]
-    pub(crate) fn row(&mut self, i: usize) -> &mut [f32] {
-        assert!(self.rows.contains(&i), "row outside the block");
-        let first = self.first.wrapping_add((i - self.rows.start) * self.stride);
+    pub(super) fn row(&mut self, i: usize) -> &mut [f32] {
+        assert!(i < self.size.0, "row outside the block");
+        let first = self.first.wrapping_add(i * self.stride);
         // SAFETY: the block lies in the slice of its matrix and is held by this thread only.
-        unsafe { std::slice::from_raw_parts_mut(first, self.cols.len()) }
+        unsafe { std::slice::from_raw_parts_mut(first, self.size.1) }
     }
 }

@@ -3,14 +3,12 @@
 use half::bf16;
 use rayon::prelude::*;
 
-use super::{Block, Output, Packed};
+use super::{Output, Packed};
 use crate::learn::matrix::{self, Matrix, Threads};
 
 /// Columns of the product at a time; bounds the f32 copy of the right-hand side. Fixed, so that
 /// sums do not depend on the number of threads.
 const COLS: usize = 512;
-/// Rows of a block that is finished.
-const ROWS: usize = 64;
 /// Elements of a task.
 const TASK: usize = 1 << 14;
 
@@ -53,13 +51,12 @@ fn part(x: &[u16], width: usize, cols: std::ops::Range<usize>, threads: Threads)
 }
 
 /// `out = beta * out + bias + ` the sum over the terms of lhs times rhs.
-pub(super) fn product<F: Fn(&mut Block<'_>) + Sync>(
+pub(super) fn product(
     out: Output<'_>,
     beta: bool,
     bias: Option<&[f32]>,
     terms: &[(&Packed, &Packed)],
     threads: Threads,
-    finish: Option<&F>,
 ) {
     let (rows, cols, stride) = (out.rows, out.cols, out.stride);
     for row in out.data.chunks_mut(stride).take(rows) {
@@ -93,24 +90,5 @@ pub(super) fn product<F: Fn(&mut Block<'_>) + Sync>(
             // One product after another only reads what is in the slice: the last row may be cut.
             matrix::product((&mut out.data[first..], stride), 1.0, 1.0, left, rhs, threads);
         }
-    }
-    if let Some(finish) = finish {
-        done(out, threads, finish);
-    }
-}
-
-/// Runs `finish` on blocks of whole rows.
-#[expect(unsafe_code, reason = "shares the output between threads")]
-fn done<F: Fn(&mut Block<'_>) + Sync>(out: Output<'_>, threads: Threads, finish: &F) {
-    let (rows, cols) = (out.rows, out.cols);
-    let out = out.share();
-    let task = |i: usize| {
-        // SAFETY: each task has other rows.
-        finish(&mut unsafe { out.block(i * ROWS..(i + 1) * ROWS, 0..cols) });
-    };
-    let tasks = 0..rows.div_ceil(ROWS);
-    match threads {
-        Threads::One => tasks.for_each(task),
-        Threads::All => tasks.into_par_iter().for_each(task),
     }
 }

@@ -266,51 +266,6 @@ fn small_products() {
     }
 }
 
-/// What finishes a block sees its complete sums, and each element once.
-#[test]
-fn finishing_blocks() {
-    let (m, k, n) = (600, 1700, 290);
-    let (a, b) = (noise(m * k, 1), noise(k * n, 2));
-    for form in forms() {
-        for threads in [Threads::One, Threads::All] {
-            let x = lhs(form, Matrix::new(&a, m, k), threads);
-            let y = rhs(form, Matrix::new(&b, k, n), threads);
-            let (mut plain, mut out) = (vec![0.0; m * n], vec![0.0; m * n]);
-            product((&mut plain, n), false, None, &[(&x, &y)], threads);
-            product_then((&mut out, n), false, None, &[(&x, &y)], threads, |block| {
-                for i in block.rows() {
-                    let cols = block.cols();
-                    for (j, x) in cols.zip(block.row(i)) {
-                        *x = 2.0 * *x + (i * n + j) as f32;
-                    }
-                }
-            });
-            for (i, (x, y)) in out.iter().zip(&plain).enumerate() {
-                assert_eq!(*x, 2.0 * y + i as f32);
-            }
-        }
-    }
-}
-
-/// What finishes a block may compute products itself.
-#[test]
-fn products_while_finishing() {
-    let (m, k, n) = (70, 40, 300);
-    let (a, b) = (noise(m * k, 1), noise(k * n, 2));
-    let (l, r) = (Matrix::new(&a, m, k), Matrix::new(&b, k, n));
-    let (x, y) = (Lhs::new(l, Threads::All), Rhs::new(r, Threads::All));
-    for threads in [Threads::One, Threads::All] {
-        let mut out = vec![0.0; m * n];
-        product_then((&mut out, n), false, None, &[(&x, &y)], threads, |block| {
-            let mut inner = [0.0; 6];
-            let (l, r) = (Matrix::new(&a, 2, 4), Matrix::new(&b, 4, 3));
-            product_of((&mut inner, 3), false, 1.0, l, r);
-            check((&inner, 3), &[(l, r)], |_, _| 0.0);
-        });
-        check((&out, n), &[(l, r)], |_, _| 0.0);
-    }
-}
-
 /// Large outputs may be written past the caches; with the same bits.
 #[test]
 fn large_outputs() {

@@ -14,7 +14,7 @@ use super::{classes, files, fixture, lora, numbers, read, relative, setup};
 #[derive(Clone)]
 pub(super) struct Case {
     pub(super) name: &'static str,
-    mode: &'static str,
+    pub(super) mode: &'static str,
     pub(super) task: Task,
     targets: &'static [&'static str],
 }
@@ -34,7 +34,7 @@ pub(super) fn cases() -> Vec<Case> {
     .to_vec()
 }
 
-fn model(case: &Case, compute: Compute) -> Model {
+pub(super) fn model(case: &Case, compute: Compute) -> Model {
     let dir = |file: &str| fixture(&format!("{}/{file}", case.name));
     let files = files(dir("config.json"), dir("base.safetensors"));
     if case.mode == "full" {
@@ -86,7 +86,7 @@ pub(super) fn batches(case: &Case) -> Vec<Batch> {
 }
 
 /// torch's default decay, on everything.
-const ADAMW: AdamWConfig = AdamWConfig {
+pub(super) const ADAMW: AdamWConfig = AdamWConfig {
     beta1: 0.9,
     beta2: 0.999,
     epsilon: 1e-8,
@@ -95,10 +95,10 @@ const ADAMW: AdamWConfig = AdamWConfig {
 };
 
 /// `get_linear_schedule_with_warmup(optimizer, 5, 50)` at 1e-3.
-const RATE: LearningRate =
+pub(super) const RATE: LearningRate =
     LearningRate { peak: 1e-3, schedule: Schedule::Linear, warmup: 5, total: 50 };
 
-fn list(reference: &serde_json::Value, key: &str) -> Vec<f64> {
+pub(super) fn list(reference: &serde_json::Value, key: &str) -> Vec<f64> {
     reference[key].as_array().unwrap().iter().map(|x| x.as_f64().unwrap()).collect()
 }
 

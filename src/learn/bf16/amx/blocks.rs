@@ -12,9 +12,9 @@ use std::ptr;
 
 use rayon::prelude::*;
 
-use super::super::output::Shared;
+use super::super::output::{Block, Shared};
 use super::super::pack::{PANEL, STEP, STEP_LEN};
-use super::super::{Block, MAX_TERMS, Output, Packed};
+use super::super::{MAX_TERMS, Output, Packed};
 use super::Amx;
 use super::kernel::{FETCHED, Run, Square, Tiles, add_product, settle, write, write_past};
 use crate::learn::matrix::Threads;
@@ -45,7 +45,7 @@ fn part(range: &Range<usize>, n: usize, i: usize) -> Range<usize> {
 }
 
 /// One product.
-struct Job<'a, F> {
+struct Job<'a> {
     amx: Amx,
     out: Shared<'a>,
     beta: bool,
@@ -57,26 +57,24 @@ struct Job<'a, F> {
     cols: usize,
     /// Whether to write past the caches.
     past: bool,
-    finish: Option<&'a F>,
 }
 
 /// `out = beta * out + bias + ` the sum over the terms of lhs times rhs.
-pub(super) fn product<F: Fn(&mut Block<'_>) + Sync>(
+pub(super) fn product(
     amx: Amx,
     out: Output<'_>,
     beta: bool,
     bias: Option<&[f32]>,
     terms: &[(&Packed, &Packed)],
     threads: Threads,
-    finish: Option<&F>,
 ) {
     let (rows, cols) = (0..out.rows.div_ceil(PANEL), 0..out.cols.div_ceil(PANEL));
     let steps: usize = terms.iter().map(|(lhs, _)| lhs.k().div_ceil(STEP)).sum();
     let large = out.rows * out.cols * size_of::<f32>() >= LARGE;
-    let past = large && !beta && finish.is_none();
+    let past = large && !beta;
     let columns = out.cols;
     let out = out.share();
-    let job = Job { amx, out, beta, bias, terms, steps, cols: columns, past, finish };
+    let job = Job { amx, out, beta, bias, terms, steps, cols: columns, past };
 
     let most = if steps > MANY_ROWS_STEPS { FEW_ROWS } else { MANY_ROWS };
     let row_parts = rows.len().div_ceil(most);
@@ -142,9 +140,8 @@ struct Round<'a> {
     waits: bool,
 }
 
-impl<F: Fn(&mut Block<'_>) + Sync> Job<'_, F> {
+impl Job<'_> {
     /// One task: panels of rows by panels of columns.
-    #[expect(unsafe_code, reason = "takes its block of the output")]
     fn run(&self, rows: Range<usize>, cols: Range<usize>) {
         let mut space = Space {
             strip: [const { MaybeUninit::uninit() }; MANY_ROWS],
@@ -155,16 +152,9 @@ impl<F: Fn(&mut Block<'_>) + Sync> Job<'_, F> {
             let steps = part(&(0..self.steps), far, i);
             for first in cols.clone().step_by(GROUP) {
                 let group = first..(first + GROUP).min(cols.end);
-                // Released before the end of the group: what finishes it may use tiles too.
                 let tiles = Tiles::new(self.amx);
-                for col in group.clone() {
+                for col in group {
                     self.column(&tiles, &mut space, &steps, rows.clone(), col);
-                }
-                drop(tiles);
-                if let (Some(finish), true) = (self.finish, i + 1 == far) {
-                    let (rows, cols) = (elements(&rows), elements(&group));
-                    // SAFETY: tasks have different blocks, and no other of this one exists now.
-                    finish(&mut unsafe { self.out.block(rows, cols) });
                 }
             }
         }
@@ -228,7 +218,7 @@ impl<F: Fn(&mut Block<'_>) + Sync> Job<'_, F> {
         // SAFETY: the task's block, and so this part of it, is held by this thread only.
         let mut block =
             unsafe { self.out.block(elements(&(row..row + 1)), elements(&(col..col + 1))) };
-        let whole = block.rows().len() == PANEL && block.cols().len() == PANEL;
+        let whole = block.size == (PANEL, PANEL);
         let there = Square { first: block.first, pitch: block.stride * size_of::<f32>() };
         let past = round.ends && self.past && whole && there.aligned();
         let waiting = square(&mut space.strip[slot]);
@@ -268,7 +258,7 @@ impl<F: Fn(&mut Block<'_>) + Sync> Job<'_, F> {
                 if past {
                     write_past(sums, there);
                 } else {
-                    write(sums, there, block.rows().len(), block.cols().len());
+                    write(sums, there, block.size.0, block.size.1);
                 }
             }
         }
@@ -320,7 +310,7 @@ fn square(sums: &mut MaybeUninit<Sums>) -> Square {
 /// Reads a block, and adds the bias.
 fn load(block: &mut Block<'_>, bias: Option<&[f32; PANEL]>, sums: &mut MaybeUninit<Sums>) {
     let sums = sums.write(Sums([0.0; PANEL * PANEL]));
-    for (i, sums) in block.rows().zip(sums.0.chunks_exact_mut(PANEL)) {
+    for (i, sums) in (0..block.size.0).zip(sums.0.chunks_exact_mut(PANEL)) {
         let row = block.row(i);
         sums[..row.len()].copy_from_slice(row);
         if let Some(bias) = bias {
