@@ -3,5 +3,6 @@
 # numbers, and prints the table of speeds. Words choose rows, see benches/gpu.rs.
 set -euo pipefail
 cd "$(dirname "$0")/.."
-cargo test --locked --release --test flow -- gpu:: --ignored
+# One after the other: one of them fills the memory.
+cargo test --locked --release --test flow -- gpu:: --ignored --test-threads=1
 cargo bench --locked --bench gpu -- "$@"

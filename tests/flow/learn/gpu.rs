@@ -1,6 +1,7 @@
 //! Models on an NVIDIA GPU against the CPU, and against PyTorch's numbers.
 //!
-//! `cargo test --release gpu -- --ignored` on a machine with a GPU.
+//! `cargo test --release gpu -- --ignored --test-threads=1` on a machine with a GPU: one of them
+//! fills its memory.
 
 use std::collections::BTreeMap;
 use std::path::Path;
