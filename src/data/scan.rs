@@ -1,6 +1,6 @@
 //! The files of a split, in two passes: one finds columns, types and bad rows, the other hands out
-//! the rows in batches. What is in memory is a batch, but for a JSON object whose rows lie in a field
-//! that is not named, which is read whole.
+//! the rows in batches. What is in memory is a batch, but for a JSON object whose rows lie in a
+//! field that is not named, which is read whole.
 
 use std::path::Path;
 use std::sync::Arc;

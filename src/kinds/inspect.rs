@@ -62,9 +62,9 @@ pub(super) struct Inspect {
     /// Share of a split's rows that may stand in an earlier split.
     #[serde(default = "overlap")]
     overlap: f64,
-    /// Looks for rows that nearly stand in an earlier split (datasets; MinHash): the share of runs of
-    /// words, of all that two rows have, from which on they do; 0.8 finds copies that were edited.
-    /// Costs some 500 bytes a row, and more time than all the rest.
+    /// Looks for rows that nearly stand in an earlier split (datasets; MinHash): the share of runs
+    /// of words, of all that two rows have, from which on they do; 0.8 finds copies that were
+    /// edited. Costs some 500 bytes a row, and more time than all the rest.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     near: Option<f64>,
     /// Words of a run, for `near`.

@@ -54,8 +54,8 @@ impl Outside<'_> {
     }
 
     /// The commit of a dataset's rows: where a dataset is only a script that makes them, or has
-    /// them in archives, and no revision is asked for, that of the branch in which the hub keeps them as Parquet. A lock
-    /// that knows the dataset says which of the two it was.
+    /// them in archives, and no revision is asked for, that of the branch in which the hub keeps
+    /// them as Parquet. A lock that knows the dataset says which of the two it was.
     ///
     /// # Errors
     /// As [`Outside::commit`].

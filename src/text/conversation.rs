@@ -163,7 +163,8 @@ fn message(m: &Value, number: usize, tags: &Tags) -> Result<Message> {
     if !ROLES.contains(&role) {
         let fault = Fault::new(format!("message {number} has the unknown role `{role}`"));
         let help = format!(
-            "known are {}; name others in `tags: {{ roles: {{ \"{role}\": user }} }}`, or {LEAVE_OUT}",
+            "known are {}; name others in `tags: {{ roles: {{ \"{role}\": user }} }}`, or \
+             {LEAVE_OUT}",
             known_roles()
         );
         return Err(fault.help(help).into());
