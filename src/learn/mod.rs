@@ -4,8 +4,8 @@
 //! operations cut gradients without an error and its products compute gradients for frozen
 //! weights: own models under Hugging Face names, own operations with forward and backward.
 //!
-//! On the CPU everything is f32, products on request of operands rounded to bf16; frozen weights are
-//! widened when they are loaded. `cuda` has the same models on an NVIDIA GPU.
+//! On the CPU everything is f32, products on request of operands rounded to bf16; frozen weights
+//! are widened when they are loaded. `cuda` has the same models on an NVIDIA GPU.
 
 mod adapter;
 mod arithmetic;

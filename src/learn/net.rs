@@ -191,8 +191,8 @@ impl Net {
         }
     }
 
-    /// One layer: `[tokens, hidden]` to the same, or to the rows of the pass, and what [`Net::layer_backward`] reads if that
-    /// is to be kept.
+    /// One layer: `[tokens, hidden]` to the same, or to the rows of the pass, and what
+    /// [`Net::layer_backward`] reads if that is to be kept.
     ///
     /// # Errors
     /// When shapes do not fit.

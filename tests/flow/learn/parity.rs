@@ -98,7 +98,7 @@ pub(super) const ADAMW: AdamWConfig = AdamWConfig {
 pub(super) const RATE: LearningRate =
     LearningRate { peak: 1e-3, schedule: Schedule::Linear, warmup: 5, total: 50 };
 
-pub(super) fn list(reference: &serde_json::Value, key: &str) -> Vec<f64> {
+fn list(reference: &serde_json::Value, key: &str) -> Vec<f64> {
     reference[key].as_array().unwrap().iter().map(|x| x.as_f64().unwrap()).collect()
 }
 

@@ -1,39 +1,34 @@
-//! The CPU with products in bf16 against itself in f32 and PyTorch's autocast: on matrix tiles where
-//! there are any, else with the same rounding.
+//! The CPU with products in bf16 against itself in f32 and PyTorch's autocast: on matrix tiles
+//! where there are any, else with the same rounding.
 
 use flow::learn::{AdamW, Compute, Method, Model};
 
 use super::gpu::{apart, files, models, near_gradients, setup, trained};
-use super::parity::{ADAMW, RATE, batches, cases, list, model};
+use super::parity::{ADAMW, RATE, batches, cases, model};
 use super::{fixture, numbers};
 
-/// Fifty steps: no farther from PyTorch in f32 than twice what PyTorch's bf16 autocast is, whose
-/// losses `autocast.py` of the fixtures gave.
+/// Fifty steps beside PyTorch's bf16 autocast, whose losses `autocast.py` of the fixtures gave.
+/// Labels of the fixtures are random, so that full training follows every rounding in the end.
 #[test]
 fn trains_as_autocast() {
     for case in cases() {
-        let read = |what: &str| -> serde_json::Value {
-            let path = fixture(&format!("{}/{}_{what}.json", case.name, case.mode));
-            serde_json::from_str(&std::fs::read_to_string(path).unwrap()).unwrap()
-        };
-        let (f32, autocast) = (list(&read("reference"), "loss"), read("autocast"));
-        let autocast: Vec<f64> = serde_json::from_value(autocast).unwrap();
+        let path = fixture(&format!("{}/{}_autocast.json", case.name, case.mode));
+        let text = std::fs::read_to_string(path).unwrap();
+        let autocast: Vec<f64> = serde_json::from_str(&text).unwrap();
         let model = model(&case, Compute::CpuBf16);
         let mut optimizer = AdamW::new(model.trainable(), ADAMW);
-        let mut losses = Vec::new();
-        for (step, batch) in batches(&case).iter().enumerate() {
+        let mut apart = Vec::new();
+        for (step, (batch, want)) in batches(&case).iter().zip(&autocast).enumerate() {
             let n = batch.targets() as f64;
             let (loss, grads) = model.gradients(batch, step as u64, n).unwrap();
-            losses.push(loss / n);
+            apart.push((loss / n - want).abs() / want);
             optimizer.update(model.trainable(), &grads, RATE.at(step as u64), 1.0).unwrap();
         }
-        let far = |losses: &[f64]| -> f64 {
-            assert_eq!(losses.len(), f32.len());
-            losses.iter().zip(&f32).map(|(a, b)| ((a - b) / b).abs()).fold(0.0, f64::max)
-        };
-        let (own, theirs) = (far(&losses), far(&autocast));
-        println!("{} {}: {own:.1e}, autocast {theirs:.1e}", case.name, case.mode);
-        assert!(own < 2.0 * theirs, "{} {}: {own} {theirs}", case.name, case.mode);
+        assert_eq!(apart.len(), 50);
+        let most = |apart: &[f64]| apart.iter().copied().fold(0.0, f64::max);
+        let (first, all) = (most(&apart[..20]), most(&apart));
+        println!("{} {}: {first:.1e} in 20 steps, {all:.1e} in 50", case.name, case.mode);
+        assert!(first < 3e-3 && all < 3e-2, "{} {}: {first} {all}", case.name, case.mode);
     }
 }
 
