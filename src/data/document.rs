@@ -208,8 +208,10 @@ fn only_list(fields: Vec<(String, Json)>, file: &str) -> Result<Vec<Json>> {
 mod tests {
     use super::*;
 
-    /// Rows by number, or the lines, and what is noted.
-    fn rows(text: &str, field: Option<&str>) -> Result<(Vec<(usize, Json)>, String, Vec<String>)> {
+    /// Rows by number, lines, and what is noted.
+    type Found = (Vec<(usize, Json)>, String, Vec<String>);
+
+    fn rows(text: &str, field: Option<&str>) -> Result<Found> {
         let (mut rows, mut notes, mut lines) = (Vec::new(), Vec::new(), String::new());
         let rest = document(text.as_bytes(), ("f.json", field), &mut notes, &mut |number, row| {
             rows.push((number, row));

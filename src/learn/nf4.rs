@@ -217,9 +217,9 @@ impl Nf4 {
             let values = CODES.map(|code| self.round(code * scale));
             let value = |i: usize| {
                 let byte = self.packed[i / 2];
-                values[usize::from(if i % 2 == 0 { byte >> 4 } else { byte & 15 })]
+                values[usize::from(if i.is_multiple_of(2) { byte >> 4 } else { byte & 15 })]
             };
-            if at % 2 == 0 {
+            if at.is_multiple_of(2) {
                 let packed = &self.packed[at / 2..];
                 for (pair, byte) in part.chunks_mut(2).zip(packed) {
                     pair[0] = values[usize::from(byte >> 4)];

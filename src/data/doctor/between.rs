@@ -61,7 +61,7 @@ pub(super) fn near(doctor: &Doctor, survey: &Survey, other: &Survey) -> Vec<(u64
     let (mut alike, mut rows) = (Alike::new(near.threshold), Vec::new());
     for (row, signature) in (0..).zip(survey.signatures()) {
         if !same.contains(&row) {
-            alike.add(**signature);
+            alike.add(*signature);
             rows.push(row);
         }
     }

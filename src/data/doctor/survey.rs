@@ -64,7 +64,7 @@ pub struct Survey {
     classes: BTreeMap<u32, u64>,
     flaws: BTreeMap<Check, Flawed>,
     /// Of all rows, or of none.
-    signatures: Vec<Box<Signature>>,
+    signatures: Vec<Signature>,
     last: Option<u32>,
     pub(super) changes: u64,
     pub(super) dropped: u64,
@@ -88,7 +88,7 @@ impl Survey {
             self.changes += u64::from(self.last.is_some_and(|last| last != class));
             self.last = Some(class);
         }
-        self.signatures.extend(facts.signature);
+        self.signatures.extend(facts.signature.map(|s| *s));
         for flaw in facts.flaws {
             let flawed = self.flaws.entry(flaw).or_default();
             flawed.count += 1;
@@ -126,7 +126,7 @@ impl Survey {
         &self.contents
     }
 
-    pub(super) fn signatures(&self) -> &[Box<Signature>] {
+    pub(super) fn signatures(&self) -> &[Signature] {
         &self.signatures
     }
 

@@ -198,6 +198,7 @@ fn gradients_in_bf16() {
 }
 
 /// The gradients of one batch in bf16: each tensor's within 3 % of the CPU's in f32, as a vector.
+#[expect(clippy::print_stdout, reason = "shows how near")]
 pub(super) fn near_gradients(compute: Compute) {
     let dir = tempfile::tempdir().unwrap();
     for (config, task) in models() {
