@@ -1,6 +1,6 @@
 //! In which numbers products are computed.
 
-use super::bf16::{self, Lhs, Rhs};
+use super::bf16;
 use super::matrix::{self, Matrix, Threads};
 
 /// In which numbers products are computed. Everything else is f32.
@@ -14,7 +14,8 @@ pub(crate) enum Arithmetic {
 }
 
 impl Arithmetic {
-    /// `out = beta * out + alpha * lhs * rhs`, see [`matrix::product`]; `beta` is 0 or 1.
+    /// `out = beta * out + alpha * lhs * rhs` on this thread, see [`matrix::product`]; `beta` is 0
+    /// or 1.
     pub(crate) fn product(
         self,
         out: (&mut [f32], usize),
@@ -22,15 +23,10 @@ impl Arithmetic {
         alpha: f32,
         lhs: Matrix<'_>,
         rhs: Matrix<'_>,
-        threads: Threads,
     ) {
-        match (self, threads) {
-            (Self::F32, _) => matrix::product(out, beta, alpha, lhs, rhs, threads),
-            (Self::Bf16, Threads::One) => bf16::product_of(out, beta != 0.0, alpha, lhs, rhs),
-            (Self::Bf16, Threads::All) => {
-                let (lhs, rhs) = (Lhs::scaled(alpha, lhs, threads), Rhs::new(rhs, threads));
-                bf16::product(out, beta != 0.0, None, &[(&lhs, &rhs)], threads);
-            }
+        match self {
+            Self::F32 => matrix::product(out, beta, alpha, lhs, rhs, Threads::One),
+            Self::Bf16 => bf16::product_of(out, beta != 0.0, alpha, lhs, rhs),
         }
     }
 }

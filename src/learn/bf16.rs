@@ -38,9 +38,7 @@ pub(crate) struct Lhs(Packed);
 impl Lhs {
     /// Packs `x`, `[m, k]`.
     pub(crate) fn new(x: Matrix<'_>, threads: Threads) -> Self {
-        let mut lhs = Self::empty();
-        lhs.refill(x, threads);
-        lhs
+        Self::scaled(1.0, x, threads)
     }
 
     /// Packs `alpha * x`.
@@ -64,11 +62,6 @@ impl Lhs {
     pub(crate) fn empty() -> Self {
         Self(Packed::empty(Side::Lhs, Form::best()))
     }
-
-    /// Packs `x`, `[m, k]` of any size, into the memory of what it was.
-    pub(crate) fn refill(&mut self, x: Matrix<'_>, threads: Threads) {
-        self.0.fill(x, 1.0, threads);
-    }
 }
 
 /// The right-hand side of products, `[k, n]`, in bf16 and laid out for them.
@@ -78,9 +71,7 @@ pub(crate) struct Rhs(Packed);
 impl Rhs {
     /// Packs `x`, `[k, n]`.
     pub(crate) fn new(x: Matrix<'_>, threads: Threads) -> Self {
-        let mut rhs = Self::empty();
-        rhs.refill(x, threads);
-        rhs
+        Self::scaled(1.0, x, threads)
     }
 
     /// Packs `alpha * x`.

@@ -187,7 +187,7 @@ fn buffers_are_used_again() {
         let mut y = rhs(form, Matrix::new(&[f32::NAN; 4000], 80, 50), Threads::One);
         let (a, b) = (noise(33 * 35, 1), noise(35 * 37, 2));
         let (l, r) = (Matrix::new(&a, 33, 35), Matrix::new(&b, 35, 37));
-        x.refill(l, Threads::One);
+        x.0.fill(l, 1.0, Threads::One);
         y.refill(r, Threads::One);
         let mut out = vec![f32::NAN; 33 * 37];
         product((&mut out, 37), false, None, &[(&x, &y)], Threads::One);

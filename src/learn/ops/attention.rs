@@ -8,7 +8,7 @@ use rayon::prelude::*;
 use super::dropout::Mask;
 use super::{Buffer, dot, exp, max, sum, wide};
 use crate::learn::arithmetic::Arithmetic;
-use crate::learn::matrix::{Matrix, Threads};
+use crate::learn::matrix::Matrix;
 
 /// Queries whose scores are in memory at once. Fixed, so that no sum depends on the threads.
 const QUERIES: usize = 64;
@@ -128,7 +128,7 @@ impl Attention {
         let q = self.part(q, at.clone(), self.heads, *head);
         let k = self.part(k, start + keys.start..start + keys.end, self.kv_heads, kv);
         let mut p = Buffer::new(at.len() * m);
-        self.arithmetic.product((&mut p, m), 0.0, self.scale(), q, k.t(), Threads::One);
+        self.arithmetic.product((&mut p, m), 0.0, self.scale(), q, k.t());
         wide!({
             for (query, row) in at.clone().zip(p.chunks_exact_mut(m)) {
                 let position = self.position(rows, query);
@@ -180,7 +180,7 @@ impl Attention {
                 let v = self.part(v, those, self.kv_heads, head / group);
                 let p = Matrix::new(&p, these.at.len(), keys.len());
                 let out = &mut out[head * self.head..];
-                self.arithmetic.product((out, width), 0.0, 1.0, p, v, Threads::One);
+                self.arithmetic.product((out, width), 0.0, 1.0, p, v);
             }
         });
     }
@@ -233,13 +233,13 @@ impl Attention {
                             });
                             let kept = Matrix::new(kept.as_ref().unwrap_or(&p), at.len(), m);
                             let out = (&mut dv[from..], d);
-                            self.arithmetic.product(out, 1.0, 1.0, kept.t(), g, Threads::One);
+                            self.arithmetic.product(out, 1.0, 1.0, kept.t(), g);
                         }
                         if dq.is_none() && dk.is_none() {
                             continue;
                         }
                         let mut ds = Buffer::new(at.len() * m);
-                        self.arithmetic.product((&mut ds, m), 0.0, 1.0, g, v_.t(), Threads::One);
+                        self.arithmetic.product((&mut ds, m), 0.0, 1.0, g, v_.t());
                         if let Some(mask) = &mask {
                             multiply(&mut ds, mask);
                         }
@@ -256,18 +256,11 @@ impl Attention {
                             let row = at.start - all.start;
                             let out = &mut dq[(row * group + head - kv * group) * d..];
                             let out = (out, group * d);
-                            self.arithmetic.product(out, 0.0, self.scale(), ds, k_, Threads::One);
+                            self.arithmetic.product(out, 0.0, self.scale(), ds, k_);
                         }
                         if let Some(dk) = &mut dk {
                             let out = (&mut dk[from..], d);
-                            self.arithmetic.product(
-                                out,
-                                1.0,
-                                self.scale(),
-                                ds.t(),
-                                q_,
-                                Threads::One,
-                            );
+                            self.arithmetic.product(out, 1.0, self.scale(), ds.t(), q_);
                         }
                     }
                 }
