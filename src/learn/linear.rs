@@ -5,19 +5,17 @@ mod input;
 mod layer;
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::ops::Range;
 
 use anyhow::{Context, Result, bail};
 use candle_core::{DType, Tensor, Var};
 use rayon::prelude::*;
 
 use super::arithmetic::Arithmetic;
-use super::buffer::Buffer;
-use super::ops::{Frozen, Mask, TASK, wide};
+use super::ops::{Frozen, Kept, Mask};
 use super::random::Stream;
 
 pub(crate) use input::Input;
-pub(crate) use layer::{Linear, Write};
+pub(crate) use layer::{Linear, Trace, Write};
 
 /// How a forward pass is run.
 #[derive(Debug, Clone, Copy)]
@@ -59,55 +57,12 @@ impl Dropout {
         }
     }
 
-    /// Drops elements of `x`, or of its gradient.
-    pub(crate) fn apply(&self, x: &mut [f32], pass: Pass<'_>) {
-        match (self.mask(pass.mode), pass.rows) {
-            (Some(mask), Some(rows)) => mask.apply_to_rows(rows, x),
-            (Some(mask), None) => mask.apply_to(x),
-            (None, _) => {}
-        }
-    }
-
-    /// Drops elements of the numbered rows among those of the pass, on this thread.
-    pub(crate) fn apply_at(&self, range: Range<usize>, x: &mut [f32], pass: Pass<'_>) {
-        let Some(mask) = self.mask(pass.mode) else { return };
-        let cols = x.len() / range.len().max(1);
-        match pass.rows {
-            None => mask.apply_from(range.start * cols, x),
-            Some(rows) => {
-                for (row, x) in rows[range].iter().zip(x.chunks_exact_mut(cols.max(1))) {
-                    mask.apply_from(*row as usize * cols, x);
-                }
-            }
-        }
-    }
-
-    /// Drops elements of `x` and adds the rest to `onto`.
-    pub(crate) fn add_applied(&self, x: &mut [f32], pass: Pass<'_>, onto: &mut [f32]) {
-        const ROWS: usize = 16;
-        let rows = pass.rows.map_or(1, <[u32]>::len);
-        // Without chosen rows any cut will do.
-        let part = if pass.rows.is_some() { ROWS * (x.len() / rows.max(1)) } else { TASK };
-        let parts = x.par_chunks_mut(part.max(1)).zip(onto.par_chunks_mut(part.max(1)));
-        parts.enumerate().for_each(|(i, (x, onto))| {
-            match (pass.rows, self.mask(pass.mode)) {
-                (None, Some(mask)) => mask.apply_from(i * part, x),
-                (None, None) => {}
-                (Some(rows), _) => {
-                    let first = i * ROWS;
-                    self.apply_at(first..(first + ROWS).min(rows.len()), x, pass);
-                }
-            }
-            wide!(onto.iter_mut().zip(x.iter()).for_each(|(o, x)| *o += x));
-        });
-    }
-
-    /// A copy of `x` with elements dropped, if any are.
-    pub(crate) fn applied(&self, x: &[f32], pass: Pass<'_>) -> Option<Buffer> {
-        self.mask(pass.mode).map(|_| {
-            let mut x = Buffer::of(x);
-            self.apply(&mut x, pass);
-            x
+    /// Draws what is kept of a matrix `[rows, cols]` in a pass; none if that is all.
+    pub(crate) fn draw(&self, (rows, cols): (usize, usize), pass: Pass<'_>) -> Option<Kept> {
+        let mask = self.mask(pass.mode)?;
+        Some(match pass.rows {
+            Some(rows) => mask.of(rows.par_iter().map(|row| *row as usize), cols),
+            None => mask.of((0..rows).into_par_iter(), cols),
         })
     }
 }

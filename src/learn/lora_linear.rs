@@ -53,7 +53,7 @@ impl LoraLinear {
         let layer = self.linear.bare();
         let pass = Pass::whole(Mode::Eval);
         let run = |[x]: [&[f32]; 1]| layer.forward(&Input::of(x, layer.inputs()), pass);
-        let out = with_slices([x], run)??;
+        let (out, _) = with_slices([x], run)??;
         Ok(tensor(out.to_vec(), self.shape(x.shape()))?)
     }
 
@@ -97,7 +97,7 @@ impl CustomOp3 for Op {
             let x = Input::of(slice(s1, l1)?, self.0.linear.inputs());
             self.0.linear.forward(&x, Pass::whole(Mode::Eval))
         };
-        let out = out.map_err(candle_core::Error::wrap)?;
+        let (out, _) = out.map_err(candle_core::Error::wrap)?;
         Ok((CpuStorage::F32(out.to_vec()), self.0.shape(l1.shape())))
     }
 
@@ -115,7 +115,8 @@ impl CustomOp3 for Op {
             let into = Some((&mut dx[..], Write::Over));
             let layer = &self.0.linear;
             let (x, g) = (Input::of(x, layer.inputs()), Input::of(g, layer.outputs()));
-            layer.backward(&x, &g, Pass::whole(Mode::Eval), into, &mut gradients)
+            let trace = layer.trace(&x, Pass::whole(Mode::Eval))?;
+            layer.backward(&x, &g, trace.as_ref(), into, &mut gradients)
         })?
         .map_err(candle_core::Error::wrap)?;
         let of = |gradients: &mut Gradients, var: &Tensor| {

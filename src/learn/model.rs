@@ -221,7 +221,8 @@ impl Model {
     fn logits_at(&self, net: &Net, rows: Buffer) -> Result<Buffer> {
         let pass = Pass::whole(Mode::Eval);
         let (features, _) = net.features(rows, pass)?;
-        net.output()?.forward(&Input::of(&features, net.output()?.inputs()), pass)
+        let x = Input::of(&features, net.output()?.inputs());
+        Ok(net.output()?.forward(&x, pass)?.0)
     }
 
     /// Logits without dropout, f32: `[size, classes]`, or `[size, length, vocab]` with zeros on
@@ -455,7 +456,7 @@ impl Model {
         let (features, kept) = net.features(x, pass)?;
         let mut sums = Gradients::default();
         let (loss, grad) = self.output_gradients(&features, &targets, denominator, &mut sums)?;
-        let mut grad = net.features_backward(kept, grad, pass, &mut sums)?;
+        let mut grad = net.features_backward(kept, grad, &mut sums)?;
         while let Some(kept) = saved.pop() {
             let (Some(kept), Some(seed)) = (kept, grad.take()) else { break };
             let i = saved.len();
@@ -463,7 +464,7 @@ impl Model {
             grad = net.layer_backward(i, kept, seed, &sequences, pass, &mut sums)?;
         }
         if let Some(grad) = grad {
-            net.embed_backward(&packed, embedded, grad, pass, &mut sums)?;
+            net.embed_backward(&packed, embedded, grad, &mut sums)?;
         }
         let mut gradients = BTreeMap::new();
         for (name, var) in &self.trainable {
@@ -493,10 +494,10 @@ impl Model {
         let parts = features.chunks(rows * width).zip(dx.chunks_mut(rows * width));
         for ((x, dx), wanted) in parts.zip(targets.targets.chunks(rows)) {
             let x = Input::of(x, output.inputs());
-            let mut logits = output.forward(&x, pass)?;
+            let (mut logits, trace) = output.forward(&x, pass)?;
             loss += cross_entropy(&mut logits, output.outputs(), wanted, 1.0 / denominator)?;
             let g = Input::of(&logits, output.outputs());
-            output.backward(&x, &g, pass, Some((dx, Write::Over)), gradients)?;
+            output.backward(&x, &g, trace.as_ref(), Some((dx, Write::Over)), gradients)?;
         }
         Ok((loss, dx))
     }

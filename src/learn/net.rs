@@ -11,7 +11,7 @@ use std::sync::Arc;
 use anyhow::{Context as _, Result, bail};
 
 use self::decoder::DecoderLayer;
-use self::embeddings::Embeddings;
+use self::embeddings::{Embeddings, SavedEmbeddings};
 use self::encoder::EncoderLayer;
 use self::norm::RmsNorm;
 use super::arithmetic::Arithmetic;
@@ -20,8 +20,8 @@ use super::buffer::{Buffer, release};
 use super::config::{Family, ModelConfig};
 use super::gradients::Gradients;
 use super::layout::output_embedding;
-use super::linear::{Dropout, Input, Linear, Parameters, Pass, Write};
-use super::ops::{Attention, RopeTable};
+use super::linear::{Dropout, Input, Linear, Parameters, Pass, Trace, Write};
+use super::ops::{Attention, Kept, RopeTable};
 
 impl Drop for Net {
     fn drop(&mut self) {
@@ -61,7 +61,7 @@ enum Layer {
 #[derive(Debug)]
 enum Features {
     Norm(RmsNorm),
-    Pool { dense: Linear, tanh: bool, drop: Dropout },
+    Pool { dense: Linear, tanh: bool, dropout: Dropout },
     Bare,
 }
 
@@ -71,10 +71,17 @@ pub(crate) enum Saved {
     Decoder(Box<decoder::Saved>),
 }
 
-/// What the features keep: the rows, and the pooled values before dropout.
+/// What the features keep.
 pub(crate) struct SavedFeatures {
     rows: Buffer,
-    pooled: Option<Buffer>,
+    pooled: Option<Pooled>,
+}
+
+/// Pooled values before dropout, and what it kept of them.
+struct Pooled {
+    values: Buffer,
+    trace: Option<Trace>,
+    kept: Option<Kept>,
 }
 
 impl Net {
@@ -97,7 +104,7 @@ impl Net {
             let features = Features::Pool {
                 dense: p.linear(if bert { "bert.pooler.dense" } else { "pre_classifier" })?,
                 tanh: bert,
-                drop: p.dropout("classifier", c.classifier_dropout),
+                dropout: p.dropout("classifier", c.classifier_dropout),
             };
             (features, Some(p.linear("classifier")?))
         } else {
@@ -151,7 +158,11 @@ impl Net {
     ///
     /// # Errors
     /// When an id is outside its table.
-    pub(crate) fn embed(&self, batch: &Packed, pass: Pass<'_>) -> Result<(Buffer, Option<Buffer>)> {
+    pub(crate) fn embed(
+        &self,
+        batch: &Packed,
+        pass: Pass<'_>,
+    ) -> Result<(Buffer, Option<SavedEmbeddings>)> {
         self.embeddings.forward(batch, pass)
     }
 
@@ -162,12 +173,11 @@ impl Net {
     pub(crate) fn embed_backward(
         &self,
         batch: &Packed,
-        saved: Option<Buffer>,
+        saved: Option<SavedEmbeddings>,
         grad: Buffer,
-        pass: Pass<'_>,
         gradients: &mut Gradients,
     ) -> Result<()> {
-        self.embeddings.backward(batch, saved, grad, pass, gradients)
+        self.embeddings.backward(batch, saved, grad, gradients)
     }
 
     fn attention(
@@ -255,8 +265,10 @@ impl Net {
             Features::Norm(norm) => {
                 Ok((norm.forward(&rows)?, SavedFeatures { rows, pooled: None }))
             }
-            Features::Pool { dense, tanh, drop } => {
-                let mut pooled = dense.forward(&Input::of(&rows, dense.inputs()), pass)?;
+            Features::Pool { dense, tanh, dropout } => {
+                let read = Input::of(&rows, dense.inputs());
+                let (mut values, trace) = dense.forward(&read, pass)?;
+                drop(read);
                 // Not `max`, which passes over what is not a number.
                 let activate = |x: f32| {
                     if *tanh {
@@ -267,10 +279,13 @@ impl Net {
                         x
                     }
                 };
-                pooled.iter_mut().for_each(|x| *x = activate(*x));
-                let mut out = Buffer::of(&pooled);
-                drop.apply(&mut out, pass);
-                Ok((out, SavedFeatures { rows, pooled: Some(pooled) }))
+                values.iter_mut().for_each(|x| *x = activate(*x));
+                let mut out = Buffer::of(&values);
+                let cols = dense.outputs();
+                let kept = dropout.draw((out.len() / cols, cols), pass);
+                kept.iter().for_each(|kept| kept.apply(&mut out));
+                let pooled = Some(Pooled { values, trace, kept });
+                Ok((out, SavedFeatures { rows, pooled }))
             }
             Features::Bare => Ok((Buffer::of(&rows), SavedFeatures { rows, pooled: None })),
         }
@@ -285,24 +300,25 @@ impl Net {
         &self,
         saved: SavedFeatures,
         mut grad: Buffer,
-        pass: Pass<'_>,
         gradients: &mut Gradients,
     ) -> Result<Option<Buffer>> {
         let below = self.trains_below(self.layers());
         let SavedFeatures { rows, pooled } = saved;
         match (&self.features, pooled) {
             (Features::Norm(norm), _) => norm.backward(&rows, &mut grad, gradients)?,
-            (Features::Pool { dense, tanh, drop }, Some(pooled)) => {
-                drop.apply(&mut grad, pass);
+            (Features::Pool { dense, tanh, .. }, Some(Pooled { values, trace, kept })) => {
+                kept.iter().for_each(|kept| kept.apply(&mut grad));
                 let slope = |y: f32| match tanh {
                     true => 1.0 - y * y,
                     false => f32::from(u8::from(y > 0.0)),
                 };
-                grad.iter_mut().zip(&*pooled).for_each(|(g, y)| *g *= slope(*y));
+                grad.iter_mut().zip(&*values).for_each(|(g, y)| *g *= slope(*y));
                 let mut to_rows = Buffer::new(rows.len());
                 let into = below.then_some((&mut to_rows[..], Write::Over));
                 let x = Input::of(&rows, dense.inputs());
-                dense.backward(&x, &Input::of(&grad, dense.outputs()), pass, into, gradients)?;
+                let g = Input::of(&grad, dense.outputs());
+                dense.backward(&x, &g, trace.as_ref(), into, gradients)?;
+                drop(g);
                 grad = to_rows;
             }
             _ => {}

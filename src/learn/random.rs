@@ -57,25 +57,29 @@ impl Stream {
     #[inline(always)]
     pub(crate) fn group(&self, index: u64) -> [[u32; BLOCKS]; 4] {
         let block = |i: usize| index * BLOCKS as u64 + i as u64;
-        let mut c = [
-            from_fn(|i| block(i) as u32),
-            from_fn(|i| (block(i) >> 32) as u32),
-            [self.high[0]; BLOCKS],
-            [self.high[1]; BLOCKS],
+        // Each word in the lower half of 64 bits, where the multiplication of vectors reads and
+        // writes; what is above is left to be anything.
+        let low = |x: u64| x & u64::from(u32::MAX);
+        let mut c: [[u64; BLOCKS]; 4] = [
+            from_fn(block),
+            from_fn(|i| block(i) >> 32),
+            [u64::from(self.high[0]); BLOCKS],
+            [u64::from(self.high[1]); BLOCKS],
         ];
         let mut key = self.key;
         for _ in 0..ROUNDS {
-            let p0: [u64; BLOCKS] = from_fn(|i| M0 * u64::from(c[0][i]));
-            let p1: [u64; BLOCKS] = from_fn(|i| M1 * u64::from(c[2][i]));
+            let p0: [u64; BLOCKS] = from_fn(|i| M0 * low(c[0][i]));
+            let p1: [u64; BLOCKS] = from_fn(|i| M1 * low(c[2][i]));
+            let keys = key.map(u64::from);
             c = [
-                from_fn(|i| (p1[i] >> 32) as u32 ^ c[1][i] ^ key[0]),
-                from_fn(|i| p1[i] as u32),
-                from_fn(|i| (p0[i] >> 32) as u32 ^ c[3][i] ^ key[1]),
-                from_fn(|i| p0[i] as u32),
+                from_fn(|i| (p1[i] >> 32) ^ c[1][i] ^ keys[0]),
+                p1,
+                from_fn(|i| (p0[i] >> 32) ^ c[3][i] ^ keys[1]),
+                p0,
             ];
             key = next(key);
         }
-        c
+        c.map(|words| words.map(|word| word as u32))
     }
 
     /// Uniform in [0, 1), with 53 random bits.

@@ -6,7 +6,7 @@ use std::sync::OnceLock;
 use anyhow::Result;
 
 use super::input::Input;
-use super::layer::{Linear, Write};
+use super::layer::{Linear, Trace, Write, add_through, fed};
 use super::{Adapter, Held, Pass};
 use crate::learn::bf16::{Lhs, Rhs, product};
 use crate::learn::buffer::Buffer;
@@ -78,7 +78,7 @@ impl Linear {
     }
 
     /// `x A^T`, `[rows, r]`.
-    fn down_bf16(&self, x: &Input<'_>, a: &[f32]) -> Buffer {
+    pub(super) fn down_bf16(&self, x: &Input<'_>, a: &[f32]) -> Buffer {
         let ((rows, _), r) = (x.size(), a.len() / self.inputs);
         let mut h = Buffer::new(rows * r);
         let a = Rhs::new(Matrix::new(a, r, self.inputs).t(), Threads::All);
@@ -94,24 +94,23 @@ impl Linear {
         pass: Pass<'_>,
         write: Write,
         out: &mut [f32],
-    ) -> Result<()> {
+    ) -> Result<Option<Trace>> {
         let (rows, outputs) = (x.size().0, self.outputs);
         let base = self.rhs(Way::Forward)?;
         let mut terms = vec![(x.packed(), &*base)];
-        let adapter = self.adapter.as_ref().map(|Adapter { a, b }| {
-            with_slices([a.as_tensor(), b.as_tensor()], |[a, b]| {
-                let fed = self.fed(x, pass);
-                let r = a.len() / self.inputs;
-                let h = self.down_bf16(fed.as_ref().unwrap_or(x), a);
-                let h = Lhs::new(Matrix::new(&h, rows, r), Threads::All);
-                let b = Matrix::new(b, outputs, r).t();
-                (h, Rhs::scaled(self.scaling, b, Threads::All))
+        let trace = self.trace(x, pass)?;
+        let adapter = self.adapter.as_ref().zip(trace.as_ref());
+        let adapter = adapter.map(|(Adapter { b, .. }, Trace { h, .. })| {
+            with_slices([b.as_tensor()], |[b]| {
+                let r = b.len() / outputs;
+                let h = Lhs::new(Matrix::new(h, rows, r), Threads::All);
+                (h, Rhs::scaled(self.scaling, Matrix::new(b, outputs, r).t(), Threads::All))
             })
         });
         let adapter = adapter.transpose()?;
         terms.extend(adapter.as_ref().map(|(h, b)| (h, b)));
         product((out, outputs), write == Write::Add, bias, &terms, Threads::All);
-        Ok(())
+        Ok(trace)
     }
 
     /// See [`Linear::backward`]: from the gradients of the adapter on.
@@ -119,52 +118,47 @@ impl Linear {
         &self,
         x: &Input<'_>,
         g: &Input<'_>,
-        pass: Pass<'_>,
+        trace: Option<&Trace>,
         dx: Option<(&mut [f32], Write)>,
         gradients: &mut Gradients,
     ) -> Result<()> {
         let (inputs, outputs) = (self.inputs, self.outputs);
         let (rows, _) = g.size();
-        // What the adapter adds to the input's gradient, unless its dropout stands in between.
-        let mut onto = None;
-        let mut through = None;
-        if let Some(Adapter { a, b }) = &self.adapter {
-            let fed = self.fed(x, pass);
-            let (dropped, fed) = (fed.is_some(), fed.as_ref().unwrap_or(x));
-            with_slices([a.as_tensor(), b.as_tensor()], |[a_, b_]| -> Result<()> {
+        // K = G B and s A: what the adapter adds to the input's gradient.
+        let mut adapter = None;
+        if let Some((Adapter { a, b }, Trace { kept, h })) = self.traced(trace)? {
+            let fed = fed(x, kept.as_ref());
+            let fed = fed.as_ref().unwrap_or(x);
+            adapter = with_slices([a.as_tensor(), b.as_tensor()], |[a_, b_]| -> Result<_> {
                 let (r, s) = (a_.len() / inputs, self.scaling);
+                // First, so that what is made of others is made once.
+                let plain = Matrix::new(g.plain(), rows, outputs);
                 let mut k = Buffer::new(rows * r);
                 let up = Rhs::new(Matrix::new(b_, outputs, r), Threads::All);
                 product((&mut k, r), false, None, &[(g.packed(), &up)], Threads::All);
-                let k = Matrix::new(&k, rows, r);
-                let h = self.down_bf16(fed, a_);
-                let h = Rhs::scaled(s, Matrix::new(&h, rows, r), Threads::All);
-                let g = Matrix::new(g.plain(), rows, outputs);
-                gradients.product_bf16(b.as_tensor(), &Lhs::new(g.t(), Threads::All), &h, r)?;
-                let k_ = Lhs::scaled(s, k.t(), Threads::All);
+                let h = Rhs::scaled(s, Matrix::new(h, rows, r), Threads::All);
+                let g = Lhs::new(plain.t(), Threads::All);
+                gradients.product_bf16(b.as_tensor(), &g, &h, r)?;
+                let k_ = Lhs::scaled(s, Matrix::new(&k, rows, r).t(), Threads::All);
                 gradients.product_bf16(a.as_tensor(), &k_, &fed.rhs(), inputs)?;
-                if dx.is_none() {
-                    return Ok(());
-                }
-                let k = Lhs::new(k, Threads::All);
                 let a = Rhs::scaled(s, Matrix::new(a_, r, inputs), Threads::All);
-                if !dropped {
-                    onto = Some((k, a));
-                    return Ok(());
-                }
-                let mut out = Buffer::new(rows * inputs);
-                product((&mut out, inputs), false, None, &[(&k, &a)], Threads::All);
-                through = Some(out);
-                Ok(())
+                Ok(Some((k, r, a, kept.as_ref())))
             })??;
         }
         let Some((dx, write)) = dx else { return Ok(()) };
         let base = self.rhs(Way::Backward)?;
         let mut terms = vec![(g.packed(), &*base)];
-        terms.extend(onto.as_ref().map(|(k, a)| (k, a)));
+        let pack = |k: &[f32], r, threads| Lhs::new(Matrix::new(k, k.len() / r, r), threads);
+        // Unless dropout stands between, it is one sum.
+        let direct = adapter.as_ref().filter(|(.., kept)| kept.is_none());
+        let direct = direct.map(|(k, r, a, _)| (pack(k, *r, Threads::All), a));
+        terms.extend(direct.as_ref().map(|(k, a)| (k, *a)));
         product((&mut *dx, inputs), write == Write::Add, None, &terms, Threads::All);
-        if let Some(mut through) = through {
-            self.dropout.add_applied(&mut through, pass, dx);
+        if let Some((k, r, a, Some(kept))) = &adapter {
+            add_through(kept, dx, inputs, |rows, out| {
+                let k = pack(&k[rows.start * r..rows.end * r], *r, Threads::One);
+                product((out, inputs), false, None, &[(&k, a)], Threads::One);
+            });
         }
         Ok(())
     }

@@ -1,8 +1,9 @@
 //! One linear layer, forward and backward.
 
+use std::ops::Range;
 use std::sync::Arc;
 
-use anyhow::{Result, bail, ensure};
+use anyhow::{Context as _, Result, bail, ensure};
 use candle_core::Tensor;
 use rayon::prelude::*;
 
@@ -14,7 +15,7 @@ use crate::learn::bf16::Lhs;
 use crate::learn::buffer::Buffer;
 use crate::learn::gradients::Gradients;
 use crate::learn::matrix::{Matrix, Threads, product, sum_rows};
-use crate::learn::ops::{Frozen, with_slices};
+use crate::learn::ops::{Frozen, Kept, with_slices};
 use crate::learn::random::Stream;
 
 /// What a result does to what was there.
@@ -30,6 +31,15 @@ impl Write {
     fn beta(self) -> f32 {
         if self == Self::Add { 1.0 } else { 0.0 }
     }
+}
+
+/// What an adapter leaves of its forward pass for the backward pass.
+#[derive(Debug)]
+pub(crate) struct Trace {
+    /// What its dropout kept of the input, if not all.
+    pub(super) kept: Option<Kept>,
+    /// drop(x) A^T, `[rows, r]`.
+    pub(super) h: Buffer,
 }
 
 /// `x W^T + b`: trained, frozen or quantized, with or without an adapter.
@@ -128,11 +138,12 @@ impl Linear {
         })
     }
 
-    /// `x W^T + b + s (drop(x) A^T) B^T` (Hu et al. 2021): `[rows, in]` to `[rows, out]`.
-    pub(crate) fn forward(&self, x: &Input<'_>, pass: Pass<'_>) -> Result<Buffer> {
+    /// `x W^T + b + s (drop(x) A^T) B^T` (Hu et al. 2021): `[rows, in]` to `[rows, out]`, and
+    /// what [`Linear::backward`] reads again.
+    pub(crate) fn forward(&self, x: &Input<'_>, pass: Pass<'_>) -> Result<(Buffer, Option<Trace>)> {
         let mut out = Buffer::new(x.size().0 * self.outputs);
-        self.forward_into(x, pass, Write::Over, &mut out)?;
-        Ok(out)
+        let trace = self.forward_into(x, pass, Write::Over, &mut out)?;
+        Ok((out, trace))
     }
 
     /// The same, into or onto `out`.
@@ -142,7 +153,7 @@ impl Linear {
         pass: Pass<'_>,
         write: Write,
         out: &mut [f32],
-    ) -> Result<()> {
+    ) -> Result<Option<Trace>> {
         let ((rows, cols), inputs, outputs) = (x.size(), self.inputs, self.outputs);
         ensure!(cols == inputs, "a linear map of {inputs} inputs on rows of {cols}");
         ensure!(out.len() == rows * outputs, "a result of {} numbers for {rows} rows", out.len());
@@ -165,25 +176,29 @@ impl Linear {
             let (x, w) = (Matrix::new(x.plain(), rows, inputs), Matrix::new(w, outputs, inputs));
             product((&mut *out, outputs), beta, 1.0, x, w.t(), Threads::All);
         })?;
-        let Some(Adapter { a, b }) = &self.adapter else { return Ok(()) };
-        let fed = self.fed(x, pass);
-        with_slices([a.as_tensor(), b.as_tensor()], |[a, b]| {
-            let h = self.down(fed.as_ref().unwrap_or(x), a);
-            let r = a.len() / inputs;
-            let (h, b) = (Matrix::new(&h, rows, r), Matrix::new(b, outputs, r));
-            product((out, outputs), 1.0, self.scaling, h, b.t(), Threads::All);
-        })?;
-        Ok(())
+        let trace = self.trace(x, pass)?;
+        if let (Some(Adapter { b, .. }), Some(Trace { h, .. })) = (&self.adapter, &trace) {
+            with_slices([b.as_tensor()], |[b]| {
+                let r = b.len() / outputs;
+                let (h, b) = (Matrix::new(h, rows, r), Matrix::new(b, outputs, r));
+                product((out, outputs), 1.0, self.scaling, h, b.t(), Threads::All);
+            })?;
+        }
+        Ok(trace)
     }
 
-    /// What the adapter reads, unless that is `x` itself.
-    pub(super) fn fed<'a>(&self, x: &'a Input<'_>, pass: Pass<'a>) -> Option<Input<'a>> {
-        self.dropout.mask(pass.mode)?;
-        let (dropout, (rows, cols), x) = (self.dropout, x.size(), x.plain());
-        Some(Input::made(rows, cols, move |range, out| {
-            out.copy_from_slice(&x[range.start * cols..range.end * cols]);
-            dropout.apply_at(range, out, pass);
-        }))
+    /// What an adapter makes of `x` first: all that its backward pass needs of the forward pass.
+    pub(crate) fn trace(&self, x: &Input<'_>, pass: Pass<'_>) -> Result<Option<Trace>> {
+        let Some(Adapter { a, .. }) = &self.adapter else { return Ok(None) };
+        let kept = self.dropout.draw(x.size(), pass);
+        let fed = fed(x, kept.as_ref());
+        let read = fed.as_ref().unwrap_or(x);
+        let h = with_slices([a.as_tensor()], |[a]| match self.arithmetic {
+            Arithmetic::F32 => self.down(read, a),
+            Arithmetic::Bf16 => self.down_bf16(read, a),
+        })?;
+        drop(fed);
+        Ok(Some(Trace { kept, h }))
     }
 
     /// `x A^T`, `[rows, r]`.
@@ -197,12 +212,13 @@ impl Linear {
 
     /// From the gradient `g` of the result: those of what is trained into `gradients`, and that of
     /// `x` into `dx`. With K = G B: dA = s K^T drop(X), dB = s G^T H, dX = G W + s mask(K A).
-    /// B A is never formed. Where [`Linear::reads_input`] is false, `x` may be none.
+    /// B A is never formed. Where [`Linear::reads_input`] is false, `x` may be none; `trace` is what
+    /// the forward pass gave.
     pub(crate) fn backward(
         &self,
         x: &Input<'_>,
         g: &Input<'_>,
-        pass: Pass<'_>,
+        trace: Option<&Trace>,
         dx: Option<(&mut [f32], Write)>,
         gradients: &mut Gradients,
     ) -> Result<()> {
@@ -228,7 +244,7 @@ impl Linear {
             }
         }
         if self.arithmetic == Arithmetic::Bf16 {
-            return self.backward_bf16(x, g, pass, dx, gradients);
+            return self.backward_bf16(x, g, trace, dx, gradients);
         }
         let g = Matrix::new(g.plain(), rows, outputs);
         let mut dx = dx;
@@ -238,30 +254,67 @@ impl Linear {
                 product((&mut **dx, inputs), write.beta(), 1.0, g, w, Threads::All);
             })?;
         }
-        let Some(Adapter { a, b }) = &self.adapter else { return Ok(()) };
-        let fed = self.fed(x, pass);
-        let (dropped, fed) = (fed.is_some(), fed.as_ref().unwrap_or(x));
+        let Some((Adapter { a, b }, Trace { kept, h })) = self.traced(trace)? else {
+            return Ok(());
+        };
+        let fed = fed(x, kept.as_ref());
+        let fed = fed.as_ref().unwrap_or(x);
         with_slices([a.as_tensor(), b.as_tensor()], |[a_, b_]| -> Result<()> {
             let (r, s) = (a_.len() / inputs, self.scaling);
             let mut k = Buffer::new(rows * r);
             product((&mut k, r), 0.0, 1.0, g, Matrix::new(b_, outputs, r), Threads::All);
             let k = Matrix::new(&k, rows, r);
-            let h = self.down(fed, a_);
-            gradients.product(b.as_tensor(), s, g.t(), Matrix::new(&h, rows, r))?;
+            gradients.product(b.as_tensor(), s, g.t(), Matrix::new(h, rows, r))?;
             let fed = Matrix::new(fed.plain(), rows, inputs);
             gradients.product(a.as_tensor(), s, k.t(), fed)?;
             let Some((dx, _)) = dx else { return Ok(()) };
             let a = Matrix::new(a_, r, inputs);
-            if !dropped {
+            let Some(kept) = kept else {
                 product((dx, inputs), 1.0, s, k, a, Threads::All);
                 return Ok(());
-            }
-            let mut through = Buffer::new(rows * inputs);
-            product((&mut through, inputs), 0.0, s, k, a, Threads::All);
-            self.dropout.add_applied(&mut through, pass, dx);
+            };
+            add_through(kept, dx, inputs, |rows, out| {
+                let k = Matrix::new(&k.data()[rows.start * r..], rows.len(), r);
+                product((out, inputs), 0.0, s, k, a, Threads::One);
+            });
             Ok(())
         })?
     }
+
+    /// The adapter with what its forward pass left.
+    pub(super) fn traced<'a>(
+        &'a self,
+        trace: Option<&'a Trace>,
+    ) -> Result<Option<(&'a Adapter, &'a Trace)>> {
+        let Some(adapter) = &self.adapter else { return Ok(None) };
+        Ok(Some((adapter, trace.context("an adapter without a trace of its forward pass")?)))
+    }
+}
+
+/// What an adapter reads, unless that is `x` itself.
+pub(super) fn fed<'a>(x: &'a Input<'_>, kept: Option<&'a Kept>) -> Option<Input<'a>> {
+    let (kept, (rows, cols), x) = (kept?, x.size(), x.plain());
+    Some(Input::made(rows, cols, move |range, out| {
+        kept.of_rows(range.clone(), &x[range.start * cols..range.end * cols], out);
+    }))
+}
+
+/// Adds what comes back through an adapter's dropout to `dx`, `[rows, cols]`: `make` computes some
+/// rows of it, which are masked while they are in the cache.
+pub(super) fn add_through(
+    kept: &Kept,
+    dx: &mut [f32],
+    cols: usize,
+    make: impl Fn(Range<usize>, &mut [f32]) + Sync,
+) {
+    const ROWS: usize = 64;
+    let parts = dx.par_chunks_mut((ROWS * cols).max(1)).enumerate();
+    parts.for_each(|(i, dx)| {
+        let rows = i * ROWS..i * ROWS + dx.len() / cols;
+        let mut out = Buffer::new(dx.len());
+        make(rows.clone(), &mut out);
+        kept.add_rows(rows, &out, dx);
+    });
 }
 
 #[cfg(test)]
@@ -288,21 +341,23 @@ mod tests {
     fn check_layer(args: &[&[f32]], make: impl Fn(&[&[f32]]) -> (Linear, Vec<Tensor>)) {
         let pass = Pass::whole(Mode::Train(3));
         let forward =
-            |a: &[&[f32]]| make(&a[1..]).0.forward(&Input::of(a[0], 5), pass).unwrap().to_vec();
+            |a: &[&[f32]]| make(&a[1..]).0.forward(&Input::of(a[0], 5), pass).unwrap().0.to_vec();
         check(args, forward, |a, g| {
             let (layer, trained) = make(&a[1..]);
             let (x, g) = (Input::of(a[0], 5), Input::of(g, 3));
+            let (_, trace) = layer.forward(&x, pass).unwrap();
+            let trace = trace.as_ref();
             let mut gradients = Gradients::default();
             let mut dx = vec![f32::NAN; a[0].len()];
             let into = Some((&mut dx[..], Write::Over));
-            layer.backward(&x, &g, pass, into, &mut gradients).unwrap();
+            layer.backward(&x, &g, trace, into, &mut gradients).unwrap();
             // Onto something, and only what is trained.
             let mut more = vec![1.0; dx.len()];
             let into = Some((&mut more[..], Write::Add));
-            layer.backward(&x, &g, pass, into, &mut Gradients::default()).unwrap();
+            layer.backward(&x, &g, trace, into, &mut Gradients::default()).unwrap();
             assert!(more.iter().zip(&dx).all(|(m, d)| (m - d - 1.0).abs() < 1e-4));
             let mut alone = Gradients::default();
-            layer.backward(&x, &g, pass, None, &mut alone).unwrap();
+            layer.backward(&x, &g, trace, None, &mut alone).unwrap();
             let mut out = vec![dx];
             for var in &trained {
                 let (one, other) = (gradients.take(var).unwrap(), alone.take(var).unwrap());
@@ -386,15 +441,15 @@ mod tests {
                 let (layer, pass) = (layer.clone().within(arithmetic), Pass::whole(Mode::Train(3)));
                 let mut gradients = Gradients::default();
                 let (x, g) = (Input::of(&x, 45), Input::of(&g, 33));
-                let out = layer.forward(&x, pass).unwrap().to_vec();
+                let (out, trace) = layer.forward(&x, pass).unwrap();
                 let mut dx = vec![1.0; 67 * 45];
                 let into = Some((&mut dx[..], Write::Add));
-                layer.backward(&x, &g, pass, into, &mut gradients).unwrap();
+                layer.backward(&x, &g, trace.as_ref(), into, &mut gradients).unwrap();
                 let vars: Vec<Tensor> = match weight {
                     Held::Trained(w) => vec![w.as_tensor().clone()],
                     Held::Frozen(_) => [&a, &b].map(|v| v.as_tensor().clone()).to_vec(),
                 };
-                let mut all = vec![out, dx];
+                let mut all = vec![out.to_vec(), dx];
                 all.extend(vars.iter().map(|v| gradients.take(v).unwrap()));
                 assert!(gradients.take(bias.as_ref().unwrap()).is_some());
                 all

@@ -6,9 +6,10 @@ use super::norm::RmsNorm;
 use crate::learn::buffer::Buffer;
 use crate::learn::config::{Family, ModelConfig};
 use crate::learn::gradients::Gradients;
-use crate::learn::linear::{Dropout, Input, Linear, Parameters, Pass, Write};
+use crate::learn::linear::{Dropout, Input, Linear, Parameters, Pass, Trace, Write};
 use crate::learn::ops::{
-    Attention, RopeTable, Turn, add, add_rows, select_rows, swiglu, swiglu_backward,
+    Attention, KeptProbabilities, RopeTable, Turn, add, add_rows, select_rows, swiglu,
+    swiglu_backward,
 };
 
 #[derive(Debug)]
@@ -37,9 +38,22 @@ pub(in crate::learn) struct Saved {
     /// Queries and keys before their norms, where they have them.
     before: [Option<Buffer>; 2],
     attention: [Buffer; 3],
+    kept: Option<KeptProbabilities>,
     mixed: Option<Buffer>,
     middle: Buffer,
     mlp: Mlp,
+    traces: Traces,
+}
+
+/// Of each linear layer.
+struct Traces {
+    query: Option<Trace>,
+    key: Option<Trace>,
+    value: Option<Trace>,
+    out: Option<Trace>,
+    gate: Option<Trace>,
+    up: Option<Trace>,
+    down: Option<Trace>,
 }
 
 struct Mlp {
@@ -98,7 +112,7 @@ impl DecoderLayer {
         let chosen = pass.rows.map(|rows| select_rows(&normed, width, rows));
         let turned =
             |layer: &Linear, norm: &Option<RmsNorm>, x: &Input<'_>, pass: Pass<'_>| -> Result<_> {
-                let before = layer.forward(x, pass)?;
+                let (before, trace) = layer.forward(x, pass)?;
                 let (before, mut y) = match norm {
                     Some(norm) => {
                         let y = norm.forward(&before)?;
@@ -109,21 +123,20 @@ impl DecoderLayer {
                 if let Some(table) = table {
                     table.rotate(&mut y, layer.outputs(), pass.rows, Turn::Forwards);
                 }
-                Ok((before.filter(|_| keep), y))
+                Ok((before.filter(|_| keep), y, trace))
             };
-        let ((q_before, q), (k_before, k), v) = {
-            let all = Input::of(&normed, width);
-            let some = chosen.as_deref().map(|x| Input::of(x, width));
-            let own = some.as_ref().unwrap_or(&all);
-            let q = turned(&self.query, &self.query_norm, own, pass)?;
-            let k = turned(&self.key, &self.key_norm, &all, whole)?;
-            (q, k, self.value.forward(&all, whole)?)
-        };
+        let all = Input::of(&normed, width);
+        let some = chosen.as_deref().map(|x| Input::of(x, width));
+        let own = some.as_ref().unwrap_or(&all);
+        let (q_before, q, query) = turned(&self.query, &self.query_norm, own, pass)?;
+        let (k_before, k, key) = turned(&self.key, &self.key_norm, &all, whole)?;
+        let (v, value) = self.value.forward(&all, whole)?;
+        drop((all, some));
         let reads = [&self.query, &self.key, &self.value].iter().any(|l| l.reads_input());
         let chosen = chosen.filter(|_| keep && self.query.reads_input());
         let normed = (keep && reads).then_some(normed);
         let mut mixed = Buffer::new(q.len());
-        how.forward(&q, &k, &v, &mut mixed);
+        let kept = how.forward(&q, &k, &v, &mut mixed);
         let attention = keep.then_some([q, k, v]);
         let residual = pass.rows.map(|rows| select_rows(&x, width, rows));
         let (before, mut middle) = match (keep, residual) {
@@ -132,28 +145,33 @@ impl DecoderLayer {
             (_, Some(residual)) => (Some(x), residual),
         };
         let read = Input::of(&mixed, self.out.inputs());
-        self.out.forward_into(&read, pass, Write::Add, &mut middle)?;
+        let out = self.out.forward_into(&read, pass, Write::Add, &mut middle)?;
         drop(read);
         let mixed = (keep && self.out.reads_input()).then_some(mixed);
         let middle_normed = self.post_norm.forward(&middle)?;
         let read = Input::of(&middle_normed, width);
-        let (gate, up) = (self.gate.forward(&read, pass)?, self.up.forward(&read, pass)?);
+        let (gated, gate) = self.gate.forward(&read, pass)?;
+        let (wide, up) = self.up.forward(&read, pass)?;
         drop(read);
         let reads = self.gate.reads_input() || self.up.reads_input();
         let middle_normed = (keep && reads).then_some(middle_normed);
-        let mut out = Buffer::of(&middle);
-        self.down.forward_into(&self.activated(&gate, &up), pass, Write::Add, &mut out)?;
+        let mut result = Buffer::of(&middle);
+        let activated = self.activated(&gated, &wide);
+        let down = self.down.forward_into(&activated, pass, Write::Add, &mut result)?;
+        drop(activated);
         let saved = attention.zip(before).map(|(attention, x)| Saved {
             x,
             normed,
             chosen,
             before: [q_before, k_before],
             attention,
+            kept,
             mixed,
             middle,
-            mlp: Mlp { normed: middle_normed, gate, up },
+            mlp: Mlp { normed: middle_normed, gate: gated, up: wide },
+            traces: Traces { query, key, value, out, gate, up, down },
         });
-        Ok((out, saved))
+        Ok((result, saved))
     }
 
     /// What the last linear layer reads.
@@ -177,7 +195,8 @@ impl DecoderLayer {
         below: bool,
         gradients: &mut Gradients,
     ) -> Result<Option<Buffer>> {
-        let Saved { x, normed, chosen, before, attention, mixed, middle, mlp } = saved;
+        let Saved { x, normed, chosen, before, attention, kept, mixed, middle, .. } = saved;
+        let (mlp, traces) = (saved.mlp, saved.traces);
         let Mlp { normed: middle_normed, mut gate, up } = mlp;
         let width = self.query.inputs();
 
@@ -185,16 +204,21 @@ impl DecoderLayer {
         let mut to_up = Buffer::new(up.len());
         let into = Some((&mut to_up[..], Write::Over));
         let g = Input::of(&grad, self.down.outputs());
-        self.down.backward(&self.activated(&gate, &up), &g, pass, into, gradients)?;
+        let trace = traces.down.as_ref();
+        self.down.backward(&self.activated(&gate, &up), &g, trace, into, gradients)?;
         drop(g);
         swiglu_backward(&mut gate, &up, &mut to_up);
         drop(up);
         let mut to_normed = Buffer::new(grad.len());
         let read = middle_normed.as_deref().map_or_else(Input::none, |x| Input::of(x, width));
-        let layers = [(&self.gate, &gate, Write::Over), (&self.up, &to_up, Write::Add)];
-        for (layer, g, write) in layers {
+        let layers = [
+            (&self.gate, &gate, &traces.gate, Write::Over),
+            (&self.up, &to_up, &traces.up, Write::Add),
+        ];
+        for (layer, g, trace, write) in layers {
             let into = Some((&mut to_normed[..], write));
-            layer.backward(&read, &Input::of(g, layer.outputs()), pass, into, gradients)?;
+            let g = Input::of(g, layer.outputs());
+            layer.backward(&read, &g, trace.as_ref(), into, gradients)?;
         }
         drop(read);
         drop((gate, to_up, middle_normed));
@@ -215,10 +239,10 @@ impl DecoderLayer {
         let into = Some((&mut to_mixed[..], Write::Over));
         let read = mixed.as_deref().map_or_else(Input::none, |x| Input::of(x, self.out.inputs()));
         let g = Input::of(&grad, self.out.outputs());
-        self.out.backward(&read, &g, pass, into, gradients)?;
+        self.out.backward(&read, &g, traces.out.as_ref(), into, gradients)?;
         drop((read, g));
         drop(mixed);
-        let by = how.backward([&q, &k, &v], &to_mixed, wanted);
+        let by = how.backward([&q, &k, &v], kept.as_ref(), &to_mixed, wanted);
         drop((to_mixed, q, k, v));
         let all = normed.as_deref().map_or_else(Input::none, |x| Input::of(x, width));
         let some = chosen.as_deref().map(|x| Input::of(x, width));
@@ -226,12 +250,12 @@ impl DecoderLayer {
         let [q_before, k_before] = before;
         let whole = Pass::whole(pass.mode);
         let layers = [
-            (&self.query, by.query, norms[0].zip(q_before), table, own, pass),
-            (&self.key, by.key, norms[1].zip(k_before), table, &all, whole),
-            (&self.value, by.value, None, None, &all, whole),
+            (&self.query, by.query, norms[0].zip(q_before), table, own, pass, &traces.query),
+            (&self.key, by.key, norms[1].zip(k_before), table, &all, whole, &traces.key),
+            (&self.value, by.value, None, None, &all, whole, &traces.value),
         ];
         let mut to_normed: Option<Buffer> = None;
-        for (layer, g, norm, table, read, at) in layers {
+        for (layer, g, norm, table, read, at, trace) in layers {
             let Some(mut g) = g else { continue };
             if let Some(table) = table {
                 table.rotate(&mut g, layer.outputs(), at.rows, Turn::Back);
@@ -243,7 +267,8 @@ impl DecoderLayer {
             let size = at.rows.map_or(x.len(), |rows| rows.len() * width);
             let into = further.then(|| to_normed.get_or_insert_with(|| Buffer::new(size)));
             let g = Input::of(&g, layer.outputs());
-            layer.backward(read, &g, at, into.map(|b| (&mut b[..], write)), gradients)?;
+            let into = into.map(|b| (&mut b[..], write));
+            layer.backward(read, &g, trace.as_ref(), into, gradients)?;
             // What the chosen rows got is part of what all get.
             if let (Some(rows), Some(some)) = (at.rows, &mut to_normed) {
                 *some = spread(some, rows, x.len());

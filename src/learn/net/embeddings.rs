@@ -10,7 +10,7 @@ use crate::learn::config::ModelConfig;
 use crate::learn::gradients::Gradients;
 use crate::learn::layout::WORD;
 use crate::learn::linear::{Dropout, Parameters, Pass};
-use crate::learn::ops::{add, add_rows, select_rows, with_slices};
+use crate::learn::ops::{Kept, add, add_rows, select_rows, with_slices};
 
 #[derive(Debug)]
 pub(super) struct Embeddings {
@@ -18,6 +18,12 @@ pub(super) struct Embeddings {
     /// A row of the word table that gets no gradient, as torch's `padding_idx`.
     pad: Option<u32>,
     encoder: Option<Encoder>,
+}
+
+/// What the backward pass reads again.
+pub(in crate::learn) struct SavedEmbeddings {
+    sum: Buffer,
+    kept: Option<Kept>,
 }
 
 /// What encoders do beyond looking up words.
@@ -67,7 +73,7 @@ impl Embeddings {
         &self,
         batch: &Packed,
         pass: Pass<'_>,
-    ) -> Result<(Buffer, Option<Buffer>)> {
+    ) -> Result<(Buffer, Option<SavedEmbeddings>)> {
         let mut x = look_up(&self.word, &batch.ids)?;
         let Some(e) = &self.encoder else { return Ok((x, None)) };
         add(&mut x, &look_up(&e.position, &batch.positions)?);
@@ -75,23 +81,24 @@ impl Embeddings {
             add(&mut x, &look_up(types, &batch.types)?);
         }
         let mut out = e.norm.forward(&x)?;
-        e.drop.apply(&mut out, pass);
-        Ok((out, Some(x)))
+        let cols = e.norm.width();
+        let kept = e.drop.draw((out.len() / cols, cols), pass);
+        kept.iter().for_each(|kept| kept.apply(&mut out));
+        Ok((out, Some(SavedEmbeddings { sum: x, kept })))
     }
 
     /// Gradients of the tables from that of the result.
     pub(super) fn backward(
         &self,
         batch: &Packed,
-        saved: Option<Buffer>,
+        saved: Option<SavedEmbeddings>,
         mut grad: Buffer,
-        pass: Pass<'_>,
         gradients: &mut Gradients,
     ) -> Result<()> {
         let mut tables = vec![(&self.word, &batch.ids, self.pad)];
-        if let Some(e) = &self.encoder {
-            e.drop.apply(&mut grad, pass);
-            e.norm.backward(saved.as_deref().unwrap_or_default(), &mut grad, gradients)?;
+        if let Some((e, SavedEmbeddings { sum, kept })) = self.encoder.as_ref().zip(saved) {
+            kept.iter().for_each(|kept| kept.apply(&mut grad));
+            e.norm.backward(&sum, &mut grad, gradients)?;
             tables.push((&e.position, &batch.positions, None));
             tables.extend(e.token_type.as_ref().map(|types| (types, &batch.types, None)));
         }

@@ -7,8 +7,10 @@ use crate::learn::buffer::Buffer;
 use crate::learn::config::{Family, ModelConfig};
 use crate::learn::gradients::Gradients;
 use crate::learn::layout::EncoderNames;
-use crate::learn::linear::{Dropout, Input, Linear, Parameters, Pass, Write};
-use crate::learn::ops::{Attention, add_rows, gelu, gelu_backward, select_rows};
+use crate::learn::linear::{Dropout, Input, Linear, Parameters, Pass, Trace, Write};
+use crate::learn::ops::{
+    Attention, Kept, KeptProbabilities, add_rows, gelu, gelu_backward, select_rows,
+};
 
 #[derive(Debug)]
 pub(super) struct EncoderLayer {
@@ -37,6 +39,25 @@ pub(in crate::learn) struct Saved {
     middle: Option<Buffer>,
     up: Buffer,
     output_sum: Buffer,
+    traces: Traces,
+    kept: Dropped,
+}
+
+/// Of each linear layer.
+struct Traces {
+    query: Option<Trace>,
+    key: Option<Trace>,
+    value: Option<Trace>,
+    out: Option<Trace>,
+    up: Option<Trace>,
+    down: Option<Trace>,
+}
+
+/// What each dropout kept.
+struct Dropped {
+    attention: Option<KeptProbabilities>,
+    out: Option<Kept>,
+    down: Option<Kept>,
 }
 
 impl EncoderLayer {
@@ -77,25 +98,27 @@ impl EncoderLayer {
         let whole = Pass::whole(pass.mode);
         let chosen = pass.rows.map(|rows| select_rows(&x, self.query.inputs(), rows));
         let own = chosen.as_deref().unwrap_or(&x);
-        let (q, k, v) = {
-            let read = Input::of(&x, self.query.inputs());
-            let some = chosen.as_deref().map(|x| Input::of(x, self.query.inputs()));
-            let q = self.query.forward(some.as_ref().unwrap_or(&read), pass)?;
-            (q, self.key.forward(&read, whole)?, self.value.forward(&read, whole)?)
-        };
+        let read = Input::of(&x, self.query.inputs());
+        let some = chosen.as_deref().map(|x| Input::of(x, self.query.inputs()));
+        let (q, query) = self.query.forward(some.as_ref().unwrap_or(&read), pass)?;
+        let (k, key) = self.key.forward(&read, whole)?;
+        let (v, value) = self.value.forward(&read, whole)?;
+        drop((read, some));
         let mut mixed = Buffer::new(q.len());
-        how.forward(&q, &k, &v, &mut mixed);
+        let kept_attention = how.forward(&q, &k, &v, &mut mixed);
         let attention = keep.then_some([q, k, v]);
-        let mut attention_sum = self.out.forward(&Input::of(&mixed, self.out.inputs()), pass)?;
+        let (mut attention_sum, out) =
+            self.out.forward(&Input::of(&mixed, self.out.inputs()), pass)?;
         let mixed = (keep && self.out.reads_input()).then_some(mixed);
-        if let Some(drop) = &self.out_drop {
-            drop.apply(&mut attention_sum, pass);
-        }
-        let middle = self.attention_norm.add_forward(&mut attention_sum, own)?;
-        let up = self.up.forward(&Input::of(&middle, self.up.inputs()), pass)?;
-        let mut output_sum = self.down.forward(&self.activated(&up), pass)?;
-        self.down_drop.apply(&mut output_sum, pass);
-        let out = self.output_norm.add_forward(&mut output_sum, &middle)?;
+        let size = (attention_sum.len() / self.out.outputs(), self.out.outputs());
+        let kept_out = self.out_drop.and_then(|drop| drop.draw(size, pass));
+        let norm = &self.attention_norm;
+        let middle = norm.add_forward(&mut attention_sum, kept_out.as_ref(), own)?;
+        let (wide, up) = self.up.forward(&Input::of(&middle, self.up.inputs()), pass)?;
+        let (mut output_sum, down) = self.down.forward(&self.activated(&wide), pass)?;
+        let kept_down = self.down_drop.draw(size, pass);
+        let norm = &self.output_norm;
+        let result = norm.add_forward(&mut output_sum, kept_down.as_ref(), &middle)?;
         let chosen = chosen.filter(|_| self.query.reads_input());
         let x = [&self.query, &self.key, &self.value].iter().any(|l| l.reads_input()).then_some(x);
         let middle = self.up.reads_input().then_some(middle);
@@ -106,10 +129,12 @@ impl EncoderLayer {
             mixed,
             attention_sum,
             middle,
-            up,
+            up: wide,
             output_sum,
+            traces: Traces { query, key, value, out, up, down },
+            kept: Dropped { attention: kept_attention, out: kept_out, down: kept_down },
         });
-        Ok((out, saved))
+        Ok((result, saved))
     }
 
     /// What the last linear layer reads.
@@ -130,39 +155,43 @@ impl EncoderLayer {
         below: bool,
         gradients: &mut Gradients,
     ) -> Result<Option<Buffer>> {
-        let Saved { x, chosen, attention, mixed, attention_sum, middle, up, output_sum } = saved;
+        let Saved { x, chosen, attention, mixed, attention_sum, middle, up, output_sum, .. } =
+            saved;
+        let (traces, kept) = (saved.traces, saved.kept);
         let [q, k, v] = attention;
         self.output_norm.backward(&output_sum, &mut grad, gradients)?;
         drop(output_sum);
-        // Past the dropout goes a masked copy; the residual takes the gradient as it is.
-        let dropped = self.down_drop.applied(&grad, pass);
-        let to_down = dropped.as_deref().unwrap_or(&grad);
-        let to_down = Input::of(to_down, self.down.outputs());
+        // Past the dropout goes what it kept; the residual takes the gradient as it is.
+        let to_down = past(&grad, kept.down.as_ref(), self.down.outputs());
         let mut wide = Buffer::new(up.len());
         let into = Some((&mut wide[..], Write::Over));
-        self.down.backward(&self.activated(&up), &to_down, pass, into, gradients)?;
+        let trace = traces.down.as_ref();
+        self.down.backward(&self.activated(&up), &to_down, trace, into, gradients)?;
         drop(to_down);
-        gelu_backward(&up, &mut wide);
-        drop((up, dropped));
+        let cols = self.up.outputs();
+        let to_up = Input::made(up.len() / cols, cols, |rows, out| {
+            let range = rows.start * cols..rows.end * cols;
+            gelu_backward(&up[range.clone()], &wide[range], out);
+        });
         let into = Some((&mut grad[..], Write::Add));
-        let to_up = Input::of(&wide, self.up.outputs());
-        self.up.backward(&read(&middle, &self.up), &to_up, pass, into, gradients)?;
+        let trace = traces.up.as_ref();
+        self.up.backward(&read(&middle, &self.up), &to_up, trace, into, gradients)?;
         drop(to_up);
-        drop((wide, middle));
+        drop((up, wide, middle));
         self.attention_norm.backward(&attention_sum, &mut grad, gradients)?;
         drop(attention_sum);
         let wanted = [&self.query, &self.key, &self.value].map(|l| below || l.trains());
         if wanted == [false; 3] && !self.out.trains() {
             return Ok(None);
         }
-        let dropped = self.out_drop.and_then(|d| d.applied(&grad, pass));
-        let to_out = Input::of(dropped.as_deref().unwrap_or(&grad), self.out.outputs());
+        let to_out = past(&grad, kept.out.as_ref(), self.out.outputs());
         let mut to_mixed = Buffer::new(q.len());
         let into = Some((&mut to_mixed[..], Write::Over));
-        self.out.backward(&read(&mixed, &self.out), &to_out, pass, into, gradients)?;
+        let trace = traces.out.as_ref();
+        self.out.backward(&read(&mixed, &self.out), &to_out, trace, into, gradients)?;
         drop(to_out);
-        drop((mixed, dropped));
-        let by = how.backward([&q, &k, &v], &to_mixed, wanted);
+        drop(mixed);
+        let by = how.backward([&q, &k, &v], kept.attention.as_ref(), &to_mixed, wanted);
         let tokens = k.len() / self.key.outputs();
         drop((to_mixed, q, k, v));
         let all = read(&x, &self.key);
@@ -170,7 +199,8 @@ impl EncoderLayer {
             let some = chosen.as_deref().map(|x| Input::of(x, self.query.inputs()));
             let g = Input::of(&g, self.query.outputs());
             let into = below.then_some((&mut grad[..], Write::Add));
-            self.query.backward(some.as_ref().unwrap_or(&all), &g, pass, into, gradients)?;
+            let read = some.as_ref().unwrap_or(&all);
+            self.query.backward(read, &g, traces.query.as_ref(), into, gradients)?;
         }
         // What the chosen rows got is part of what all get.
         if let Some(rows) = pass.rows.filter(|_| below) {
@@ -179,14 +209,23 @@ impl EncoderLayer {
             add_rows(&grad, width, rows, None, &mut spread);
             grad = spread;
         }
-        for (layer, g) in [(&self.key, by.key), (&self.value, by.value)] {
+        let layers = [(&self.key, by.key, &traces.key), (&self.value, by.value, &traces.value)];
+        for (layer, g, trace) in layers {
             let Some(g) = g else { continue };
             let into = below.then_some((&mut grad[..], Write::Add));
             let g = Input::of(&g, layer.outputs());
-            layer.backward(&all, &g, Pass::whole(pass.mode), into, gradients)?;
+            layer.backward(&all, &g, trace.as_ref(), into, gradients)?;
         }
         Ok(below.then_some(grad))
     }
+}
+
+/// The gradient before a dropout, `[_, cols]`, of that behind it.
+fn past<'a>(grad: &'a [f32], kept: Option<&'a Kept>, cols: usize) -> Input<'a> {
+    let Some(kept) = kept else { return Input::of(grad, cols) };
+    Input::made(grad.len() / cols, cols, move |rows, out| {
+        kept.of_rows(rows.clone(), &grad[rows.start * cols..rows.end * cols], out);
+    })
 }
 
 /// What a layer had read, as far as it was kept.

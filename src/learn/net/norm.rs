@@ -8,7 +8,7 @@ use crate::learn::gradients::Gradients;
 use crate::learn::linear::Parameters;
 use crate::learn::matrix::sum_rows;
 use crate::learn::ops::{
-    add_layer_norm, layer_norm, layer_norm_backward, layer_norm_weight, rms_norm,
+    Kept, add_layer_norm, layer_norm, layer_norm_backward, layer_norm_weight, rms_norm,
     rms_norm_backward, rms_norm_weight, with_slices,
 };
 
@@ -32,17 +32,27 @@ impl LayerNorm {
         self.weight.track_op() || self.bias.track_op()
     }
 
+    /// Numbers of a row.
+    pub(super) fn width(&self) -> usize {
+        self.weight.elem_count()
+    }
+
     pub(super) fn forward(&self, x: &[f32]) -> Result<Buffer> {
         let mut out = Buffer::new(x.len());
         with_slices([&self.weight, &self.bias], |[w, b]| layer_norm(x, w, b, self.eps, &mut out))?;
         Ok(out)
     }
 
-    /// `sum += x`, and the norm of that.
-    pub(super) fn add_forward(&self, sum: &mut [f32], x: &[f32]) -> Result<Buffer> {
+    /// `sum += x` after dropout of `sum`, and the norm of that.
+    pub(super) fn add_forward(
+        &self,
+        sum: &mut [f32],
+        kept: Option<&Kept>,
+        x: &[f32],
+    ) -> Result<Buffer> {
         let mut out = Buffer::new(x.len());
         with_slices([&self.weight, &self.bias], |[w, b]| {
-            add_layer_norm((sum, x), w, b, self.eps, &mut out);
+            add_layer_norm((sum, x), kept, w, b, self.eps, &mut out);
         })?;
         Ok(out)
     }

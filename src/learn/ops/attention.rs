@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use rayon::prelude::*;
 
-use super::dropout::Mask;
+use super::dropout::{Mask, mask, masked, words};
 use super::{Buffer, dot, exp, max, sum, wide};
 use crate::learn::arithmetic::Arithmetic;
 use crate::learn::matrix::Matrix;
@@ -58,10 +58,10 @@ pub(crate) struct AttentionGradients {
     pub(crate) value: Option<Buffer>,
 }
 
-/// `x *= y`, on this thread.
-fn multiply(x: &mut [f32], y: &[f32]) {
-    wide!(x.iter_mut().zip(y).for_each(|(x, y)| *x *= y));
-}
+/// What dropout kept of the probabilities: bits by query, head and key, [`Attention::words`] for
+/// each head of a query. The first is that of the first key that any query of the block sees.
+#[derive(Debug)]
+pub(crate) struct KeptProbabilities(Buffer<u16>);
 
 impl Attention {
     fn sequences(&self) -> impl Iterator<Item = (usize, Range<usize>)> + '_ {
@@ -109,26 +109,45 @@ impl Attention {
         (1.0 / (self.head as f64).sqrt()) as f32
     }
 
-    /// Multiplies probabilities, or their gradients, `[queries, keys]` by the mask.
-    fn drop(&self, q: &Queries, keys: &Range<usize>, p: &mut [f32]) {
+    /// Words of bits of a head of a query, in a sequence of `n`.
+    fn words(&self, n: usize) -> usize {
+        if self.dropout.is_some() { words(n) } else { 0 }
+    }
+
+    /// Draws what is kept of a head of some queries. `bits` begin with those of the first query.
+    fn draw(&self, these: &Queries, keys: &Range<usize>, bits: &mut [u16]) {
         let Some(mask) = self.dropout else { return };
-        let mask = mask.at((q.sequence * self.heads + q.head) as u64);
-        for (query, p) in q.at.clone().zip(p.chunks_exact_mut(keys.len())) {
-            let position = self.position(&q.rows, query);
-            mask.apply_from(position * q.rows.len() + keys.start, p);
+        let (n, heads, head) = (these.rows.len(), self.heads, these.head);
+        let mask = mask.at((these.sequence * heads + head) as u64);
+        let each = bits.chunks_exact_mut(heads * self.words(n));
+        for (query, bits) in these.at.clone().zip(each) {
+            let bits = &mut bits[head * self.words(n)..][..words(keys.len())];
+            mask.draw(self.position(&these.rows, query) * n + keys.start, bits);
         }
     }
 
-    /// Softmax of the scaled scores of some queries and `keys`, 0 where a key is not seen.
-    /// `[queries, keys]`.
-    fn probabilities(&self, q: &[f32], k: &[f32], these: &Queries, keys: &Range<usize>) -> Buffer {
+    /// The bits of a head of each of some queries, which `bits` begin with.
+    fn bits<'a>(&self, these: &Queries, bits: &'a [u16]) -> impl Iterator<Item = &'a [u16]> {
+        let words = self.words(these.rows.len());
+        let head = these.head * words..(these.head + 1) * words;
+        bits.chunks_exact((self.heads * words).max(1)).map(move |bits| &bits[head.clone()])
+    }
+
+    /// Softmax of the scaled scores of some queries and `keys`, 0 where a key is not seen:
+    /// `p` is `[queries, keys]`.
+    fn probabilities(
+        &self,
+        [q, k]: [&[f32]; 2],
+        these: &Queries,
+        keys: &Range<usize>,
+        p: &mut [f32],
+    ) {
         let Queries { rows, at, head, .. } = these;
         let (n, m, start) = (rows.len(), keys.len(), rows.start);
         let kv = head / (self.heads / self.kv_heads);
         let q = self.part(q, at.clone(), self.heads, *head);
         let k = self.part(k, start + keys.start..start + keys.end, self.kv_heads, kv);
-        let mut p = Buffer::new(at.len() * m);
-        self.arithmetic.product((&mut p, m), 0.0, self.scale(), q, k.t());
+        self.arithmetic.product((&mut *p, m), 0.0, self.scale(), q, k.t());
         wide!({
             for (query, row) in at.clone().zip(p.chunks_exact_mut(m)) {
                 let position = self.position(rows, query);
@@ -153,29 +172,49 @@ impl Attention {
                 }
             }
         });
-        p
     }
 
     /// `out = softmax(q k^T / sqrt(head)) v` within each sequence. `q` and `out` are
-    /// `[queries, heads * head]`, `k` and `v` are `[tokens, kv_heads * head]`.
-    pub(crate) fn forward(&self, q: &[f32], k: &[f32], v: &[f32], out: &mut [f32]) {
+    /// `[queries, heads * head]`, `k` and `v` are `[tokens, kv_heads * head]`. What dropout kept,
+    /// [`Attention::backward`] reads again.
+    pub(crate) fn forward(
+        &self,
+        q: &[f32],
+        k: &[f32],
+        v: &[f32],
+        out: &mut [f32],
+    ) -> Option<KeptProbabilities> {
         let (width, group) = (self.heads * self.head, self.heads / self.kv_heads);
+        let count = |rows: Range<usize>| self.queries(&rows).len() * self.words(rows.len());
+        let count: usize = self.sequences().map(|(_, rows)| count(rows)).sum();
+        let mut bits = Buffer::new(count * self.heads);
         let mut tasks = Vec::new();
-        let mut rest = out;
+        let (mut rest, mut rest_of_bits) = (out, &mut bits[..]);
         for (sequence, rows) in self.sequences() {
             for at in self.blocks(&rows) {
                 let (out, others) = rest.split_at_mut(at.len() * width);
-                tasks.push((Queries { sequence, rows: rows.clone(), head: 0, at }, out));
-                rest = others;
+                let words = at.len() * self.heads * self.words(rows.len());
+                let (bits, other_bits) = rest_of_bits.split_at_mut(words);
+                tasks.push((Queries { sequence, rows: rows.clone(), head: 0, at }, out, bits));
+                (rest, rest_of_bits) = (others, other_bits);
             }
         }
-        tasks.into_par_iter().for_each(|(mut these, out)| {
+        tasks.into_par_iter().for_each(|(mut these, out, bits)| {
             let keys = self.keys_of(&these.at, &these.rows);
             let start = these.rows.start;
+            let mut p = Buffer::new(these.at.len() * keys.len());
             for head in 0..self.heads {
                 these.head = head;
-                let mut p = self.probabilities(q, k, &these, &keys);
-                self.drop(&these, &keys, &mut p);
+                self.probabilities([q, k], &these, &keys, &mut p);
+                if let Some(dropout) = self.dropout {
+                    self.draw(&these, &keys, bits);
+                    let mut rows = p.chunks_exact_mut(keys.len()).zip(self.bits(&these, bits));
+                    wide!({
+                        for (p, bits) in rows.by_ref() {
+                            mask(bits, dropout.scale(), p);
+                        }
+                    });
+                }
                 let those = start + keys.start..start + keys.end;
                 let v = self.part(v, those, self.kv_heads, head / group);
                 let p = Matrix::new(&p, these.at.len(), keys.len());
@@ -183,75 +222,88 @@ impl Attention {
                 self.arithmetic.product((out, width), 0.0, 1.0, p, v);
             }
         });
+        self.dropout.map(|_| KeptProbabilities(bits))
     }
 
     /// Gradients of queries, keys and values, as far as they are `wanted`.
     pub(crate) fn backward(
         &self,
         [q, k, v]: [&[f32]; 3],
+        kept: Option<&KeptProbabilities>,
         grad: &[f32],
         wanted: [bool; 3],
     ) -> AttentionGradients {
         let group = self.heads / self.kv_heads;
-        let sequences = self.sequences();
-        let tasks: Vec<_> = sequences
-            .flat_map(|(sequence, rows)| {
-                (0..self.kv_heads).map(move |kv| (sequence, rows.clone(), kv))
-            })
-            .collect();
+        let mut first = 0;
+        let mut tasks = Vec::new();
+        for (sequence, rows) in self.sequences() {
+            tasks.extend((0..self.kv_heads).map(|kv| (sequence, rows.clone(), kv, first)));
+            first += self.queries(&rows).len() * self.heads * self.words(rows.len());
+        }
+        let dropout = self.dropout.zip(kept);
         let done: Vec<[Option<Buffer>; 3]> = tasks
             .into_par_iter()
-            .map(|(sequence, rows, kv)| {
+            .map(|(sequence, rows, kv, first)| {
                 let (n, d) = (rows.len(), self.head);
                 let all = self.queries(&rows);
                 let mut dq = wanted[0].then(|| Buffer::new(all.len() * group * d));
                 let mut dk = wanted[1].then(|| Buffer::zeros(n * d));
                 let mut dv = wanted[2].then(|| Buffer::zeros(n * d));
+                let size = all.len().min(QUERIES) * n;
+                let [mut p, mut ds] = [(); 2].map(|()| Buffer::new(size));
+                let mut dropped = dropout.map(|_| Buffer::new(size));
                 for at in self.blocks(&rows) {
                     let keys = self.keys_of(&at, &rows);
                     let (m, from) = (keys.len(), keys.start * d);
                     let those = rows.start + keys.start..rows.start + keys.end;
                     let k_ = self.part(k, those.clone(), self.kv_heads, kv);
                     let v_ = self.part(v, those, self.kv_heads, kv);
+                    let [p, ds] = [&mut p, &mut ds].map(|x| &mut x[..at.len() * m]);
                     for head in kv * group..(kv + 1) * group {
                         let rows = rows.clone();
                         let these = Queries { sequence, rows, head, at: at.clone() };
                         let q_ = self.part(q, at.clone(), self.heads, head);
                         let g = self.part(grad, at.clone(), self.heads, head);
-                        let p = self.probabilities(q, k, &these, &keys);
-                        let mask = self.dropout.map(|_| {
-                            let mut mask = Buffer::new(p.len());
-                            mask.fill(1.0);
-                            self.drop(&these, &keys, &mut mask);
-                            mask
+                        self.probabilities([q, k], &these, &keys, p);
+                        let dropout = dropout.map(|(mask, KeptProbabilities(bits))| {
+                            let before = (at.start - all.start) * self.heads * self.words(n);
+                            (mask.scale(), &bits[first + before..])
                         });
                         if let Some(dv) = &mut dv {
-                            let kept = mask.as_ref().map(|mask| {
-                                let mut kept = Buffer::of(&p);
-                                multiply(&mut kept, mask);
-                                kept
-                            });
-                            let kept = Matrix::new(kept.as_ref().unwrap_or(&p), at.len(), m);
+                            let mut used = &*p;
+                            if let (Some((scale, bits)), Some(dropped)) = (dropout, &mut dropped) {
+                                let dropped = &mut dropped[..p.len()];
+                                let rows = p.chunks_exact(m).zip(dropped.chunks_exact_mut(m));
+                                let mut rows = rows.zip(self.bits(&these, bits));
+                                wide!({
+                                    for ((p, dropped), bits) in rows.by_ref() {
+                                        masked(bits, scale, p, dropped, |_, p| p);
+                                    }
+                                });
+                                used = dropped;
+                            }
+                            let used = Matrix::new(used, at.len(), m);
                             let out = (&mut dv[from..], d);
-                            self.arithmetic.product(out, 1.0, 1.0, kept.t(), g);
+                            self.arithmetic.product(out, 1.0, 1.0, used.t(), g);
                         }
                         if dq.is_none() && dk.is_none() {
                             continue;
                         }
-                        let mut ds = Buffer::new(at.len() * m);
-                        self.arithmetic.product((&mut ds, m), 0.0, 1.0, g, v_.t());
-                        if let Some(mask) = &mask {
-                            multiply(&mut ds, mask);
-                        }
+                        self.arithmetic.product((&mut *ds, m), 0.0, 1.0, g, v_.t());
+                        let mut bits =
+                            dropout.map(|(scale, bits)| (scale, self.bits(&these, bits)));
                         wide!({
                             for (p, ds) in p.chunks_exact(m).zip(ds.chunks_exact_mut(m)) {
+                                if let Some((scale, bits)) = &mut bits {
+                                    mask(bits.next().unwrap_or_default(), *scale, ds);
+                                }
                                 let dot = dot(p, ds);
                                 for (ds, p) in ds.iter_mut().zip(p) {
                                     *ds = p * (*ds - dot);
                                 }
                             }
                         });
-                        let ds = Matrix::new(&ds, at.len(), m);
+                        let ds = Matrix::new(ds, at.len(), m);
                         if let Some(dq) = &mut dq {
                             let row = at.start - all.start;
                             let out = &mut dq[(row * group + head - kv * group) * d..];
@@ -336,13 +388,14 @@ mod tests {
             &args,
             |a| run(how, a),
             |a, g| {
-                let all = how.backward([a[0], a[1], a[2]], g, [true; 3]);
+                let kept = how.forward(a[0], a[1], a[2], &mut vec![0.0; g.len()]);
+                let all = how.backward([a[0], a[1], a[2]], kept.as_ref(), g, [true; 3]);
                 let all = [all.query, all.key, all.value].map(|x| x.unwrap().to_vec());
                 // What is not wanted does not disturb the rest.
                 for i in 0..3 {
                     let mut wanted = [false; 3];
                     wanted[i] = true;
-                    let one = how.backward([a[0], a[1], a[2]], g, wanted);
+                    let one = how.backward([a[0], a[1], a[2]], kept.as_ref(), g, wanted);
                     let one = [one.query, one.key, one.value];
                     assert!(one.iter().enumerate().all(|(j, x)| x.is_some() == (i == j)));
                     assert_eq!(one[i].as_ref().unwrap()[..], all[i][..]);
@@ -382,8 +435,12 @@ mod tests {
             let g = normal("g", 5 * 12);
             let mut spread = vec![0.0; 13 * 12];
             add_rows(&g, 12, &chosen, None, &mut spread);
-            let want = all.backward([&q, &k, &v], &spread, [true; 3]);
-            let found = some.backward([&take(&q), &k, &v], &g, [true; 3]);
+            let backward = |how: &Attention, q: &[f32], g: &[f32]| {
+                let kept = how.forward(q, &k, &v, &mut vec![0.0; q.len()]);
+                how.backward([q, &k, &v], kept.as_ref(), g, [true; 3])
+            };
+            let want = backward(&all, &q, &spread);
+            let found = backward(&some, &take(&q), &g);
             let near = |a: &[f32], b: &[f32]| a.iter().zip(b).all(|(a, b)| (a - b).abs() < 1e-5);
             assert!(near(&found.query.unwrap(), &take(&want.query.unwrap())));
             assert!(near(&found.key.unwrap(), &want.key.unwrap()));

@@ -16,8 +16,8 @@ mod wide;
 
 use super::buffer::Buffer;
 pub(crate) use activation::{add, gelu, gelu_backward, swiglu, swiglu_backward};
-pub(crate) use attention::Attention;
-pub(crate) use dropout::Mask;
+pub(crate) use attention::{Attention, KeptProbabilities};
+pub(crate) use dropout::{Kept, Mask};
 pub(crate) use frozen::Frozen;
 pub(crate) use loss::{cross_entropy, log_probs};
 pub(crate) use norm::{
@@ -26,8 +26,8 @@ pub(crate) use norm::{
 };
 pub(crate) use rope::{RopeTable, Turn};
 pub(crate) use rows::{add_rows, select_rows};
-pub(crate) use wide::{Loop, TASK, wide};
-use wide::{dot, exp, max, sum, sum3, update};
+pub(crate) use wide::{Loop, wide};
+use wide::{TASK, dot, exp, max, sum, sum3, update};
 
 use candle_core::{CpuStorage, Device, Layout, Result, Shape, Storage, Tensor, bail};
 

@@ -3,7 +3,7 @@
 
 use rayon::prelude::*;
 
-use super::{dot, sum, sum3, wide};
+use super::{Kept, dot, sum, sum3, wide};
 use crate::learn::matrix::{add_all, chunks};
 
 /// Rows that one task takes at least.
@@ -41,9 +41,10 @@ pub(crate) fn layer_norm(x: &[f32], w: &[f32], b: &[f32], eps: f32, out: &mut [f
     });
 }
 
-/// `sum += x`, and the [`layer_norm`] of that.
+/// `sum += x` after dropout of `sum`, and the [`layer_norm`] of that.
 pub(crate) fn add_layer_norm(
     (sum, x): (&mut [f32], &[f32]),
+    kept: Option<&Kept>,
     w: &[f32],
     b: &[f32],
     eps: f32,
@@ -51,8 +52,12 @@ pub(crate) fn add_layer_norm(
 ) {
     let d = w.len();
     let rows = sum.par_chunks_mut(d).zip(x.par_chunks(d));
-    out.par_chunks_mut(d).with_min_len(ROWS).zip(rows).for_each(|(out, (sum, x))| {
+    out.par_chunks_mut(d).with_min_len(ROWS).zip(rows).enumerate().for_each(|(i, (out, rows))| {
+        let (sum, x) = rows;
         wide!({
+            if let Some(kept) = kept {
+                kept.mask_row(i, sum);
+            }
             for (s, x) in sum.iter_mut().zip(x) {
                 *s += x;
             }
@@ -144,6 +149,8 @@ mod tests {
     use super::super::tests::{check, normal};
     use super::*;
     use crate::learn::matrix::sum_rows;
+    use crate::learn::ops::Mask;
+    use crate::learn::random::Stream;
 
     const EPS: f32 = 1e-5;
 
@@ -165,11 +172,16 @@ mod tests {
     #[test]
     fn the_norm_of_a_sum() {
         let (x, y, w, b) = (normal("x", 35), normal("y", 35), normal("w", 5), normal("b", 5));
-        let (mut sum, mut out, mut want) = (x.clone(), vec![0.0; 35], vec![0.0; 35]);
-        add_layer_norm((&mut sum, &y), &w, &b, EPS, &mut out);
-        let plain: Vec<f32> = x.iter().zip(&y).map(|(x, y)| x + y).collect();
-        layer_norm(&plain, &w, &b, EPS, &mut want);
-        assert_eq!((sum, out), (plain, want));
+        let kept = Mask::new(Stream::new(1, "n"), 0.5).unwrap().of((0..7).into_par_iter(), 5);
+        for kept in [None, Some(&kept)] {
+            let (mut sum, mut out, mut want) = (x.clone(), vec![0.0; 35], vec![0.0; 35]);
+            add_layer_norm((&mut sum, &y), kept, &w, &b, EPS, &mut out);
+            let mut dropped = x.clone();
+            kept.iter().for_each(|kept| kept.apply(&mut dropped));
+            let plain: Vec<f32> = dropped.iter().zip(&y).map(|(x, y)| x + y).collect();
+            layer_norm(&plain, &w, &b, EPS, &mut want);
+            assert_eq!((sum, out), (plain, want));
+        }
     }
 
     #[test]
