@@ -51,6 +51,15 @@ pub(super) struct Moments {
     pub(super) rstd: u64,
 }
 
+/// What the adapters of a projection leave for the backward.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Ranks {
+    /// Their ranks of the input.
+    pub(super) z: Mat,
+    /// What their masks keep, see [`Projection::kept_bytes`]; 0 where it is not kept as bits.
+    pub(super) kept: u64,
+}
+
 impl Device {
     /// Adds, over `rows` rows, the sums of the columns of `g` to a bias's gradient, and of
     /// `g (x - mean) rstd` to a norm weight's; rows hold `group` vectors of `width` side by side.
@@ -353,21 +362,32 @@ impl Pass<'_> {
         y: Mat,
         plus: Option<Mat>,
         rows: usize,
-    ) -> Result<()> {
-        let mats = (x, y, plus);
-        projection.forward(self.device, self.shared, self.scratch, mats, rows, self.mode)
+    ) -> Result<Ranks> {
+        let ranks = self.ranks(projection, x, rows)?;
+        let mats = (x, y, plus, ranks.kept);
+        projection.forward(self.device, self.shared, self.scratch, mats, rows, self.mode)?;
+        Ok(ranks)
+    }
+
+    /// Room for the ranks of an input.
+    fn ranks(&self, projection: &Projection, x: Mat, rows: usize) -> Result<Ranks> {
+        let kept = match projection.kept_bytes(rows, self.mode) {
+            0 => 0,
+            bytes => self.saved.alloc(bytes)?,
+        };
+        Ok(Ranks { z: projection.ranks_in(self.device, x), kept })
     }
 
     /// See [`Projection::input_gradient`].
     pub(super) fn input_gradient(
         &self,
-        projection: &Projection,
+        (projection, ranks): (&Projection, Ranks),
         g: Mat,
         dx: Mat,
         plus: Option<Mat>,
         rows: usize,
     ) -> Result<()> {
-        let mats = (g, dx, plus);
+        let mats = (g, dx, plus, ranks.kept);
         projection.input_gradient(self.device, self.shared, self.scratch, mats, rows, self.mode)
     }
 
@@ -377,32 +397,35 @@ impl Pass<'_> {
     }
 
     /// See [`Projection::fill_ranks`].
-    pub(super) fn fill_ranks(&self, projection: &Projection, x: Mat, rows: usize) -> Result<()> {
-        projection.fill_ranks(self.device, self.scratch, x, rows, self.mode)
+    pub(super) fn fill_ranks(&self, projection: &Projection, x: Mat, rows: usize) -> Result<Ranks> {
+        let ranks = self.ranks(projection, x, rows)?;
+        let mats = (x, ranks.kept);
+        projection.fill_ranks(self.device, self.scratch, mats, rows, self.mode)?;
+        Ok(ranks)
     }
 
-    /// The ranks of `x`, for a backward that will have the rest of it again.
-    pub(super) fn keep_ranks(&self, projection: &Projection, x: Mat) -> Result<Mat> {
-        let ranks = projection.ranks;
-        if ranks == 0 {
-            return Ok(Mat { at: 0, ld: 0 });
+    /// The ranks of an input apart from it, for a backward that will have the rest of it again.
+    pub(super) fn keep_ranks(&self, projection: &Projection, ranks: Ranks) -> Result<Ranks> {
+        let width = projection.ranks;
+        if width == 0 {
+            return Ok(ranks);
         }
-        let (from, to) = (projection.ranks_in(self.device, x), self.saved(ranks)?);
-        let args = [from.at, int(from.ld), to.at, int(to.ld), int(ranks), int(self.tokens)];
-        let grid = Grid::each(self.tokens * ranks / 8);
+        let (from, to) = (ranks.z, self.saved(width)?);
+        let args = [from.at, int(from.ld), to.at, int(to.ld), int(width), int(self.tokens)];
+        let grid = Grid::each(self.tokens * width / 8);
         self.device.launch(self.device.kernels.copy_columns, grid, &args)?;
-        Ok(to)
+        Ok(Ranks { z: to, ..ranks })
     }
 
     /// See [`Projection::parameter_gradients`].
     pub(super) fn parameter_gradients(
         &self,
         projection: &Projection,
-        (x, ranks): (Mat, Mat),
+        (x, ranks): (Mat, Ranks),
         g: Mat,
         rows: usize,
     ) -> Result<()> {
-        let mats = (x, ranks, g);
+        let mats = (x, ranks.z, g, ranks.kept);
         projection.parameter_gradients(self.device, self.scratch, mats, rows, self.mode)
     }
 }

@@ -76,6 +76,7 @@ struct Tile {
     ld: i32,
     scale: f32,
     mask: i32,
+    each: i32,
 }
 
 /// As `Masks` in kernels.cu.
@@ -92,6 +93,9 @@ const MASKS: usize = 4;
 
 /// Columns and ranks of a [`Tile`] at most.
 const TILE: usize = 64;
+
+/// Bytes of a row of as many columns in shared memory, `PITCH` in adapters.cuh.
+const ROW_OF_TILE: usize = 2 * 72;
 
 /// Blocks of threads that the gradients of a projection's adapters are cut into, about.
 const BLOCKS: usize = 2048;
@@ -276,6 +280,15 @@ impl Projection {
         self.adapters_of_modules().any(|adapter| adapter.dropout.mask(mode).is_some())
     }
 
+    /// Bytes for what the masks of its adapters keep, where kernels take it as bits: a bit for each
+    /// element of so many rows, in whole tiles of 16.
+    pub(super) fn kept_bytes(&self, rows: usize, mode: Mode) -> usize {
+        if self.tiles.is_none() || !self.drops(mode) {
+            return 0;
+        }
+        self.adapters_of_modules().count() * rows.next_multiple_of(16) * self.inputs / 8
+    }
+
     /// The masks of its adapters, in their order.
     fn masks(&self, mode: Mode) -> Masks {
         let mut all = Masks::default();
@@ -311,12 +324,13 @@ impl Projection {
         scratch.alloc(self.out_ld() * self.in_ld() * device.float.size())
     }
 
-    /// `z = x A^T` at the end of the rows of `x` (after dropout of each adapter's own).
+    /// `z = x A^T` at the end of the rows of `x` (after dropout of each adapter's own, which leaves
+    /// what it keeps at `kept`, if that is not 0).
     fn ranks_of(
         &self,
         device: &Device,
         scratch: &Arena,
-        (x, weight): (Mat, Mat),
+        (x, weight, kept): (Mat, Mat, u64),
         rows: usize,
         mode: Mode,
     ) -> Result<()> {
@@ -325,6 +339,20 @@ impl Projection {
         let target = |to| Target { to, float: device.float, plus: None, bias: None, alpha: 1.0 };
         if !self.drops(mode) {
             return device.matmul((rows, self.ranks, self.inputs), x.n(), a.t(), target(z));
+        }
+        if let (Some(kernels), true) = (device.adapters, kept != 0) {
+            let (r, count) = self.each();
+            let args =
+                [x.at, int(x.ld), a.at, int(a.ld), z.at, kept, int(rows), int(self.inputs), int(r)];
+            // As many warps as share the tiles of a row most evenly.
+            let tiles = self.inputs / TILE;
+            let warps = (4..=8).rev().min_by_key(|w| tiles.next_multiple_of(*w)).unwrap_or(8);
+            let grid = Grid {
+                blocks: (rows.div_ceil(16), count, 1),
+                threads: (32 * warps, 1),
+                shared: 4 * 16 * r * warps,
+            };
+            return device.launch_with(kernels.dropped_ranks, grid, &args, &self.masks(mode));
         }
         let mark = scratch.mark();
         let dropped =
@@ -343,20 +371,26 @@ impl Projection {
         Ok(())
     }
 
-    /// `y = x W^T + bias + plus`, with the adapters; fills the ranks of `x`.
+    /// Ranks of each adapter and the number of adapters, where all are alike.
+    fn each(&self) -> (usize, usize) {
+        let count = self.adapters_of_modules().count().max(1);
+        (self.ranks / count, count)
+    }
+
+    /// `y = x W^T + bias + plus`, with the adapters; fills the ranks of `x` and `kept`.
     pub(super) fn forward(
         &self,
         device: &Device,
         shared: &Shared,
         scratch: &Arena,
-        (x, y, plus): (Mat, Mat, Option<Mat>),
+        (x, y, plus, kept): (Mat, Mat, Option<Mat>, u64),
         rows: usize,
         mode: Mode,
     ) -> Result<()> {
         let mark = scratch.mark();
         let weight = self.matrix(device, shared, scratch)?;
         if self.ranks > 0 {
-            self.ranks_of(device, scratch, (x, weight), rows, mode)?;
+            self.ranks_of(device, scratch, (x, weight, kept), rows, mode)?;
         }
         let size = (rows, self.outputs, self.in_ld());
         let target = Target { to: y, float: device.float, plus, bias: self.bias, alpha: 1.0 };
@@ -365,14 +399,14 @@ impl Projection {
         Ok(())
     }
 
-    /// From the gradient `g` of the output, whose ranks it fills, the gradient of the input, plus
-    /// `plus`.
+    /// From the gradient `g` of the output, whose ranks it fills, and what the forward kept, the
+    /// gradient of the input, plus `plus`.
     pub(super) fn input_gradient(
         &self,
         device: &Device,
         shared: &Shared,
         scratch: &Arena,
-        (g, dx, plus): (Mat, Mat, Option<Mat>),
+        (g, dx, plus, kept): (Mat, Mat, Option<Mat>, u64),
         rows: usize,
         mode: Mode,
     ) -> Result<()> {
@@ -386,7 +420,39 @@ impl Projection {
             scratch.release(mark);
             return Ok(());
         }
-        device.matmul((rows, self.inputs, self.outputs), g.n(), weight.n(), target)?;
+        let size = (rows, self.inputs, self.outputs);
+        if let (Some(kernels), true) = (device.adapters, kept != 0) {
+            let (r, count) = self.each();
+            let dz = device.part(g, 0, self.outputs);
+            let a = device.part(weight, self.outputs, 0);
+            let plus = plus.unwrap_or(Mat { at: 0, ld: 0 });
+            let args = [
+                dz.at,
+                int(dz.ld),
+                a.at,
+                int(a.ld),
+                kept,
+                plus.at,
+                int(plus.ld),
+                dx.at,
+                int(dx.ld),
+                int(rows),
+                int(self.inputs),
+                int(r),
+                int(count),
+                float(self.masks(mode).scale.into()),
+            ];
+            let grid = Grid {
+                blocks: (self.inputs / TILE, rows.div_ceil(128), 1),
+                threads: (256, 1),
+                shared: self.ranks * ROW_OF_TILE,
+            };
+            device.launch(kernels.dropped_gradient, grid, &args)?;
+            device.matmul(size, g.n(), weight.n(), Target { plus: Some(dx), ..target })?;
+            scratch.release(mark);
+            return Ok(());
+        }
+        device.matmul(size, g.n(), weight.n(), target)?;
         let part =
             Mat { at: scratch.alloc(rows * self.inputs * device.float.size())?, ld: self.inputs };
         for adapter in self.adapters_of_modules() {
@@ -436,12 +502,12 @@ impl Projection {
         Ok(())
     }
 
-    /// Fills the ranks of an input that was computed again.
+    /// Fills the ranks of an input that was computed again, and `kept`.
     pub(super) fn fill_ranks(
         &self,
         device: &Device,
         scratch: &Arena,
-        x: Mat,
+        (x, kept): (Mat, u64),
         rows: usize,
         mode: Mode,
     ) -> Result<()> {
@@ -450,7 +516,7 @@ impl Projection {
         }
         let mark = scratch.mark();
         let weight = self.beside(device, scratch)?;
-        self.ranks_of(device, scratch, (x, weight), rows, mode)?;
+        self.ranks_of(device, scratch, (x, weight, kept), rows, mode)?;
         scratch.release(mark);
         Ok(())
     }
@@ -468,13 +534,13 @@ impl Projection {
         Ok(Mat { at, ld })
     }
 
-    /// Adds the gradients of what is trained, from the input, its ranks and the gradient of the
-    /// output with its ranks.
+    /// Adds the gradients of what is trained, from the input, its ranks, the gradient of the
+    /// output with its ranks, and what the forward kept.
     pub(super) fn parameter_gradients(
         &self,
         device: &Device,
         scratch: &Arena,
-        (x, ranks, g): (Mat, Mat, Mat),
+        (x, ranks, g, kept): (Mat, Mat, Mat, u64),
         rows: usize,
         mode: Mode,
     ) -> Result<()> {
@@ -485,7 +551,7 @@ impl Projection {
         let mark = scratch.mark();
         let dropping = self.drops(mode);
         let tiles = self.tiles.as_ref();
-        if let (Some(tiles), Some(kernel)) = (tiles, device.adapter_gradients) {
+        if let (Some(tiles), Some(kernels)) = (tiles, device.adapters) {
             // Fixed, so that sums do not depend on the card.
             let spans = (BLOCKS / tiles.count).clamp(1, rows.div_ceil(TILE));
             let span = rows.div_ceil(spans).next_multiple_of(TILE);
@@ -506,8 +572,10 @@ impl Projection {
                 int(rows),
                 int(span),
                 int(self.inputs),
+                kept,
+                float(self.masks(mode).scale.into()),
             ];
-            device.launch_with(kernel, grid, &args, &self.masks(mode))?;
+            device.launch(kernels.gradients, grid, &args)?;
             let args = [tiles.at, parts, int(largest), int(spans)];
             let across = (largest * TILE).div_ceil(256);
             let grid = Grid { blocks: (tiles.count, across, 1), threads: (256, 1), shared: 0 };
