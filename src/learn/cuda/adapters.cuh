@@ -94,12 +94,12 @@ struct Masks {
   float scale;
 };
 
-// What is kept, as bits: for each adapter, 64 columns and 8 rows there are 16 words; bit 4 g + c of
-// word 4 j + i is row g, column 16 j + 4 c + i. A lane then has, in each word, the bit of an
-// element that it holds of a factor whose depth is taken in this order, and that it draws itself.
+// What is kept, as bits: for each adapter, 64 columns and 16 rows there are 32 words; bit
+// 16 h + 4 j + i of word 4 g + c is row g + 8 h, column 16 j + 4 c + i. They are the elements that
+// a lane holds of a factor whose depth is taken in this order, and that it draws by itself.
 static __device__ __forceinline__ size_t kept_at(int mask, int chunk, int row, int chunks,
                                                  int rows) {
-  return (((size_t)mask * chunks + chunk) * ((rows + 15) / 16 * 2) + row / 8) * 16;
+  return (((size_t)mask * chunks + chunk) * ((rows + 15) / 16) + row / 16) * 32;
 }
 
 // z = scale * (mask * x) A^T of an adapter (blockIdx.y), and what its mask keeps. A block has 16
@@ -135,11 +135,11 @@ extern "C" __global__ void __launch_bounds__(256)
         uint32_t words[4] = {u.x, u.y, u.z, u.w};
 #pragma unroll
         for (int j = 0; j < 4; j++) {
-          bool keep = words[j] >= masks.threshold;
-          uint32_t all = __ballot_sync(~0u, keep);
-          if (lane == half * 16 + j * 4 + i) mine = all;
           uint32_t& pair = i < 2 ? v[half][j].x : v[half][j].y;
-          if (!keep) pair &= i % 2 ? 0xffffu : 0xffff0000u;
+          if (words[j] >= masks.threshold)
+            mine |= 1u << (half * 16 + j * 4 + i);
+          else
+            pair &= i % 2 ? 0xffffu : 0xffff0000u;
         }
       }
     }
@@ -208,18 +208,10 @@ extern "C" __global__ void __launch_bounds__(256)
         for (int t = 0; t < 4; t++) multiply(part[n + t], u, l, b[t]);
       }
     }
-    const uint4* bits = (const uint4*)(kept + kept_at(k, chunk, first, chunks, rows));
+    uint32_t bits = kept[kept_at(k, chunk, first, chunks, rows) + lane];
 #pragma unroll
-    for (int half = 0; half < 2; half++)
-#pragma unroll
-      for (int j = 0; j < 4; j++) {
-        uint4 w = bits[half * 4 + j];
-        uint32_t words[4] = {w.x, w.y, w.z, w.w};
-#pragma unroll
-        for (int i = 0; i < 4; i++)
-          if (words[i] >> lane & 1)
-            sum[2 * j + i / 2][2 * half + i % 2] += part[2 * j + i / 2][2 * half + i % 2];
-      }
+    for (int i = 0; i < 32; i++)
+      if (bits >> i & 1) sum[i / 2 % 8][i / 16 * 2 + i % 2] += part[i / 2 % 8][i / 16 * 2 + i % 2];
   }
 #pragma unroll
   for (int half = 0; half < 2; half++) {
@@ -271,7 +263,7 @@ extern "C" __global__ void __launch_bounds__(128)
       copy16(&thin[stage][r * PITCH + c], in ? small + (size_t)at * lds + c : small, in);
     }
     if (masked && warp * t.each < t.r) {
-      bool in = row + lane / 4 * 8 < rows;
+      bool in = row + lane / 8 * 16 < rows;
       const uint32_t* from = kept + kept_at(t.mask + warp, t.col / 64, row, inputs / 64, rows);
       copy16(&masks[stage][warp * 128 + lane * 4], in ? from + lane * 4 : kept, in);
     }
@@ -290,7 +282,8 @@ extern "C" __global__ void __launch_bounds__(128)
 #pragma unroll
     for (int k = 0; k < 64; k += 16) {
       uint32_t all[4], b[4];
-      const uint32_t* bits = &masks[stage][k * 2 + warp * 4 + lane / 4 % 4];
+      const uint32_t* bits = &masks[stage][k * 2 + lane % 4 * 8 + lane / 16];
+      int bit = warp * 4 + lane / 4 % 4;
       matrices(all, &wide[stage][(k + lane / 8 % 2 * 8 + lane % 8) * PITCH + warp * 16 + lane / 16 * 8]);
 #pragma unroll
       for (int m = 0; m < 4; m++) {
@@ -300,8 +293,10 @@ extern "C" __global__ void __launch_bounds__(128)
         if (turns >> m & 1) {
 #pragma unroll
           for (int i = 0; i < 4; i++) {
-            uint32_t pair = masked ? bits[i % 2 * 16] >> (lane % 4 * 8 + lane / 16 + i / 2 * 2) : ~0u;
-            b[i] = all[i] & ((pair & 1) * 0xffffu | (pair >> 4 & 1) * 0xffff0000u);
+            uint32_t one = masked ? bits[i / 2 * 2] >> bit : ~0u;
+            uint32_t other = masked ? bits[i / 2 * 2 + 4] >> bit : ~0u;
+            if (i % 2) one >>= 16, other >>= 16;
+            b[i] = all[i] & ((one & 1) * 0xffffu | (other & 1) * 0xffff0000u);
           }
           bits += 128;
         }

@@ -55,31 +55,30 @@ impl DecoderLayer {
         let (input, post) =
             (p.moments(tokens, &self.input_norm)?, p.moments(tokens, &self.post_norm)?);
         let h = p.scratch(self.qkv.in_ld())?;
-        p.rms_norm(&self.input_norm, (x, h), input.rstd, (tokens, hidden, 1))?;
+        p.rms_norm(&self.input_norm, (x, h), input.rstd, (tokens, hidden))?;
         let qkv = p.saved(self.qkv.outputs)?;
         let qkv_ranks = p.project(&self.qkv, h, qkv, None, tokens)?;
         let qkv_ranks = p.keep_ranks(&self.qkv, qkv_ranks)?;
         let (turned, head_norms) = match &self.head_norms {
-            None => (qkv, None),
-            Some((query, key)) => {
+            None => {
+                p.rotate(qkv, a.heads + a.kv_heads, a.head, 1.0)?;
+                (qkv, None)
+            }
+            Some(norms @ (query, key)) => {
                 let turned = p.saved(queries + keys)?;
                 let moments =
                     (p.moments(tokens * a.heads, query)?, p.moments(tokens * a.kv_heads, key)?);
-                let size = (tokens, a.head, a.heads);
-                p.rms_norm(query, (qkv, turned), moments.0.rstd, size)?;
-                let pair = (p.columns(qkv, queries), p.columns(turned, queries));
-                p.rms_norm(key, pair, moments.1.rstd, (tokens, a.head, a.kv_heads))?;
+                p.norm_heads(a, norms, (qkv, turned), moments)?;
                 (turned, Some(moments))
             }
         };
-        p.rotate(turned, a.heads + a.kv_heads, a.head, 1.0)?;
         let mixed = p.saved(self.out.in_ld())?;
         let log_sums = p.saved.alloc(4 * tokens * a.heads)?;
         a.forward(p, self.heads(p, turned, qkv), mixed, log_sums)?;
         let middle = p.saved(hidden)?;
         let out_ranks = p.project(&self.out, mixed, middle, Some(x), tokens)?;
         let h = p.scratch(self.gate_up.in_ld())?;
-        p.rms_norm(&self.post_norm, (middle, h), post.rstd, (tokens, hidden, 1))?;
+        p.rms_norm(&self.post_norm, (middle, h), post.rstd, (tokens, hidden))?;
         let gate_up = p.saved(self.gate_up.outputs)?;
         let gate_up_ranks = p.project(&self.gate_up, h, gate_up, None, tokens)?;
         let gate_up_ranks = p.keep_ranks(&self.gate_up, gate_up_ranks)?;
@@ -132,7 +131,7 @@ impl DecoderLayer {
         let of = (s.middle, s.post, gate_up_ranks, d_gate_up);
         self.again(p, &self.gate_up, &self.post_norm, of)?;
         p.scratch.release(inner);
-        let size = (tokens, hidden, 1);
+        let size = (tokens, hidden);
         p.rms_norm_backward(&self.post_norm, (s.middle, h, Some(g), g), s.post.rstd, size)?;
 
         let d_mixed = p.scratch(queries)?;
@@ -144,12 +143,11 @@ impl DecoderLayer {
         let heads = self.heads(p, s.turned, s.qkv);
         let gradients = self.heads(p, d_qkv, d_qkv);
         a.backward(p, heads, (s.mixed, d_mixed), s.log_sums, gradients)?;
-        p.rotate(d_qkv, a.heads + a.kv_heads, a.head, -1.0)?;
-        if let (Some((query, key)), Some((mq, mk))) = (&self.head_norms, s.head_norms) {
-            let size = (tokens, a.head, a.heads);
-            p.rms_norm_backward(query, (s.qkv, d_qkv, None, d_qkv), mq.rstd, size)?;
-            let (x, d) = (p.columns(s.qkv, queries), p.columns(d_qkv, queries));
-            p.rms_norm_backward(key, (x, d, None, d), mk.rstd, (tokens, a.head, a.kv_heads))?;
+        match (&self.head_norms, s.head_norms) {
+            (Some(norms), Some(moments)) => {
+                p.norm_heads_backward(a, norms, (s.qkv, d_qkv), moments)?;
+            }
+            _ => p.rotate(d_qkv, a.heads + a.kv_heads, a.head, -1.0)?,
         }
         debug_assert_eq!(self.qkv.outputs, queries + 2 * keys);
         if below || self.input_norm.weight_gradient.is_some() {
@@ -178,7 +176,7 @@ impl DecoderLayer {
             return Ok(());
         }
         let h = p.scratch(projection.inputs)?;
-        p.rms_norm(norm, (x, h), moments.rstd, (p.tokens, projection.inputs, 1))?;
+        p.rms_norm(norm, (x, h), moments.rstd, (p.tokens, projection.inputs))?;
         p.parameter_gradients(projection, (h, ranks), g, p.tokens)
     }
 }

@@ -77,6 +77,8 @@ kernels!(
     column_sums,
     add_parts,
     rope,
+    norm_heads,
+    norm_heads_backward,
     swiglu,
     swiglu_backward,
     gelu,

@@ -5,7 +5,7 @@
 // atomics: equal inputs give equal bits.
 //
 // It is compiled twice, for matrices of f32 and of bf16; see ptx.sh.
-// Adapters have a file of their own, adapters.cuh.
+// Heads and adapters have files of their own, heads.cuh and adapters.cuh.
 
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
@@ -94,11 +94,11 @@ static __device__ __forceinline__ size_t row_at(int r, int group, int ld, int d)
 }
 
 extern "C" __global__ void rms_norm(const T* x, int ldx, const float* w, T* out, int ldo, float* rstd,
-                                int d, int rows, int group, float eps) {
+                                int d, int rows, float eps) {
   int r = blockIdx.x * blockDim.y + threadIdx.y;
   if (r >= rows) return;
-  x += row_at(r, group, ldx, d);
-  out += row_at(r, group, ldo, d);
+  x += (size_t)r * ldx;
+  out += (size_t)r * ldo;
   float square = 0;
   for (int c = threadIdx.x * 8; c < d; c += blockDim.x * 8) {
     Eight e = load(x + c);
@@ -118,13 +118,13 @@ extern "C" __global__ void rms_norm(const T* x, int ldx, const float* w, T* out,
 // dx = residual + the gradient of the norm's input; residual may be null, or dx itself.
 extern "C" __global__ void rms_norm_backward(const T* x, int ldx, const float* w, const float* rstd,
                                          const T* g, int ldg, const T* residual, int ldr, T* dx,
-                                         int ldd, int d, int rows, int group) {
+                                         int ldd, int d, int rows) {
   int r = blockIdx.x * blockDim.y + threadIdx.y;
   if (r >= rows) return;
-  x += row_at(r, group, ldx, d);
-  g += row_at(r, group, ldg, d);
-  dx += row_at(r, group, ldd, d);
-  if (residual) residual += row_at(r, group, ldr, d);
+  x += (size_t)r * ldx;
+  g += (size_t)r * ldg;
+  dx += (size_t)r * ldd;
+  if (residual) residual += (size_t)r * ldr;
   float inverse = rstd[r], dot = 0;
   for (int c = threadIdx.x * 8; c < d; c += blockDim.x * 8) {
     Eight e = load(x + c), h = load(g + c), k = load(w + c);
@@ -243,27 +243,7 @@ extern "C" __global__ void add_parts(const float* parts, float* out, int n, int 
   out[i] += sum;
 }
 
-// Rotates `heads` heads of every row in place, in the half-split form; sign -1 turns back.
-extern "C" __global__ void rope(T* x, int ldx, const int* positions, const float* cosines,
-                            const float* sines, int heads, int head, int rows, float sign) {
-  int half = head / 2, per_head = half / 8;
-  long i = (long)blockIdx.x * blockDim.x + threadIdx.x;
-  if (i >= (long)rows * heads * per_head) return;
-  int c = (int)(i % per_head) * 8;
-  int h = (int)(i / per_head % heads);
-  int r = (int)(i / per_head / heads);
-  T* p = x + (size_t)r * ldx + (size_t)h * head + c;
-  size_t at = (size_t)positions[r] * half + c;
-  Eight a = load(p), b = load(p + half), cs = load(cosines + at), sn = load(sines + at), e, f;
-#pragma unroll
-  for (int j = 0; j < 8; j++) {
-    float s = sign * sn.v[j];
-    e.v[j] = a.v[j] * cs.v[j] - b.v[j] * s;
-    f.v[j] = b.v[j] * cs.v[j] + a.v[j] * s;
-  }
-  store(p, e);
-  store(p + half, f);
-}
+#include "heads.cuh"
 
 static __device__ __forceinline__ float sigmoid(float x) { return 1.f / (1.f + expf(-x)); }
 
@@ -472,9 +452,9 @@ extern "C" __global__ void cross_entropy(const float* logits, int ldl, const int
 static __device__ __forceinline__ uint4 philox(uint32_t k0, uint32_t k1, uint4 c) {
 #pragma unroll
   for (int i = 0; i < 10; i++) {
-    uint32_t h0 = __umulhi(0xD2511F53u, c.x), l0 = 0xD2511F53u * c.x;
-    uint32_t h1 = __umulhi(0xCD9E8D57u, c.z), l1 = 0xCD9E8D57u * c.z;
-    c = make_uint4(h1 ^ c.y ^ k0, l1, h0 ^ c.w ^ k1, l0);
+    uint64_t p0 = 0xD2511F53ull * c.x, p1 = 0xCD9E8D57ull * c.z;
+    c = make_uint4((uint32_t)(p1 >> 32) ^ c.y ^ k0, (uint32_t)p1, (uint32_t)(p0 >> 32) ^ c.w ^ k1,
+                   (uint32_t)p0);
     k0 += 0x9E3779B9u;
     k1 += 0xBB67AE85u;
   }

@@ -3,6 +3,7 @@
 use anyhow::Result;
 
 use super::arena::Arena;
+use super::attention::Attention;
 use super::device::{Device, Grid, Kernel, Mat, float, int};
 use super::projection::{Projection, Shared};
 use crate::learn::linear::{Dropout, Mode};
@@ -141,15 +142,14 @@ impl Pass<'_> {
         self.device.part(mat, 0, from)
     }
 
-    /// The root-mean-square norm of vectors of `width`, `group` of them in each row.
+    /// The root-mean-square norm of rows of `width`.
     pub(super) fn rms_norm(
         &self,
         norm: &Norm,
         (x, out): (Mat, Mat),
         rstd: u64,
-        (rows, width, group): (usize, usize, usize),
+        (rows, width): (usize, usize),
     ) -> Result<()> {
-        let rows = rows * group;
         let args = [
             x.at,
             int(x.ld),
@@ -159,7 +159,6 @@ impl Pass<'_> {
             rstd,
             int(width),
             int(rows),
-            int(group),
             float(norm.eps),
         ];
         self.device.launch(self.device.kernels.rms_norm, Grid::rows(rows, width), &args)
@@ -172,11 +171,10 @@ impl Pass<'_> {
         norm: &Norm,
         (x, g, plus, dx): (Mat, Mat, Option<Mat>, Mat),
         rstd: u64,
-        (rows, width, group): (usize, usize, usize),
+        (rows, width): (usize, usize),
     ) -> Result<()> {
         let moments = Moments { mean: 0, rstd };
-        self.norm_gradients(norm, (x, g), moments, (rows, width, group))?;
-        let rows = rows * group;
+        self.norm_gradients(norm, (x, g), moments, (rows, width, 1))?;
         let plus = plus.unwrap_or(Mat { at: 0, ld: 0 });
         let args = [
             x.at,
@@ -191,7 +189,6 @@ impl Pass<'_> {
             int(dx.ld),
             int(width),
             int(rows),
-            int(group),
         ];
         self.device.launch(self.device.kernels.rms_norm_backward, Grid::rows(rows, width), &args)
     }
@@ -284,6 +281,86 @@ impl Pass<'_> {
         ];
         let grid = Grid::each(self.tokens * heads * head / 16);
         self.device.launch(self.device.kernels.rope, grid, &args)
+    }
+
+    /// `out`: the heads of queries and keys of `x`, each behind its norm and turned by its position.
+    pub(super) fn norm_heads(
+        &self,
+        a: &Attention,
+        (query, key): &(Norm, Norm),
+        (x, out): (Mat, Mat),
+        (of_query, of_key): (Moments, Moments),
+    ) -> Result<()> {
+        let (cosines, sines) = self.rope.unwrap_or((0, 0));
+        let (grid, lanes) = self.each_head(a);
+        let args = [
+            x.at,
+            int(x.ld),
+            query.weight,
+            key.weight,
+            out.at,
+            int(out.ld),
+            of_query.rstd,
+            of_key.rstd,
+            self.positions,
+            cosines,
+            sines,
+            int(a.heads),
+            int(a.kv_heads),
+            int(a.head),
+            int(self.tokens),
+            int(lanes),
+            float(query.eps),
+        ];
+        self.device.launch(self.device.kernels.norm_heads, grid, &args)
+    }
+
+    /// Its gradient, in the place `d` of that of the result; and those of the norms, where they
+    /// are trained.
+    pub(super) fn norm_heads_backward(
+        &self,
+        a: &Attention,
+        (query, key): &(Norm, Norm),
+        (x, d): (Mat, Mat),
+        (of_query, of_key): (Moments, Moments),
+    ) -> Result<()> {
+        let (mut cosines, mut sines) = self.rope.unwrap_or((0, 0));
+        if query.weight_gradient.is_some() || key.weight_gradient.is_some() {
+            self.rotate(d, a.heads + a.kv_heads, a.head, -1.0)?;
+            (cosines, sines) = (0, 0);
+            let queries = a.widths().0;
+            let size = |heads| (self.tokens, a.head, heads);
+            self.norm_gradients(query, (x, d), of_query, size(a.heads))?;
+            let mats = (self.columns(x, queries), self.columns(d, queries));
+            self.norm_gradients(key, mats, of_key, size(a.kv_heads))?;
+        }
+        let (grid, lanes) = self.each_head(a);
+        let args = [
+            x.at,
+            int(x.ld),
+            query.weight,
+            key.weight,
+            of_query.rstd,
+            of_key.rstd,
+            d.at,
+            int(d.ld),
+            self.positions,
+            cosines,
+            sines,
+            int(a.heads),
+            int(a.kv_heads),
+            int(a.head),
+            int(self.tokens),
+            int(lanes),
+        ];
+        self.device.launch(self.device.kernels.norm_heads_backward, grid, &args)
+    }
+
+    /// A launch of so many threads, a power of two, for each head of queries and keys: each has 8
+    /// elements of either half.
+    fn each_head(&self, a: &Attention) -> (Grid, usize) {
+        let lanes = (a.head / 16).next_power_of_two();
+        (Grid::each(self.tokens * (a.heads + a.kv_heads) * lanes), lanes)
     }
 
     /// `out` from `x` elementwise (`swiglu`, `gelu`), `width` elements a row.

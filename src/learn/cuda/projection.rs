@@ -17,6 +17,7 @@
 //! with the adapter beside it.
 
 mod builder;
+mod dropped;
 
 use anyhow::Result;
 
@@ -79,23 +80,8 @@ struct Tile {
     each: i32,
 }
 
-/// As `Masks` in kernels.cu.
-#[repr(C)]
-#[derive(Debug, Clone, Copy, Default)]
-struct Masks {
-    state: [[u32; 4]; MASKS],
-    threshold: u32,
-    scale: f32,
-}
-
-/// Adapters of one projection whose inputs are dropped by masks of their own, at most.
-const MASKS: usize = 4;
-
 /// Columns and ranks of a [`Tile`] at most.
 const TILE: usize = 64;
-
-/// Bytes of a row of as many columns in shared memory, `PITCH` in adapters.cuh.
-const ROW_OF_TILE: usize = 2 * 72;
 
 /// Blocks of threads that the gradients of a projection's adapters are cut into, about.
 const BLOCKS: usize = 2048;
@@ -280,29 +266,6 @@ impl Projection {
         self.adapters_of_modules().any(|adapter| adapter.dropout.mask(mode).is_some())
     }
 
-    /// Bytes for what the masks of its adapters keep, where kernels take it as bits: a bit for each
-    /// element of so many rows, in whole tiles of 16.
-    pub(super) fn kept_bytes(&self, rows: usize, mode: Mode) -> usize {
-        if self.tiles.is_none() || !self.drops(mode) {
-            return 0;
-        }
-        self.adapters_of_modules().count() * rows.next_multiple_of(16) * self.inputs / 8
-    }
-
-    /// The masks of its adapters, in their order.
-    fn masks(&self, mode: Mode) -> Masks {
-        let mut all = Masks::default();
-        for (state, adapter) in all.state.iter_mut().zip(self.adapters_of_modules()) {
-            if let Some(mask) = adapter.dropout.mask(mode) {
-                let (stream, threshold, scale) = mask.parts();
-                let ([k0, k1], [h0, h1]) = stream.words_of_state();
-                *state = [k0, k1, h0, h1];
-                (all.threshold, all.scale) = (threshold, scale);
-            }
-        }
-        all
-    }
-
     /// The weight with the adapters beside it; a quantized one is unpacked on top of `scratch`.
     fn matrix(&self, device: &Device, shared: &Shared, scratch: &Arena) -> Result<Mat> {
         let ld = self.in_ld();
@@ -341,18 +304,7 @@ impl Projection {
             return device.matmul((rows, self.ranks, self.inputs), x.n(), a.t(), target(z));
         }
         if let (Some(kernels), true) = (device.adapters, kept != 0) {
-            let (r, count) = self.each();
-            let args =
-                [x.at, int(x.ld), a.at, int(a.ld), z.at, kept, int(rows), int(self.inputs), int(r)];
-            // As many warps as share the tiles of a row most evenly.
-            let tiles = self.inputs / TILE;
-            let warps = (4..=8).rev().min_by_key(|w| tiles.next_multiple_of(*w)).unwrap_or(8);
-            let grid = Grid {
-                blocks: (rows.div_ceil(16), count, 1),
-                threads: (32 * warps, 1),
-                shared: 4 * 16 * r * warps,
-            };
-            return device.launch_with(kernels.dropped_ranks, grid, &args, &self.masks(mode));
+            return self.dropped_ranks(device, kernels, (x, a, z, kept), rows, mode);
         }
         let mark = scratch.mark();
         let dropped =
@@ -369,12 +321,6 @@ impl Projection {
         }
         scratch.release(mark);
         Ok(())
-    }
-
-    /// Ranks of each adapter and the number of adapters, where all are alike.
-    fn each(&self) -> (usize, usize) {
-        let count = self.adapters_of_modules().count().max(1);
-        (self.ranks / count, count)
     }
 
     /// `y = x W^T + bias + plus`, with the adapters; fills the ranks of `x` and `kept`.
@@ -422,32 +368,9 @@ impl Projection {
         }
         let size = (rows, self.inputs, self.outputs);
         if let (Some(kernels), true) = (device.adapters, kept != 0) {
-            let (r, count) = self.each();
             let dz = device.part(g, 0, self.outputs);
             let a = device.part(weight, self.outputs, 0);
-            let plus = plus.unwrap_or(Mat { at: 0, ld: 0 });
-            let args = [
-                dz.at,
-                int(dz.ld),
-                a.at,
-                int(a.ld),
-                kept,
-                plus.at,
-                int(plus.ld),
-                dx.at,
-                int(dx.ld),
-                int(rows),
-                int(self.inputs),
-                int(r),
-                int(count),
-                float(self.masks(mode).scale.into()),
-            ];
-            let grid = Grid {
-                blocks: (self.inputs / TILE, rows.div_ceil(128), 1),
-                threads: (256, 1),
-                shared: self.ranks * ROW_OF_TILE,
-            };
-            device.launch(kernels.dropped_gradient, grid, &args)?;
+            self.dropped_gradient(device, kernels, (dz, a, kept, plus, dx), rows, mode)?;
             device.matmul(size, g.n(), weight.n(), Target { plus: Some(dx), ..target })?;
             scratch.release(mark);
             return Ok(());
@@ -573,7 +496,7 @@ impl Projection {
                 int(span),
                 int(self.inputs),
                 kept,
-                float(self.masks(mode).scale.into()),
+                float(self.kept_scale(mode).into()),
             ];
             device.launch(kernels.gradients, grid, &args)?;
             let args = [tiles.at, parts, int(largest), int(spans)];

@@ -39,7 +39,7 @@ impl State {
                 let features = p.scratch_rows(n, d)?;
                 let d_features = p.scratch_rows(n, d)?;
                 let rstd = p.scratch.alloc(4 * n)?;
-                p.rms_norm(norm, (chosen, features), rstd, (n, d, 1))?;
+                p.rms_norm(norm, (chosen, features), rstd, (n, d))?;
                 let block = self.block().min(n);
                 let ld = self.vocab.next_multiple_of(8);
                 let logits = Mat { at: p.scratch.alloc(4 * block * ld)?, ld };
@@ -80,7 +80,7 @@ impl State {
                     }
                 }
                 let mats = (chosen, d_features, None, d_chosen);
-                p.rms_norm_backward(norm, mats, rstd, (n, d, 1))?;
+                p.rms_norm_backward(norm, mats, rstd, (n, d))?;
             }
             Head::Classes { dense, tanh, drop, classifier } => {
                 let classes = classifier.outputs;
@@ -196,7 +196,7 @@ impl State {
             Head::Decoder { norm, table } => {
                 let chosen = p.scratch_rows(n, d)?;
                 p.pick((x, chosen), rows_at, (n, d), false)?;
-                p.rms_norm(norm, (chosen, chosen), 0, (n, d, 1))?;
+                p.rms_norm(norm, (chosen, chosen), 0, (n, d))?;
                 let block = self.block().min(n);
                 let logits = Mat { at: p.scratch.alloc(4 * block * self.vocab)?, ld: self.vocab };
                 let losses = p.scratch.alloc(4 * block)?;

@@ -4,9 +4,10 @@ use anyhow::{Context as _, Result, bail, ensure};
 use candle_core::{CpuStorage, DType, Storage, Tensor};
 use half::bf16;
 
+use super::dropped::MASKS;
 use super::{
-    Adapter, MASKS, Module, ModuleAdapter, Packed, Parts, Projection, RANKS, TILE, Tile,
-    TrainedCopy, Weight,
+    Adapter, Module, ModuleAdapter, Packed, Parts, Projection, RANKS, TILE, Tile, TrainedCopy,
+    Weight,
 };
 use crate::learn::cuda::arena::Arena;
 use crate::learn::cuda::away::Pinned;
