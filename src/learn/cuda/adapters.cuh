@@ -104,7 +104,7 @@ static __device__ __forceinline__ size_t kept_at(int mask, int chunk, int row, i
 
 // z = scale * (mask * x) A^T of an adapter (blockIdx.y), and what its mask keeps. A block has 16
 // rows, its warps share the columns; shared: r sums of each row and warp.
-extern "C" __global__ void __launch_bounds__(256)
+extern "C" __global__ void __launch_bounds__(256, 2)
     dropped_ranks(const bf16* x, int ldx, const bf16* a, int lda, bf16* z, uint32_t* kept, int rows,
                   int inputs, int r, const Masks masks) {
   extern __shared__ __align__(16) char memory[];
