@@ -284,12 +284,14 @@ extern "C" __global__ void __launch_bounds__(128)
       uint32_t all[4], b[4];
       const uint32_t* bits = &masks[stage][k * 2 + lane % 4 * 8 + lane / 16];
       int bit = warp * 4 + lane / 4 % 4;
-      matrices(all, &wide[stage][(k + lane / 8 % 2 * 8 + lane % 8) * PITCH + warp * 16 + lane / 16 * 8]);
+      int deep = k + lane / 8 % 2 * 8 + lane % 8;
+      matrices(all, &wide[stage][deep * PITCH + warp * 16 + lane / 16 * 8]);
 #pragma unroll
       for (int m = 0; m < 4; m++) {
         if (m * 16 >= t.r) break;
         uint32_t a[4];
-        matrices(a, &thin[stage][(k + lane / 16 * 8 + lane % 8) * PITCH + m * 16 + lane / 8 % 2 * 8]);
+        deep = k + lane / 16 * 8 + lane % 8;
+        matrices(a, &thin[stage][deep * PITCH + m * 16 + lane / 8 % 2 * 8]);
         if (turns >> m & 1) {
 #pragma unroll
           for (int i = 0; i < 4; i++) {
@@ -323,7 +325,8 @@ extern "C" __global__ void __launch_bounds__(128)
 #endif
 
 // Adds the sums of all spans to the gradients; blockIdx.y is a part of the tile.
-extern "C" __global__ void add_tiles(const Tile* tiles, const float* parts, int largest, int spans) {
+extern "C" __global__ void add_tiles(const Tile* tiles, const float* parts, int largest,
+                                     int spans) {
   Tile t = tiles[blockIdx.x];
   int i = blockIdx.y * blockDim.x + threadIdx.x, r = i / 64, c = i % 64;
   if (r >= t.r || c >= t.width) return;
