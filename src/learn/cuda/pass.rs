@@ -283,7 +283,8 @@ impl Pass<'_> {
         self.device.launch(self.device.kernels.rope, grid, &args)
     }
 
-    /// `out`: the heads of queries and keys of `x`, each behind its norm and turned by its position.
+    /// `out`: the heads of queries and keys of `x`, each behind its norm and turned by its
+    /// position.
     pub(super) fn norm_heads(
         &self,
         a: &Attention,
