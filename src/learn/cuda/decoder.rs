@@ -4,7 +4,7 @@ use anyhow::Result;
 
 use super::attention::{Attention, Heads};
 use super::device::Mat;
-use super::pass::{Moments, Norm, Pass};
+use super::pass::{Moments, Norm, Pass, Ranks};
 use super::projection::Projection;
 
 /// One layer.
@@ -36,8 +36,8 @@ pub(super) struct Saved {
     middle: Mat,
     post: Moments,
     gate_up: Mat,
-    /// The ranks of what was not kept: the inputs of `qkv`, `gate_up` and `down`.
-    ranks: [Mat; 3],
+    /// Of the inputs of `qkv`, `out`, `gate_up` and `down`; only that of `out` is kept itself.
+    ranks: [Ranks; 4],
 }
 
 impl DecoderLayer {
@@ -55,43 +55,42 @@ impl DecoderLayer {
         let (input, post) =
             (p.moments(tokens, &self.input_norm)?, p.moments(tokens, &self.post_norm)?);
         let h = p.scratch(self.qkv.in_ld())?;
-        p.rms_norm(&self.input_norm, (x, h), input.rstd, (tokens, hidden, 1))?;
+        p.rms_norm(&self.input_norm, (x, h), input.rstd, (tokens, hidden))?;
         let qkv = p.saved(self.qkv.outputs)?;
-        p.project(&self.qkv, h, qkv, None, tokens)?;
-        let qkv_ranks = p.keep_ranks(&self.qkv, h)?;
+        let qkv_ranks = p.project(&self.qkv, h, qkv, None, tokens)?;
+        let qkv_ranks = p.keep_ranks(&self.qkv, qkv_ranks)?;
         let (turned, head_norms) = match &self.head_norms {
-            None => (qkv, None),
-            Some((query, key)) => {
+            None => {
+                p.rotate(qkv, a.heads + a.kv_heads, a.head, 1.0)?;
+                (qkv, None)
+            }
+            Some(norms @ (query, key)) => {
                 let turned = p.saved(queries + keys)?;
                 let moments =
                     (p.moments(tokens * a.heads, query)?, p.moments(tokens * a.kv_heads, key)?);
-                let size = (tokens, a.head, a.heads);
-                p.rms_norm(query, (qkv, turned), moments.0.rstd, size)?;
-                let pair = (p.columns(qkv, queries), p.columns(turned, queries));
-                p.rms_norm(key, pair, moments.1.rstd, (tokens, a.head, a.kv_heads))?;
+                p.norm_heads(a, norms, (qkv, turned), moments)?;
                 (turned, Some(moments))
             }
         };
-        p.rotate(turned, a.heads + a.kv_heads, a.head, 1.0)?;
         let mixed = p.saved(self.out.in_ld())?;
         let log_sums = p.saved.alloc(4 * tokens * a.heads)?;
         a.forward(p, self.heads(p, turned, qkv), mixed, log_sums)?;
         let middle = p.saved(hidden)?;
-        p.project(&self.out, mixed, middle, Some(x), tokens)?;
+        let out_ranks = p.project(&self.out, mixed, middle, Some(x), tokens)?;
         let h = p.scratch(self.gate_up.in_ld())?;
-        p.rms_norm(&self.post_norm, (middle, h), post.rstd, (tokens, hidden, 1))?;
+        p.rms_norm(&self.post_norm, (middle, h), post.rstd, (tokens, hidden))?;
         let gate_up = p.saved(self.gate_up.outputs)?;
-        p.project(&self.gate_up, h, gate_up, None, tokens)?;
-        let gate_up_ranks = p.keep_ranks(&self.gate_up, h)?;
+        let gate_up_ranks = p.project(&self.gate_up, h, gate_up, None, tokens)?;
+        let gate_up_ranks = p.keep_ranks(&self.gate_up, gate_up_ranks)?;
         let act = p.scratch(self.down.in_ld())?;
         if y.is_some() || self.down.ranks > 0 {
             p.map(p.device.kernels.swiglu, (gate_up, act), self.down.inputs)?;
         }
-        match y {
+        let down_ranks = match y {
             Some(y) => p.project(&self.down, act, y, Some(middle), tokens)?,
             None => p.fill_ranks(&self.down, act, tokens)?,
-        }
-        let ranks = [qkv_ranks, gate_up_ranks, p.keep_ranks(&self.down, act)?];
+        };
+        let down_ranks = p.keep_ranks(&self.down, down_ranks)?;
         p.scratch.release(mark);
         Ok(Saved {
             x,
@@ -104,7 +103,7 @@ impl DecoderLayer {
             middle,
             post,
             gate_up,
-            ranks,
+            ranks: [qkv_ranks, out_ranks, gate_up_ranks, down_ranks],
         })
     }
 
@@ -115,48 +114,48 @@ impl DecoderLayer {
         let (tokens, hidden) = (p.tokens, self.qkv.inputs);
         let (queries, keys) = self.attention.widths();
         let a = &self.attention;
+        let [qkv_ranks, out_ranks, gate_up_ranks, down_ranks] = s.ranks;
         let h = p.scratch(hidden)?;
 
         let inner = p.scratch.mark();
         let act = p.scratch(self.down.inputs)?;
-        p.input_gradient(&self.down, g, act, None, tokens)?;
+        p.input_gradient((&self.down, down_ranks), g, act, None, tokens)?;
         let d_gate_up = p.scratch(self.gate_up.out_ld())?;
         let again = self.down.reads_input().then(|| p.scratch(self.down.inputs)).transpose()?;
         let mats = (s.gate_up, act, d_gate_up, again);
         p.map_backward(p.device.kernels.swiglu_backward, mats, self.down.inputs)?;
         if self.down.trains() {
-            p.parameter_gradients(&self.down, (again.unwrap_or(act), s.ranks[2]), g, tokens)?;
+            p.parameter_gradients(&self.down, (again.unwrap_or(act), down_ranks), g, tokens)?;
         }
-        p.input_gradient(&self.gate_up, d_gate_up, h, None, tokens)?;
-        self.again(p, &self.gate_up, &self.post_norm, (s.middle, s.post, s.ranks[1], d_gate_up))?;
+        p.input_gradient((&self.gate_up, gate_up_ranks), d_gate_up, h, None, tokens)?;
+        let of = (s.middle, s.post, gate_up_ranks, d_gate_up);
+        self.again(p, &self.gate_up, &self.post_norm, of)?;
         p.scratch.release(inner);
-        let size = (tokens, hidden, 1);
+        let size = (tokens, hidden);
         p.rms_norm_backward(&self.post_norm, (s.middle, h, Some(g), g), s.post.rstd, size)?;
 
         let d_mixed = p.scratch(queries)?;
-        p.input_gradient(&self.out, g, d_mixed, None, tokens)?;
+        p.input_gradient((&self.out, out_ranks), g, d_mixed, None, tokens)?;
         if self.out.trains() {
-            let mixed = (s.mixed, self.out.ranks_in(p.device, s.mixed));
-            p.parameter_gradients(&self.out, mixed, g, tokens)?;
+            p.parameter_gradients(&self.out, (s.mixed, out_ranks), g, tokens)?;
         }
         let d_qkv = p.scratch(self.qkv.out_ld())?;
         let heads = self.heads(p, s.turned, s.qkv);
         let gradients = self.heads(p, d_qkv, d_qkv);
         a.backward(p, heads, (s.mixed, d_mixed), s.log_sums, gradients)?;
-        p.rotate(d_qkv, a.heads + a.kv_heads, a.head, -1.0)?;
-        if let (Some((query, key)), Some((mq, mk))) = (&self.head_norms, s.head_norms) {
-            let size = (tokens, a.head, a.heads);
-            p.rms_norm_backward(query, (s.qkv, d_qkv, None, d_qkv), mq.rstd, size)?;
-            let (x, d) = (p.columns(s.qkv, queries), p.columns(d_qkv, queries));
-            p.rms_norm_backward(key, (x, d, None, d), mk.rstd, (tokens, a.head, a.kv_heads))?;
+        match (&self.head_norms, s.head_norms) {
+            (Some(norms), Some(moments)) => {
+                p.norm_heads_backward(a, norms, (s.qkv, d_qkv), moments)?;
+            }
+            _ => p.rotate(d_qkv, a.heads + a.kv_heads, a.head, -1.0)?,
         }
         debug_assert_eq!(self.qkv.outputs, queries + 2 * keys);
         if below || self.input_norm.weight_gradient.is_some() {
-            p.input_gradient(&self.qkv, d_qkv, h, None, tokens)?;
+            p.input_gradient((&self.qkv, qkv_ranks), d_qkv, h, None, tokens)?;
         } else {
             p.only_ranks(&self.qkv, d_qkv, tokens)?;
         }
-        self.again(p, &self.qkv, &self.input_norm, (s.x, s.input, s.ranks[0], d_qkv))?;
+        self.again(p, &self.qkv, &self.input_norm, (s.x, s.input, qkv_ranks, d_qkv))?;
         if below || self.input_norm.weight_gradient.is_some() {
             p.rms_norm_backward(&self.input_norm, (s.x, h, Some(g), g), s.input.rstd, size)?;
         }
@@ -171,13 +170,13 @@ impl DecoderLayer {
         p: &Pass<'_>,
         projection: &Projection,
         norm: &Norm,
-        (x, moments, ranks, g): (Mat, Moments, Mat, Mat),
+        (x, moments, ranks, g): (Mat, Moments, Ranks, Mat),
     ) -> Result<()> {
         if !projection.trains() {
             return Ok(());
         }
         let h = p.scratch(projection.inputs)?;
-        p.rms_norm(norm, (x, h), moments.rstd, (p.tokens, projection.inputs, 1))?;
+        p.rms_norm(norm, (x, h), moments.rstd, (p.tokens, projection.inputs))?;
         p.parameter_gradients(projection, (h, ranks), g, p.tokens)
     }
 }

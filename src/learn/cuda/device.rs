@@ -77,6 +77,8 @@ kernels!(
     column_sums,
     add_parts,
     rope,
+    norm_heads,
+    norm_heads_backward,
     swiglu,
     swiglu_backward,
     gelu,
@@ -97,6 +99,24 @@ kernels!(
     square_sums,
     adamw,
 );
+
+/// Kernels of adapters in bf16.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Adapters {
+    pub(super) gradients: Kernel,
+    pub(super) dropped_ranks: Kernel,
+    pub(super) dropped_gradient: Kernel,
+}
+
+impl Adapters {
+    fn load(module: sys::CUmodule) -> Result<Self> {
+        Ok(Self {
+            gradients: Kernel::get(module, "adapter_gradients")?,
+            dropped_ranks: Kernel::get(module, "dropped_ranks")?,
+            dropped_gradient: Kernel::get(module, "dropped_gradient")?,
+        })
+    }
+}
 
 /// A kernel of a loaded module.
 #[derive(Debug, Clone, Copy)]
@@ -162,8 +182,8 @@ pub(super) struct Device {
     pub(super) stream: sys::CUstream,
     pub(super) float: Float,
     pub(super) kernels: Kernels,
-    /// The gradients of adapters, where there is a kernel for the type of numbers.
-    pub(super) adapter_gradients: Option<Kernel>,
+    /// Those of adapters, where there are some for the type of numbers.
+    pub(super) adapters: Option<Adapters>,
     pub(super) attention: sys::CUmodule,
     /// Attention kernels for Hopper, where the card is one and they suit the model.
     pub(super) hopper: Option<sys::CUmodule>,
@@ -272,16 +292,14 @@ impl Device {
             .then(|| load(include_bytes!("ptx/hopper.zst"), "the attention kernels for Hopper"))
             .transpose()?;
         let kernels = load(kernels, "the kernels")?;
-        let adapter_gradients = (float == Float::Bf16)
-            .then(|| Kernel::get(kernels, "adapter_gradients"))
-            .transpose()?;
+        let adapters = (float == Float::Bf16).then(|| Adapters::load(kernels)).transpose()?;
         Ok(Self {
             context,
             device,
             stream,
             float,
             kernels: Kernels::load(kernels)?,
-            adapter_gradients,
+            adapters,
             attention: load(attention, "the attention kernels")?,
             hopper,
             matmuls: Matmuls::open()?,

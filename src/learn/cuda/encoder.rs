@@ -4,7 +4,7 @@ use anyhow::Result;
 
 use super::attention::{Attention, Heads};
 use super::device::Mat;
-use super::pass::{Moments, Norm, Pass};
+use super::pass::{Moments, Norm, Pass, Ranks};
 use super::projection::Projection;
 use crate::learn::linear::Dropout;
 
@@ -35,8 +35,8 @@ pub(super) struct Saved {
     up: Mat,
     output_sum: Mat,
     output: Moments,
-    /// The ranks of the input of `down`, which is not kept.
-    down_ranks: Mat,
+    /// Of the inputs of `qkv`, `out`, `up` and `down`; that of `down` is not kept itself.
+    ranks: [Ranks; 4],
 }
 
 impl EncoderLayer {
@@ -51,12 +51,12 @@ impl EncoderLayer {
         let mark = p.scratch.mark();
         let (tokens, hidden) = (p.tokens, self.qkv.inputs);
         let qkv = p.saved(self.qkv.outputs)?;
-        p.project(&self.qkv, x, qkv, None, tokens)?;
+        let qkv_ranks = p.project(&self.qkv, x, qkv, None, tokens)?;
         let mixed = p.saved(self.out.in_ld())?;
         let log_sums = p.saved.alloc(4 * tokens * self.attention.heads)?;
         self.attention.forward(p, self.heads(p, qkv), mixed, log_sums)?;
         let part = p.scratch(hidden)?;
-        p.project(&self.out, mixed, part, None, tokens)?;
+        let out_ranks = p.project(&self.out, mixed, part, None, tokens)?;
         if let Some(place) = &self.out_drop {
             p.drop_elements(place, (part, part), (tokens, hidden))?;
         }
@@ -65,11 +65,11 @@ impl EncoderLayer {
         let mats = (part, Some(x), attention_sum, middle);
         p.layer_norm(&self.attention_norm, mats, attention, hidden)?;
         let up = p.saved(self.up.outputs)?;
-        p.project(&self.up, middle, up, None, tokens)?;
+        let up_ranks = p.project(&self.up, middle, up, None, tokens)?;
         let act = p.scratch(self.down.in_ld())?;
         p.map(p.device.kernels.gelu, (up, act), self.down.inputs)?;
-        p.project(&self.down, act, part, None, tokens)?;
-        let down_ranks = p.keep_ranks(&self.down, act)?;
+        let down_ranks = p.project(&self.down, act, part, None, tokens)?;
+        let down_ranks = p.keep_ranks(&self.down, down_ranks)?;
         p.drop_elements(&self.down_drop, (part, part), (tokens, hidden))?;
         let output_sum = p.saved(hidden)?;
         let output = p.moments(tokens, &self.output_norm)?;
@@ -87,7 +87,7 @@ impl EncoderLayer {
             up,
             output_sum,
             output,
-            down_ranks,
+            ranks: [qkv_ranks, out_ranks, up_ranks, down_ranks],
         })
     }
 
@@ -96,6 +96,7 @@ impl EncoderLayer {
     pub(super) fn backward(&self, p: &Pass<'_>, s: &Saved, g: Mat, below: bool) -> Result<()> {
         let mark = p.scratch.mark();
         let (tokens, hidden) = (p.tokens, self.qkv.inputs);
+        let [qkv_ranks, out_ranks, up_ranks, down_ranks] = s.ranks;
 
         let d_sum = p.scratch(self.down.out_ld())?;
         p.layer_norm_backward(&self.output_norm, (s.output_sum, g, d_sum), s.output, hidden)?;
@@ -105,20 +106,19 @@ impl EncoderLayer {
             p.drop_elements(&self.down_drop, (d_sum, d_down), (tokens, hidden))?;
         }
         let d_act = p.scratch(self.down.inputs)?;
-        p.input_gradient(&self.down, d_down, d_act, None, tokens)?;
+        p.input_gradient((&self.down, down_ranks), d_down, d_act, None, tokens)?;
         let d_up = p.scratch(self.up.out_ld())?;
         let again = self.down.reads_input().then(|| p.scratch(self.down.inputs)).transpose()?;
         let mats = (s.up, d_act, d_up, again);
         p.map_backward(p.device.kernels.gelu_backward, mats, self.down.inputs)?;
         if self.down.trains() {
-            let act = (again.unwrap_or(d_act), s.down_ranks);
+            let act = (again.unwrap_or(d_act), down_ranks);
             p.parameter_gradients(&self.down, act, d_down, tokens)?;
         }
         // The gradient of the result is no longer needed: its place takes that of the middle.
-        p.input_gradient(&self.up, d_up, g, Some(d_sum), tokens)?;
+        p.input_gradient((&self.up, up_ranks), d_up, g, Some(d_sum), tokens)?;
         if self.up.trains() {
-            let middle = (s.middle, self.up.ranks_in(p.device, s.middle));
-            p.parameter_gradients(&self.up, middle, d_up, tokens)?;
+            p.parameter_gradients(&self.up, (s.middle, up_ranks), d_up, tokens)?;
         }
 
         let d_sum = p.scratch(self.out.out_ld())?;
@@ -130,22 +130,20 @@ impl EncoderLayer {
             p.drop_elements(place, (d_sum, d_out), (tokens, hidden))?;
         }
         let d_mixed = p.scratch(self.out.inputs)?;
-        p.input_gradient(&self.out, d_out, d_mixed, None, tokens)?;
+        p.input_gradient((&self.out, out_ranks), d_out, d_mixed, None, tokens)?;
         if self.out.trains() {
-            let mixed = (s.mixed, self.out.ranks_in(p.device, s.mixed));
-            p.parameter_gradients(&self.out, mixed, d_out, tokens)?;
+            p.parameter_gradients(&self.out, (s.mixed, out_ranks), d_out, tokens)?;
         }
         let d_qkv = p.scratch(self.qkv.out_ld())?;
         let (heads, gradients) = (self.heads(p, s.qkv), self.heads(p, d_qkv));
         self.attention.backward(p, heads, (s.mixed, d_mixed), s.log_sums, gradients)?;
         if below {
-            p.input_gradient(&self.qkv, d_qkv, g, Some(d_sum), tokens)?;
+            p.input_gradient((&self.qkv, qkv_ranks), d_qkv, g, Some(d_sum), tokens)?;
         } else {
             p.only_ranks(&self.qkv, d_qkv, tokens)?;
         }
         if self.qkv.trains() {
-            let x = (s.x, self.qkv.ranks_in(p.device, s.x));
-            p.parameter_gradients(&self.qkv, x, d_qkv, tokens)?;
+            p.parameter_gradients(&self.qkv, (s.x, qkv_ranks), d_qkv, tokens)?;
         }
         p.scratch.release(mark);
         Ok(())

@@ -5,7 +5,7 @@
 // atomics: equal inputs give equal bits.
 //
 // It is compiled twice, for matrices of f32 and of bf16; see ptx.sh.
-// Adapters have a file of their own, adapters.cuh.
+// Heads, the loss and adapters have files of their own: heads.cuh, loss.cuh, adapters.cuh.
 
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
@@ -94,11 +94,11 @@ static __device__ __forceinline__ size_t row_at(int r, int group, int ld, int d)
 }
 
 extern "C" __global__ void rms_norm(const T* x, int ldx, const float* w, T* out, int ldo, float* rstd,
-                                int d, int rows, int group, float eps) {
+                                int d, int rows, float eps) {
   int r = blockIdx.x * blockDim.y + threadIdx.y;
   if (r >= rows) return;
-  x += row_at(r, group, ldx, d);
-  out += row_at(r, group, ldo, d);
+  x += (size_t)r * ldx;
+  out += (size_t)r * ldo;
   float square = 0;
   for (int c = threadIdx.x * 8; c < d; c += blockDim.x * 8) {
     Eight e = load(x + c);
@@ -118,13 +118,13 @@ extern "C" __global__ void rms_norm(const T* x, int ldx, const float* w, T* out,
 // dx = residual + the gradient of the norm's input; residual may be null, or dx itself.
 extern "C" __global__ void rms_norm_backward(const T* x, int ldx, const float* w, const float* rstd,
                                          const T* g, int ldg, const T* residual, int ldr, T* dx,
-                                         int ldd, int d, int rows, int group) {
+                                         int ldd, int d, int rows) {
   int r = blockIdx.x * blockDim.y + threadIdx.y;
   if (r >= rows) return;
-  x += row_at(r, group, ldx, d);
-  g += row_at(r, group, ldg, d);
-  dx += row_at(r, group, ldd, d);
-  if (residual) residual += row_at(r, group, ldr, d);
+  x += (size_t)r * ldx;
+  g += (size_t)r * ldg;
+  dx += (size_t)r * ldd;
+  if (residual) residual += (size_t)r * ldr;
   float inverse = rstd[r], dot = 0;
   for (int c = threadIdx.x * 8; c < d; c += blockDim.x * 8) {
     Eight e = load(x + c), h = load(g + c), k = load(w + c);
@@ -243,27 +243,7 @@ extern "C" __global__ void add_parts(const float* parts, float* out, int n, int 
   out[i] += sum;
 }
 
-// Rotates `heads` heads of every row in place, in the half-split form; sign -1 turns back.
-extern "C" __global__ void rope(T* x, int ldx, const int* positions, const float* cosines,
-                            const float* sines, int heads, int head, int rows, float sign) {
-  int half = head / 2, per_head = half / 8;
-  long i = (long)blockIdx.x * blockDim.x + threadIdx.x;
-  if (i >= (long)rows * heads * per_head) return;
-  int c = (int)(i % per_head) * 8;
-  int h = (int)(i / per_head % heads);
-  int r = (int)(i / per_head / heads);
-  T* p = x + (size_t)r * ldx + (size_t)h * head + c;
-  size_t at = (size_t)positions[r] * half + c;
-  Eight a = load(p), b = load(p + half), cs = load(cosines + at), sn = load(sines + at), e, f;
-#pragma unroll
-  for (int j = 0; j < 8; j++) {
-    float s = sign * sn.v[j];
-    e.v[j] = a.v[j] * cs.v[j] - b.v[j] * s;
-    f.v[j] = b.v[j] * cs.v[j] + a.v[j] * s;
-  }
-  store(p, e);
-  store(p + half, f);
-}
+#include "heads.cuh"
 
 static __device__ __forceinline__ float sigmoid(float x) { return 1.f / (1.f + expf(-x)); }
 
@@ -420,61 +400,14 @@ static __device__ __forceinline__ void store4(bf16* p, float4 x) {
   *(uint2*)p = out.u;
 }
 
-static __device__ __forceinline__ float power(float x) { return exp2f(1.4426950408889634f * x); }
-
-// loss[r] = -log softmax(logits[r])[target]; grads (may be null) = its gradient times scale. The
-// rows of grads may begin where those of the logits do: what is written was read before.
-extern "C" __global__ void cross_entropy(const float* logits, int ldl, const int* targets,
-                                     float* loss, T* grads, int ldg, int n, float scale) {
-  int r = blockIdx.x, step = blockDim.x * 4, target = targets[r];
-  logits += (size_t)r * ldl;
-  int whole = ldl % 4 ? 0 : n & ~3;
-  float wanted = logits[target], top = -INFINITY, sum = 0;
-  for (int c = threadIdx.x * 4; c < whole; c += step) {
-    float4 x = load4(logits + c);
-    float m = fmaxf(fmaxf(x.x, x.y), fmaxf(x.z, x.w));
-    if (m > top) {
-      sum *= power(top - m);
-      top = m;
-    }
-    sum += power(x.x - top) + power(x.y - top) + power(x.z - top) + power(x.w - top);
-  }
-  for (int c = whole + threadIdx.x; c < n; c += blockDim.x) {
-    float x = logits[c];
-    if (x > top) {
-      sum *= power(top - x);
-      top = x;
-    }
-    sum += power(x - top);
-  }
-  float all = row_max(top);
-  sum = row_sum(top == -INFINITY ? 0.f : sum * power(top - all));
-  float log_sum = all + logf(sum);
-  if (threadIdx.x == 0) loss[r] = log_sum - wanted;
-  if (!grads) return;
-  grads += (size_t)r * ldg;
-  auto gradient = [&](float x, int c) {
-    return scale * (power(x - log_sum) - (c == target ? 1.f : 0.f));
-  };
-  for (int from = 0; from < whole; from += step) {
-    int c = from + threadIdx.x * 4;
-    bool in = c < whole;
-    float4 x = in ? load4(logits + c) : make_float4(0, 0, 0, 0);
-    __syncthreads();
-    if (in)
-      store4(grads + c, make_float4(gradient(x.x, c), gradient(x.y, c + 1), gradient(x.z, c + 2),
-                                    gradient(x.w, c + 3)));
-  }
-  for (int c = whole + threadIdx.x; c < n; c += blockDim.x)
-    put(grads + c, gradient(logits[c], c));
-}
+#include "loss.cuh"
 
 static __device__ __forceinline__ uint4 philox(uint32_t k0, uint32_t k1, uint4 c) {
 #pragma unroll
   for (int i = 0; i < 10; i++) {
-    uint32_t h0 = __umulhi(0xD2511F53u, c.x), l0 = 0xD2511F53u * c.x;
-    uint32_t h1 = __umulhi(0xCD9E8D57u, c.z), l1 = 0xCD9E8D57u * c.z;
-    c = make_uint4(h1 ^ c.y ^ k0, l1, h0 ^ c.w ^ k1, l0);
+    uint64_t p0 = 0xD2511F53ull * c.x, p1 = 0xCD9E8D57ull * c.z;
+    c = make_uint4((uint32_t)(p1 >> 32) ^ c.y ^ k0, (uint32_t)p1, (uint32_t)(p0 >> 32) ^ c.w ^ k1,
+                   (uint32_t)p0);
     k0 += 0x9E3779B9u;
     k1 += 0xBB67AE85u;
   }

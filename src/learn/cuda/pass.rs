@@ -3,6 +3,7 @@
 use anyhow::Result;
 
 use super::arena::Arena;
+use super::attention::Attention;
 use super::device::{Device, Grid, Kernel, Mat, float, int};
 use super::projection::{Projection, Shared};
 use crate::learn::linear::{Dropout, Mode};
@@ -49,6 +50,15 @@ pub(super) struct Moments {
     /// 0 for a root-mean-square norm.
     pub(super) mean: u64,
     pub(super) rstd: u64,
+}
+
+/// What the adapters of a projection leave for the backward.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Ranks {
+    /// Their ranks of the input.
+    pub(super) z: Mat,
+    /// What their masks keep, see [`Projection::kept_bytes`]; 0 where it is not kept as bits.
+    pub(super) kept: u64,
 }
 
 impl Device {
@@ -132,15 +142,14 @@ impl Pass<'_> {
         self.device.part(mat, 0, from)
     }
 
-    /// The root-mean-square norm of vectors of `width`, `group` of them in each row.
+    /// The root-mean-square norm of rows of `width`.
     pub(super) fn rms_norm(
         &self,
         norm: &Norm,
         (x, out): (Mat, Mat),
         rstd: u64,
-        (rows, width, group): (usize, usize, usize),
+        (rows, width): (usize, usize),
     ) -> Result<()> {
-        let rows = rows * group;
         let args = [
             x.at,
             int(x.ld),
@@ -150,7 +159,6 @@ impl Pass<'_> {
             rstd,
             int(width),
             int(rows),
-            int(group),
             float(norm.eps),
         ];
         self.device.launch(self.device.kernels.rms_norm, Grid::rows(rows, width), &args)
@@ -163,11 +171,10 @@ impl Pass<'_> {
         norm: &Norm,
         (x, g, plus, dx): (Mat, Mat, Option<Mat>, Mat),
         rstd: u64,
-        (rows, width, group): (usize, usize, usize),
+        (rows, width): (usize, usize),
     ) -> Result<()> {
         let moments = Moments { mean: 0, rstd };
-        self.norm_gradients(norm, (x, g), moments, (rows, width, group))?;
-        let rows = rows * group;
+        self.norm_gradients(norm, (x, g), moments, (rows, width, 1))?;
         let plus = plus.unwrap_or(Mat { at: 0, ld: 0 });
         let args = [
             x.at,
@@ -182,7 +189,6 @@ impl Pass<'_> {
             int(dx.ld),
             int(width),
             int(rows),
-            int(group),
         ];
         self.device.launch(self.device.kernels.rms_norm_backward, Grid::rows(rows, width), &args)
     }
@@ -277,6 +283,87 @@ impl Pass<'_> {
         self.device.launch(self.device.kernels.rope, grid, &args)
     }
 
+    /// `out`: the heads of queries and keys of `x`, each behind its norm and turned by its
+    /// position.
+    pub(super) fn norm_heads(
+        &self,
+        a: &Attention,
+        (query, key): &(Norm, Norm),
+        (x, out): (Mat, Mat),
+        (of_query, of_key): (Moments, Moments),
+    ) -> Result<()> {
+        let (cosines, sines) = self.rope.unwrap_or((0, 0));
+        let (grid, lanes) = self.each_head(a);
+        let args = [
+            x.at,
+            int(x.ld),
+            query.weight,
+            key.weight,
+            out.at,
+            int(out.ld),
+            of_query.rstd,
+            of_key.rstd,
+            self.positions,
+            cosines,
+            sines,
+            int(a.heads),
+            int(a.kv_heads),
+            int(a.head),
+            int(self.tokens),
+            int(lanes),
+            float(query.eps),
+        ];
+        self.device.launch(self.device.kernels.norm_heads, grid, &args)
+    }
+
+    /// Its gradient, in the place `d` of that of the result; and those of the norms, where they
+    /// are trained.
+    pub(super) fn norm_heads_backward(
+        &self,
+        a: &Attention,
+        (query, key): &(Norm, Norm),
+        (x, d): (Mat, Mat),
+        (of_query, of_key): (Moments, Moments),
+    ) -> Result<()> {
+        let (mut cosines, mut sines) = self.rope.unwrap_or((0, 0));
+        if query.weight_gradient.is_some() || key.weight_gradient.is_some() {
+            self.rotate(d, a.heads + a.kv_heads, a.head, -1.0)?;
+            (cosines, sines) = (0, 0);
+            let queries = a.widths().0;
+            let size = |heads| (self.tokens, a.head, heads);
+            self.norm_gradients(query, (x, d), of_query, size(a.heads))?;
+            let mats = (self.columns(x, queries), self.columns(d, queries));
+            self.norm_gradients(key, mats, of_key, size(a.kv_heads))?;
+        }
+        let (grid, lanes) = self.each_head(a);
+        let args = [
+            x.at,
+            int(x.ld),
+            query.weight,
+            key.weight,
+            of_query.rstd,
+            of_key.rstd,
+            d.at,
+            int(d.ld),
+            self.positions,
+            cosines,
+            sines,
+            int(a.heads),
+            int(a.kv_heads),
+            int(a.head),
+            int(self.tokens),
+            int(lanes),
+        ];
+        self.device.launch(self.device.kernels.norm_heads_backward, grid, &args)
+    }
+
+    /// A launch of so many threads, a power of two, for each head of queries and keys: each has 8
+    /// elements of either half.
+    fn each_head(&self, a: &Attention) -> (Grid, usize) {
+        let lanes = (a.head / 16).next_power_of_two();
+        (Grid::each(self.tokens * (a.heads + a.kv_heads) * lanes), lanes)
+    }
+
     /// `out` from `x` elementwise (`swiglu`, `gelu`), `width` elements a row.
     pub(super) fn map(&self, kernel: Kernel, (x, out): (Mat, Mat), width: usize) -> Result<()> {
         let args = [x.at, int(x.ld), out.at, int(out.ld), int(width), int(self.tokens)];
@@ -353,21 +440,32 @@ impl Pass<'_> {
         y: Mat,
         plus: Option<Mat>,
         rows: usize,
-    ) -> Result<()> {
-        let mats = (x, y, plus);
-        projection.forward(self.device, self.shared, self.scratch, mats, rows, self.mode)
+    ) -> Result<Ranks> {
+        let ranks = self.ranks(projection, x, rows)?;
+        let mats = (x, y, plus, ranks.kept);
+        projection.forward(self.device, self.shared, self.scratch, mats, rows, self.mode)?;
+        Ok(ranks)
+    }
+
+    /// Room for the ranks of an input.
+    fn ranks(&self, projection: &Projection, x: Mat, rows: usize) -> Result<Ranks> {
+        let kept = match projection.kept_bytes(rows, self.mode) {
+            0 => 0,
+            bytes => self.saved.alloc(bytes)?,
+        };
+        Ok(Ranks { z: projection.ranks_in(self.device, x), kept })
     }
 
     /// See [`Projection::input_gradient`].
     pub(super) fn input_gradient(
         &self,
-        projection: &Projection,
+        (projection, ranks): (&Projection, Ranks),
         g: Mat,
         dx: Mat,
         plus: Option<Mat>,
         rows: usize,
     ) -> Result<()> {
-        let mats = (g, dx, plus);
+        let mats = (g, dx, plus, ranks.kept);
         projection.input_gradient(self.device, self.shared, self.scratch, mats, rows, self.mode)
     }
 
@@ -377,32 +475,35 @@ impl Pass<'_> {
     }
 
     /// See [`Projection::fill_ranks`].
-    pub(super) fn fill_ranks(&self, projection: &Projection, x: Mat, rows: usize) -> Result<()> {
-        projection.fill_ranks(self.device, self.scratch, x, rows, self.mode)
+    pub(super) fn fill_ranks(&self, projection: &Projection, x: Mat, rows: usize) -> Result<Ranks> {
+        let ranks = self.ranks(projection, x, rows)?;
+        let mats = (x, ranks.kept);
+        projection.fill_ranks(self.device, self.scratch, mats, rows, self.mode)?;
+        Ok(ranks)
     }
 
-    /// The ranks of `x`, for a backward that will have the rest of it again.
-    pub(super) fn keep_ranks(&self, projection: &Projection, x: Mat) -> Result<Mat> {
-        let ranks = projection.ranks;
-        if ranks == 0 {
-            return Ok(Mat { at: 0, ld: 0 });
+    /// The ranks of an input apart from it, for a backward that will have the rest of it again.
+    pub(super) fn keep_ranks(&self, projection: &Projection, ranks: Ranks) -> Result<Ranks> {
+        let width = projection.ranks;
+        if width == 0 {
+            return Ok(ranks);
         }
-        let (from, to) = (projection.ranks_in(self.device, x), self.saved(ranks)?);
-        let args = [from.at, int(from.ld), to.at, int(to.ld), int(ranks), int(self.tokens)];
-        let grid = Grid::each(self.tokens * ranks / 8);
+        let (from, to) = (ranks.z, self.saved(width)?);
+        let args = [from.at, int(from.ld), to.at, int(to.ld), int(width), int(self.tokens)];
+        let grid = Grid::each(self.tokens * width / 8);
         self.device.launch(self.device.kernels.copy_columns, grid, &args)?;
-        Ok(to)
+        Ok(Ranks { z: to, ..ranks })
     }
 
     /// See [`Projection::parameter_gradients`].
     pub(super) fn parameter_gradients(
         &self,
         projection: &Projection,
-        (x, ranks): (Mat, Mat),
+        (x, ranks): (Mat, Ranks),
         g: Mat,
         rows: usize,
     ) -> Result<()> {
-        let mats = (x, ranks, g);
+        let mats = (x, ranks.z, g, ranks.kept);
         projection.parameter_gradients(self.device, self.scratch, mats, rows, self.mode)
     }
 }

@@ -17,6 +17,7 @@
 //! with the adapter beside it.
 
 mod builder;
+mod dropped;
 
 use anyhow::Result;
 
@@ -76,19 +77,8 @@ struct Tile {
     ld: i32,
     scale: f32,
     mask: i32,
+    each: i32,
 }
-
-/// As `Masks` in kernels.cu.
-#[repr(C)]
-#[derive(Debug, Clone, Copy, Default)]
-struct Masks {
-    state: [[u32; 4]; MASKS],
-    threshold: u32,
-    scale: f32,
-}
-
-/// Adapters of one projection whose inputs are dropped by masks of their own, at most.
-const MASKS: usize = 4;
 
 /// Columns and ranks of a [`Tile`] at most.
 const TILE: usize = 64;
@@ -276,20 +266,6 @@ impl Projection {
         self.adapters_of_modules().any(|adapter| adapter.dropout.mask(mode).is_some())
     }
 
-    /// The masks of its adapters, in their order.
-    fn masks(&self, mode: Mode) -> Masks {
-        let mut all = Masks::default();
-        for (state, adapter) in all.state.iter_mut().zip(self.adapters_of_modules()) {
-            if let Some(mask) = adapter.dropout.mask(mode) {
-                let (stream, threshold, scale) = mask.parts();
-                let ([k0, k1], [h0, h1]) = stream.words_of_state();
-                *state = [k0, k1, h0, h1];
-                (all.threshold, all.scale) = (threshold, scale);
-            }
-        }
-        all
-    }
-
     /// The weight with the adapters beside it; a quantized one is unpacked on top of `scratch`.
     fn matrix(&self, device: &Device, shared: &Shared, scratch: &Arena) -> Result<Mat> {
         let ld = self.in_ld();
@@ -311,12 +287,13 @@ impl Projection {
         scratch.alloc(self.out_ld() * self.in_ld() * device.float.size())
     }
 
-    /// `z = x A^T` at the end of the rows of `x` (after dropout of each adapter's own).
+    /// `z = x A^T` at the end of the rows of `x` (after dropout of each adapter's own, which leaves
+    /// what it keeps at `kept`, if that is not 0).
     fn ranks_of(
         &self,
         device: &Device,
         scratch: &Arena,
-        (x, weight): (Mat, Mat),
+        (x, weight, kept): (Mat, Mat, u64),
         rows: usize,
         mode: Mode,
     ) -> Result<()> {
@@ -325,6 +302,9 @@ impl Projection {
         let target = |to| Target { to, float: device.float, plus: None, bias: None, alpha: 1.0 };
         if !self.drops(mode) {
             return device.matmul((rows, self.ranks, self.inputs), x.n(), a.t(), target(z));
+        }
+        if let (Some(kernels), true) = (device.adapters, kept != 0) {
+            return self.dropped_ranks(device, kernels, (x, a, z, kept), rows, mode);
         }
         let mark = scratch.mark();
         let dropped =
@@ -343,20 +323,20 @@ impl Projection {
         Ok(())
     }
 
-    /// `y = x W^T + bias + plus`, with the adapters; fills the ranks of `x`.
+    /// `y = x W^T + bias + plus`, with the adapters; fills the ranks of `x` and `kept`.
     pub(super) fn forward(
         &self,
         device: &Device,
         shared: &Shared,
         scratch: &Arena,
-        (x, y, plus): (Mat, Mat, Option<Mat>),
+        (x, y, plus, kept): (Mat, Mat, Option<Mat>, u64),
         rows: usize,
         mode: Mode,
     ) -> Result<()> {
         let mark = scratch.mark();
         let weight = self.matrix(device, shared, scratch)?;
         if self.ranks > 0 {
-            self.ranks_of(device, scratch, (x, weight), rows, mode)?;
+            self.ranks_of(device, scratch, (x, weight, kept), rows, mode)?;
         }
         let size = (rows, self.outputs, self.in_ld());
         let target = Target { to: y, float: device.float, plus, bias: self.bias, alpha: 1.0 };
@@ -365,14 +345,14 @@ impl Projection {
         Ok(())
     }
 
-    /// From the gradient `g` of the output, whose ranks it fills, the gradient of the input, plus
-    /// `plus`.
+    /// From the gradient `g` of the output, whose ranks it fills, and what the forward kept, the
+    /// gradient of the input, plus `plus`.
     pub(super) fn input_gradient(
         &self,
         device: &Device,
         shared: &Shared,
         scratch: &Arena,
-        (g, dx, plus): (Mat, Mat, Option<Mat>),
+        (g, dx, plus, kept): (Mat, Mat, Option<Mat>, u64),
         rows: usize,
         mode: Mode,
     ) -> Result<()> {
@@ -386,7 +366,16 @@ impl Projection {
             scratch.release(mark);
             return Ok(());
         }
-        device.matmul((rows, self.inputs, self.outputs), g.n(), weight.n(), target)?;
+        let size = (rows, self.inputs, self.outputs);
+        if let (Some(kernels), true) = (device.adapters, kept != 0) {
+            let dz = device.part(g, 0, self.outputs);
+            let a = device.part(weight, self.outputs, 0);
+            self.dropped_gradient(device, kernels, (dz, a, kept, plus, dx), rows, mode)?;
+            device.matmul(size, g.n(), weight.n(), Target { plus: Some(dx), ..target })?;
+            scratch.release(mark);
+            return Ok(());
+        }
+        device.matmul(size, g.n(), weight.n(), target)?;
         let part =
             Mat { at: scratch.alloc(rows * self.inputs * device.float.size())?, ld: self.inputs };
         for adapter in self.adapters_of_modules() {
@@ -436,12 +425,12 @@ impl Projection {
         Ok(())
     }
 
-    /// Fills the ranks of an input that was computed again.
+    /// Fills the ranks of an input that was computed again, and `kept`.
     pub(super) fn fill_ranks(
         &self,
         device: &Device,
         scratch: &Arena,
-        x: Mat,
+        (x, kept): (Mat, u64),
         rows: usize,
         mode: Mode,
     ) -> Result<()> {
@@ -450,7 +439,7 @@ impl Projection {
         }
         let mark = scratch.mark();
         let weight = self.beside(device, scratch)?;
-        self.ranks_of(device, scratch, (x, weight), rows, mode)?;
+        self.ranks_of(device, scratch, (x, weight, kept), rows, mode)?;
         scratch.release(mark);
         Ok(())
     }
@@ -468,13 +457,13 @@ impl Projection {
         Ok(Mat { at, ld })
     }
 
-    /// Adds the gradients of what is trained, from the input, its ranks and the gradient of the
-    /// output with its ranks.
+    /// Adds the gradients of what is trained, from the input, its ranks, the gradient of the
+    /// output with its ranks, and what the forward kept.
     pub(super) fn parameter_gradients(
         &self,
         device: &Device,
         scratch: &Arena,
-        (x, ranks, g): (Mat, Mat, Mat),
+        (x, ranks, g, kept): (Mat, Mat, Mat, u64),
         rows: usize,
         mode: Mode,
     ) -> Result<()> {
@@ -485,7 +474,7 @@ impl Projection {
         let mark = scratch.mark();
         let dropping = self.drops(mode);
         let tiles = self.tiles.as_ref();
-        if let (Some(tiles), Some(kernel)) = (tiles, device.adapter_gradients) {
+        if let (Some(tiles), Some(kernels)) = (tiles, device.adapters) {
             // Fixed, so that sums do not depend on the card.
             let spans = (BLOCKS / tiles.count).clamp(1, rows.div_ceil(TILE));
             let span = rows.div_ceil(spans).next_multiple_of(TILE);
@@ -506,8 +495,10 @@ impl Projection {
                 int(rows),
                 int(span),
                 int(self.inputs),
+                kept,
+                float(self.kept_scale(mode).into()),
             ];
-            device.launch_with(kernel, grid, &args, &self.masks(mode))?;
+            device.launch(kernels.gradients, grid, &args)?;
             let args = [tiles.at, parts, int(largest), int(spans)];
             let across = (largest * TILE).div_ceil(256);
             let grid = Grid { blocks: (tiles.count, across, 1), threads: (256, 1), shared: 0 };

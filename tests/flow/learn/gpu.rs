@@ -207,9 +207,16 @@ pub(super) fn near_gradients(compute: Compute) {
         let refs: Vec<&Row> = rows[..8].iter().collect();
         let batch = flow::learn::collate(&refs, &task).unwrap();
         let n = batch.targets() as f64;
-        for method in [Method::Full, Method::Lora, Method::Qlora] {
+        // Of adapters also with masks, whose ranks kernels take 16 and 8 at a time.
+        let plain = [Method::Full, Method::Lora, Method::Qlora].map(|method| (method, 0.0, None));
+        let dropping = [None, Some(8)].map(|r| (Method::Lora, 0.1, r));
+        for (method, dropout, r) in plain.into_iter().chain(dropping) {
             let [cpu, other] = [Compute::Cpu, compute].map(|compute| {
-                let model = Model::load(&files, &setup(&task, method, compute, 0.0)).unwrap();
+                let mut setup = setup(&task, method, compute, dropout);
+                if let (Some(lora), Some(r)) = (&mut setup.lora, r) {
+                    lora.r = r;
+                }
+                let model = Model::load(&files, &setup).unwrap();
                 model.gradients(&batch, 0, n).unwrap().1
             });
             let all: f64 = cpu.values().map(|g| norm(&numbers(g)).powi(2)).sum();
@@ -223,7 +230,7 @@ pub(super) fn near_gradients(compute: Compute) {
                     worst = (error, name.clone());
                 }
             }
-            println!("{} {method:?}: {worst:?}", config["model_type"]);
+            println!("{} {method:?} {dropout} {r:?}: {worst:?}", config["model_type"]);
             assert!(worst.0 < 3e-2, "{worst:?}");
         }
     }
@@ -238,9 +245,12 @@ fn norm(x: &[f32]) -> f64 {
 #[ignore = "needs an NVIDIA GPU"]
 fn repeats_itself() {
     let dir = tempfile::tempdir().unwrap();
-    for (config, task) in models() {
+    let methods = [Method::Lora, Method::Qlora];
+    for ((config, task), method) in
+        models().into_iter().flat_map(|m| methods.map(|x| (m.clone(), x)))
+    {
         let files = files(dir.path(), &config, &task);
-        let plain = setup(&task, Method::Qlora, Compute::GpuBf16, 0.1);
+        let plain = setup(&task, method, Compute::GpuBf16, 0.1);
         let once = trained(&files, &plain, 4);
         let again = Setup { gradient_checkpointing: true, ..plain.clone() };
         let stopped = dir.path().join("checkpoint");

@@ -6,7 +6,7 @@ use super::{Head, LOGITS, State, Table};
 use crate::learn::batch::Packed;
 use crate::learn::cuda::device::{Float, Grid, Mat, float, int};
 use crate::learn::cuda::matmul::Target;
-use crate::learn::cuda::pass::Pass;
+use crate::learn::cuda::pass::{Pass, Ranks};
 use crate::learn::linear::Mode;
 
 impl State {
@@ -39,7 +39,7 @@ impl State {
                 let features = p.scratch_rows(n, d)?;
                 let d_features = p.scratch_rows(n, d)?;
                 let rstd = p.scratch.alloc(4 * n)?;
-                p.rms_norm(norm, (chosen, features), rstd, (n, d, 1))?;
+                p.rms_norm(norm, (chosen, features), rstd, (n, d))?;
                 let block = self.block().min(n);
                 let ld = self.vocab.next_multiple_of(8);
                 let logits = Mat { at: p.scratch.alloc(4 * block * ld)?, ld };
@@ -80,25 +80,25 @@ impl State {
                     }
                 }
                 let mats = (chosen, d_features, None, d_chosen);
-                p.rms_norm_backward(norm, mats, rstd, (n, d, 1))?;
+                p.rms_norm_backward(norm, mats, rstd, (n, d))?;
             }
             Head::Classes { dense, tanh, drop, classifier } => {
                 let classes = classifier.outputs;
-                let (y, logits) = self.classes(p, chosen, n)?;
+                let Classified { active, dropped, ranks, below, logits } =
+                    self.classes(p, chosen, n)?;
                 let d_logits = p.scratch_rows(n, classifier.out_ld().next_multiple_of(8))?;
                 let size = (n, classes);
                 self.cross_entropy(logits, (targets, losses), d_logits, size, scale)?;
                 let d_y = p.scratch_rows(n, dense.out_ld())?;
-                p.input_gradient(classifier, d_logits, d_y, None, n)?;
-                let none = Mat { at: 0, ld: 0 };
-                p.parameter_gradients(classifier, (y.dropped, none), d_logits, n)?;
+                p.input_gradient((classifier, below), d_logits, d_y, None, n)?;
+                p.parameter_gradients(classifier, (dropped, below), d_logits, n)?;
                 p.drop_elements(drop, (d_y, d_y), (n, d))?;
                 let tanh = int(usize::from(*tanh));
-                let args = [y.active.at, d_y.at, int(d_y.ld), int(d), int(n), tanh];
+                let args = [active.at, d_y.at, int(d_y.ld), int(d), int(n), tanh];
                 let kernel = self.device.kernels.activate_backward;
                 self.device.launch(kernel, Grid::each(n * d), &args)?;
-                p.input_gradient(dense, d_y, d_chosen, None, n)?;
-                p.parameter_gradients(dense, (chosen, dense.ranks_in(p.device, chosen)), d_y, n)?;
+                p.input_gradient((dense, ranks), d_y, d_chosen, None, n)?;
+                p.parameter_gradients(dense, (chosen, ranks), d_y, n)?;
             }
             Head::Bare => bail!("the model has no head"),
         }
@@ -140,13 +140,13 @@ impl State {
     }
 
     /// The classifier's logits for chosen rows.
-    fn classes(&self, p: &Pass<'_>, chosen: Mat, n: usize) -> Result<(Active, Mat)> {
+    fn classes(&self, p: &Pass<'_>, chosen: Mat, n: usize) -> Result<Classified> {
         let Head::Classes { dense, tanh, drop, classifier } = &self.head else {
             bail!("the model is not a classifier")
         };
         let d = dense.outputs;
         let y = p.scratch_rows(n, d)?;
-        p.project(dense, chosen, y, None, n)?;
+        let ranks = p.project(dense, chosen, y, None, n)?;
         let args = [y.at, y.at, int(n * d), int(usize::from(*tanh))];
         self.device.launch(self.device.kernels.activate, Grid::each(n * d), &args)?;
         let mut dropped = y;
@@ -157,10 +157,10 @@ impl State {
         }
         let classes = classifier.outputs;
         let part = p.scratch_rows(n, classes.next_multiple_of(8))?;
-        p.project(classifier, dropped, part, None, n)?;
+        let below = p.project(classifier, dropped, part, None, n)?;
         let logits = Mat { at: p.scratch.alloc(4 * n * classes)?, ld: classes };
         self.widen(part, logits, n)?;
-        Ok((Active { active: y, dropped }, logits))
+        Ok(Classified { active: y, dropped, ranks, below, logits })
     }
 
     /// Copies a few numbers to f32.
@@ -196,7 +196,7 @@ impl State {
             Head::Decoder { norm, table } => {
                 let chosen = p.scratch_rows(n, d)?;
                 p.pick((x, chosen), rows_at, (n, d), false)?;
-                p.rms_norm(norm, (chosen, chosen), 0, (n, d, 1))?;
+                p.rms_norm(norm, (chosen, chosen), 0, (n, d))?;
                 let block = self.block().min(n);
                 let logits = Mat { at: p.scratch.alloc(4 * block * self.vocab)?, ld: self.vocab };
                 let losses = p.scratch.alloc(4 * block)?;
@@ -218,7 +218,7 @@ impl State {
             Head::Classes { dense, classifier, .. } => {
                 let chosen = p.scratch_rows(n, dense.in_ld())?;
                 p.pick((x, chosen), rows_at, (n, d), false)?;
-                let (_, logits) = self.classes(&p, chosen, n)?;
+                let Classified { logits, .. } = self.classes(&p, chosen, n)?;
                 let classes = classifier.outputs;
                 if targets.is_some() {
                     let losses = p.scratch.alloc(4 * n)?;
@@ -237,10 +237,15 @@ impl State {
     }
 }
 
-/// What the classifier reads.
-struct Active {
+/// What the classifier reads and gives.
+struct Classified {
     /// Behind the activation.
     active: Mat,
     /// The same behind dropout.
     dropped: Mat,
+    /// Of the dense layer's input.
+    ranks: Ranks,
+    /// Of the classifier's.
+    below: Ranks,
+    logits: Mat,
 }

@@ -4,9 +4,10 @@ use anyhow::{Context as _, Result, bail, ensure};
 use candle_core::{CpuStorage, DType, Storage, Tensor};
 use half::bf16;
 
+use super::dropped::MASKS;
 use super::{
-    Adapter, MASKS, Module, ModuleAdapter, Packed, Parts, Projection, RANKS, TILE, Tile,
-    TrainedCopy, Weight,
+    Adapter, Module, ModuleAdapter, Packed, Parts, Projection, RANKS, TILE, Tile, TrainedCopy,
+    Weight,
 };
 use crate::learn::cuda::arena::Arena;
 use crate::learn::cuda::away::Pinned;
@@ -304,12 +305,14 @@ impl Builder<'_> {
     fn tiles(&self, modules: &[Module], inputs: usize, ranks: usize) -> Result<Option<Parts>> {
         let adapters = || modules.iter().filter_map(|m| m.adapter.as_ref().map(|a| (m, a)));
         let fits = ranks > 0
-            && self.device.adapter_gradients.is_some()
+            && self.device.adapters.is_some()
             && adapters()
                 .all(|(m, a)| a.r <= TILE && a.r.is_multiple_of(8) && m.start.is_multiple_of(8));
-        // Each adapter then has a mask of its own, which the kernel draws 64 columns at a time.
+        // Each adapter then has a mask of its own, which kernels take 64 columns at a time.
         let dropping = self.parameters.adapter_dropout > 0.0;
-        if !fits || dropping && (!inputs.is_multiple_of(TILE) || adapters().count() > MASKS) {
+        let r = adapters().map(|(_, a)| a.r).next().unwrap_or(0);
+        let even = inputs.is_multiple_of(TILE) && adapters().all(|(_, a)| a.r == r);
+        if !fits || dropping && (!even || adapters().count() > MASKS) {
             return Ok(None);
         }
         let outputs: usize = modules.iter().map(|m| m.outputs).sum();
@@ -327,12 +330,14 @@ impl Builder<'_> {
             }
             Ok(())
         };
-        // Those of modules that lie behind each other are one matrix.
+        // Those of modules that lie behind each other are one matrix. The kernel takes 16 ranks at
+        // a time, by one mask.
+        let joined = !dropping || r.is_multiple_of(16);
         let mut together: Vec<(u64, usize, usize)> = Vec::with_capacity(modules.len());
         for (_, adapter) in adapters() {
             match together.last_mut() {
                 Some((a, offset, r))
-                    if !dropping
+                    if joined
                         && *a + (4 * *r * inputs) as u64 == adapter.a
                         && *offset + *r == adapter.offset
                         && *r + adapter.r <= TILE =>
@@ -342,17 +347,18 @@ impl Builder<'_> {
                 _ => together.push((adapter.a, adapter.offset, adapter.r)),
             }
         }
-        for (i, (a, offset, r)) in together.into_iter().enumerate() {
+        for (a, offset, ranks) in together {
             let tile = Tile {
                 to: a,
                 of_gradient: 0,
                 col: 0,
                 width: 0,
                 rank: i32::try_from(outputs + offset)?,
-                r: i32::try_from(r)?,
+                r: i32::try_from(ranks)?,
                 ld: i32::try_from(inputs)?,
                 scale: 1.0,
-                mask: i32::try_from(i)?,
+                mask: i32::try_from(offset / r)?,
+                each: i32::try_from(if dropping { r } else { ranks })?,
             };
             push(inputs, tile)?;
         }
@@ -367,6 +373,7 @@ impl Builder<'_> {
                 ld: i32::try_from(adapter.r)?,
                 scale: self.parameters.scaling as f32,
                 mask: 0,
+                each: i32::try_from(adapter.r)?,
             };
             push(module.outputs, tile)?;
         }
