@@ -185,7 +185,13 @@ impl Notes {
 
 impl Watcher {
     const fn new() -> Self {
-        Self { shell: None, notes: None, groups: BTreeSet::new(), marks: BTreeSet::new(), starting: 0 }
+        Self {
+            shell: None,
+            notes: None,
+            groups: BTreeSet::new(),
+            marks: BTreeSet::new(),
+            starting: 0,
+        }
     }
 
     /// Notes a mark; starts a shell if none is there.
