@@ -287,4 +287,32 @@ mod tests {
         assert!(!root.exists() && other.join("kept").exists());
         assert_eq!(remove(&root).unwrap_err().kind(), io::ErrorKind::NotFound);
     }
+
+    #[cfg(target_os = "linux")]
+    #[test]
+    fn only_folders_as_new_ones_are_left() {
+        use std::os::unix::fs::PermissionsExt as _;
+        let temp = tempfile::tempdir().unwrap();
+        let (dir, rest) = (temp.path().join("dir"), temp.path().join("rest"));
+        fs::create_dir(&dir).unwrap();
+        fs::create_dir(&rest).unwrap();
+        let look = Look::of(&dir).unwrap();
+        let fill = |sizes: &[usize]| {
+            fs::create_dir_all(dir.join("a/b")).unwrap();
+            for (i, size) in sizes.iter().enumerate() {
+                fs::write(dir.join(format!("a/f{i}")), vec![0; *size]).unwrap();
+            }
+            symlink("f0", dir.join("a/link")).unwrap();
+        };
+        fill(&[10, 20, 5_000]);
+        let left = vacate(&dir, &look, 2_000, &rest).unwrap();
+        assert_eq!(left, BTreeSet::from([dir.join("a"), dir.join("a/b")]));
+        assert!(states_in(&dir.join("a")).iter().all(|(name, _)| name == "b"));
+        // What took more room than it may did not wait.
+        let sizes = fs::read_dir(&rest).unwrap().map(|e| e.unwrap().metadata().unwrap().len());
+        assert!(sizes.max() < Some(5_000));
+        fill(&[1]);
+        fs::set_permissions(dir.join("a/b"), fs::Permissions::from_mode(0o711)).unwrap();
+        assert!(vacate(&dir, &look, 2_000, &rest).is_err());
+    }
 }
