@@ -40,5 +40,5 @@ pub(super) fn nothing() -> bool {
     let pids = String::from_utf8_lossy(&text[..length]);
     let pids = pids.split_whitespace().map(|pid| pid.parse().ok().and_then(Pid::from_raw));
     // All of them are asked.
-    pids.map(|pid| pid.is_some_and(is_gone)).fold(true, |all, gone| all && gone)
+    pids.filter(|pid| !pid.is_some_and(is_gone)).count() == 0
 }
