@@ -291,8 +291,8 @@ enum Layout {
     InPlace,
 }
 
-/// Puts an artifact's files below a folder: links to the store's own, which are read-only, and
-/// read-only copies of what lies outside it (blocks are shared where the file system can), because
+/// Puts an artifact's files below a folder: the store's own as [`bring`] does, and read-only copies
+/// of what lies outside it (blocks are shared where the file system can), because
 /// a command that writes to its input must not change the user's file or the hub's cache.
 fn lay_out(cx: &Context<'_>, binding: &Binding, to: &Path, how: Layout) -> Result<()> {
     let view = cx.view(binding)?;
