@@ -23,7 +23,7 @@ use crate::hub::Hub;
 use crate::lineage::{Made, Record, Wrote, unix_ms};
 use crate::pipeline::Instance;
 use crate::source::{Fault, advice};
-use crate::step::{CHECKPOINT_EVERY, Context, Device, Event, Produced, Refused, Step};
+use crate::step::{CHECKPOINT_EVERY, Context, Device, Dirs, Event, Produced, Refused, Step};
 use crate::store::{FileState, Lease, Spares, Store, StoreError, host};
 
 /// What is to be done: all that an attempt needs beside the parsed step.
@@ -173,6 +173,8 @@ pub(super) struct Around<'a> {
     pub(super) store: &'a Store,
     pub(super) hub: &'a Hub,
     pub(super) cancel: &'a AtomicBool,
+    /// Folders in the attempt's own.
+    pub(super) dirs: &'a Dirs,
     /// Leases of attempts that are over.
     pub(super) spares: &'a Spares,
     /// Between being asked to end and being ended.
@@ -223,6 +225,7 @@ fn hold(task: &Task, step: &dyn Step, dir: &Path, around: &Around<'_>) -> Result
         store: store.clone(),
         hub: around.hub,
         attempt_dir: dir.to_path_buf(),
+        dirs: around.dirs,
         key: task.key,
         build: around.build.to_owned(),
         checkpoint_every: task.checkpoint_every,

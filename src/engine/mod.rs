@@ -22,6 +22,7 @@ mod prepare;
 mod ready;
 mod reproduce;
 mod retry;
+mod rooms;
 mod run;
 mod scratch;
 mod session;

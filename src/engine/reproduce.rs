@@ -29,7 +29,7 @@ use crate::digest::Digest;
 use crate::lineage::{Change, Loaded, Record, difference, is_measured};
 use crate::pipeline::Plan;
 use crate::source::Fault;
-use crate::step::{Event, Step};
+use crate::step::{Dirs, Event, Step};
 use crate::store::Spares;
 
 /// Lines of a failed step's log that are shown.
@@ -415,6 +415,7 @@ impl Work<'_, '_> {
                     store,
                     hub: session.hub,
                     cancel: session.cancel,
+                    dirs: &Dirs::default(),
                     spares: &Spares::default(),
                     grace: options.grace,
                     say: &say,

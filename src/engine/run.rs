@@ -18,7 +18,7 @@ use super::pending::{Log, Queued, Running};
 use super::prepare::{Prepared, prepare};
 use super::ready::Ready;
 use super::retry::pause;
-use super::scratch::Spent;
+use super::rooms::Rooms;
 use super::slots::{Grant, Slots};
 use super::worker::{Program, attempt_in_worker};
 use super::{Outcome, RunEvent, Session, machine, outputs, scratch, unchanged};
@@ -27,7 +27,7 @@ use crate::lineage::{
     Journal, Made, Past, Record, Runs, State, Status, StepSummary, Summary, Why, unix_ms,
 };
 use crate::pipeline::{Instance, Plan};
-use crate::step::{CHECKPOINT_EVERY, Context, Event, Produced, Step};
+use crate::step::{CHECKPOINT_EVERY, Context, Dirs, Event, Produced, Step};
 use crate::store::Spares;
 
 /// Runs a plan.
@@ -52,10 +52,11 @@ pub fn run(
     let program = session.options.worker.as_ref().filter(|_| isolated);
     let program = program.map(|command| Program::of(command, &session.store)).transpose()?;
     let steps = std::mem::take(&mut prepared.steps);
-    let (spent, spares) = (Spent::default(), Spares::default());
+    let rooms = Rooms::new(&session.store, &journal.info.id);
+    let spares = Spares::default();
     let mut runner = Runner {
         plan,
-        spent: &spent,
+        rooms: &rooms,
         spares: &spares,
         program: program.as_ref(),
         session,
@@ -75,7 +76,7 @@ pub fn run(
         store_failed: false,
     };
     let result = runner.work();
-    spent.clear(&session.store);
+    rooms.clear();
     if result.is_ok() && runner.status() == Status::Done {
         let run = (runner.journal.info.id.as_str(), clock);
         // Only an accelerator: what cannot be written is no failure.
@@ -91,7 +92,7 @@ enum Message {
 
 struct Runner<'a, 's> {
     plan: &'a Plan,
-    spent: &'a Spent,
+    rooms: &'a Rooms<'a>,
     spares: &'a Spares,
     program: Option<&'a Program<'a>>,
     session: &'a Session<'s>,
@@ -284,6 +285,7 @@ impl<'a> Runner<'a, '_> {
             store: store.clone(),
             hub: self.session.hub,
             attempt_dir: attempt_dir.clone(),
+            dirs: &Dirs::default(),
             key: bound.key,
             build: machine::BUILD.into(),
             checkpoint_every: CHECKPOINT_EVERY,
@@ -366,8 +368,7 @@ impl<'a> Runner<'a, '_> {
         };
         let log_path = self.journal.log_path(&instance.id.0);
         let dir = scratch::path(store, &task.run, &task.key);
-        // Nobody else has its name.
-        store.disk().create_new_dir(&dir)?;
+        let dirs = self.rooms.enter(&dir, queued.bound.step.as_ref())?;
         let cancel = Arc::new(AtomicBool::new(false));
         let bound = Arc::clone(&queued.bound);
         let (attempt_no, threads, gpus) = (queued.attempt, grant.threads, grant.gpus.clone());
@@ -381,7 +382,7 @@ impl<'a> Runner<'a, '_> {
             log: Log::at(log_path.clone()),
         };
         self.running.insert(node, running);
-        let (program, spent, spares) = (self.program, self.spent, self.spares);
+        let (program, rooms, spares) = (self.program, self.rooms, self.spares);
         let step = instance.id.0.clone();
         self.emit(RunEvent::Started { step, attempt: attempt_no, threads, gpus })?;
         let send = send.clone();
@@ -395,6 +396,7 @@ impl<'a> Runner<'a, '_> {
                 store,
                 hub: session.hub,
                 cancel: &cancel,
+                dirs: &dirs,
                 spares,
                 grace: options.grace,
                 say: &say,
@@ -410,7 +412,7 @@ impl<'a> Runner<'a, '_> {
             };
             match &reply {
                 Reply::Failed(failure) if failure.keep => scratch::keep(&dir),
-                _ => spent.remove(store, dir),
+                _ => rooms.leave(dir, &dirs),
             }
             let _ = send.send(Message::Ended(node, Box::new(Ended { reply, hand })));
         });

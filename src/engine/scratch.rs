@@ -7,7 +7,7 @@ use anyhow::Result;
 
 use crate::digest::Digest;
 use crate::lineage::Runs;
-use crate::store::{KEPT_ATTEMPT, Lease, Origin, Store, is_within, unique};
+use crate::store::{KEPT_ATTEMPT, Lease, Origin, SMALL, Store, is_within, spread, unique};
 
 /// Separates the run's id from the rest of a name.
 const SEPARATOR: char = '.';
@@ -19,6 +19,11 @@ fn attempts(store: &Store) -> PathBuf {
 /// A new folder's path for an attempt of a run at a key.
 pub(super) fn path(store: &Store, run: &str, key: &Digest) -> PathBuf {
     attempts(store).join(format!("{run}{SEPARATOR}{}-{}", key.short(), unique()))
+}
+
+/// Where what attempts of a run leave behind waits for its end.
+pub(super) fn rest(store: &Store, run: &str) -> PathBuf {
+    attempts(store).join(format!("{run}{SEPARATOR}rest-{}", unique()))
 }
 
 /// A store of its own for work that must leave nothing in the real one. It lies among the
@@ -80,16 +85,18 @@ impl Drop for Scratch {
 pub(super) struct Spent(Mutex<Vec<PathBuf>>);
 
 impl Spent {
-    /// Bytes that may lie about until the end.
-    const SMALL: u64 = 64 << 10;
-
     /// Has a folder removed, sooner or later.
     pub(super) fn remove(&self, store: &Store, dir: PathBuf) {
-        if is_within(&dir, Self::SMALL) {
-            self.0.lock().unwrap_or_else(PoisonError::into_inner).push(dir);
+        if is_within(&dir, SMALL) {
+            self.later(dir);
         } else {
             let _ = store.disk().remove_dir_all(&dir);
         }
+    }
+
+    /// Has a folder removed at the end.
+    pub(super) fn later(&self, dir: PathBuf) {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner).push(dir);
     }
 
     /// Removes those that are left, by as many threads as there are processors: nothing else is
@@ -128,8 +135,8 @@ pub(super) fn keep(dir: &Path) {
 /// for the grace that it has to keep a checkpoint in: while it holds the lease of its key, its
 /// folder stays.
 pub(super) fn sweep(store: &Store) {
-    let runs = Runs::of(store);
-    let mut leased = None;
+    let (runs, mut leased) = (Runs::of(store), None);
+    spread(&attempts(store));
     for entry in std::fs::read_dir(attempts(store)).into_iter().flatten().flatten() {
         let name = entry.file_name();
         let Some(name) = name.to_str().filter(|n| !n.starts_with(KEPT_ATTEMPT)) else { continue };

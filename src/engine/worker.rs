@@ -27,7 +27,7 @@ use super::{Options, WorkerCommand};
 use crate::digest::Digest;
 use crate::hub::Hub;
 use crate::source::Fault;
-use crate::step::{Device, Kind};
+use crate::step::{Device, Dirs, Kind};
 use crate::store::{Spares, Store};
 
 /// Raised when the files in an attempt's directory change their meaning.
@@ -357,6 +357,7 @@ pub fn worker(
         store: &store,
         hub,
         cancel: &cancel,
+        dirs: &Dirs::default(),
         spares: &Spares::default(),
         grace: Duration::from_millis(grace_ms),
         say: &say,

@@ -1,11 +1,13 @@
 //! `command`: any program, with declared inputs and outputs.
 
+mod left;
 mod process;
 mod watch;
 
 use std::collections::BTreeMap;
 use std::fs;
-use std::os::unix::fs::{PermissionsExt as _, symlink};
+use std::io::Write as _;
+use std::os::unix::fs::{OpenOptionsExt as _, PermissionsExt as _, symlink};
 use std::path::{Component, Path, PathBuf};
 
 use anyhow::{Context as _, Result, ensure};
@@ -117,6 +119,11 @@ impl StepKind for Command {
         false
     }
 
+    fn shares_dirs(&self) -> bool {
+        // There, a folder says where an input lies.
+        !self.in_place
+    }
+
     fn run(&self, cx: &mut Context<'_>) -> Result<()> {
         let work = cx.scratch_dir()?;
         let mut environment = BTreeMap::new();
@@ -131,7 +138,7 @@ impl StepKind for Command {
             environment.insert(format!("FLOW_INPUT_{name}"), text(&place)?);
         }
         for (name, file) in &self.files {
-            stage(&file.path, &work.join(name), self.in_place)
+            stage(cx, &file.path, &work.join(name), self.in_place)
                 .with_context(|| format!("staging `{name}`"))?;
         }
         for (name, path) in &self.outputs {
@@ -142,8 +149,7 @@ impl StepKind for Command {
                 return Err(Fault::new(format!("an input lies {place}")).into());
             }
             let folder = if path.ends_with('/') { Some(to.as_path()) } else { to.parent() };
-            let new = folder.filter(|folder| *folder != out);
-            new.map(fs::create_dir_all).transpose().context("making an output's folder")?;
+            folder.map(|folder| cx.make_dir(folder)).transpose()?;
             environment.insert(format!("FLOW_OUT_{name}"), text(&to)?);
         }
         let mut script = String::new();
@@ -164,6 +170,7 @@ impl StepKind for Command {
         }
         environment.insert("TMPDIR".into(), text(&cx.attempt_dir)?);
         environment.extend(cx.env.clone());
+        cx.dirs.only_made().context("removing what an earlier attempt left")?;
         let job = Job { shell: &self.shell, script: &script, dir: &work, environment };
         process::run(&job, cx)?;
         for (name, path) in &self.outputs {
@@ -284,8 +291,8 @@ enum Layout {
     InPlace,
 }
 
-/// Puts an artifact's files below a folder: links to the store's own, which are read-only, and
-/// read-only copies of what lies outside it (blocks are shared where the file system can), because
+/// Puts an artifact's files below a folder: the store's own as [`bring`] does, and read-only copies
+/// of what lies outside it (blocks are shared where the file system can), because
 /// a command that writes to its input must not change the user's file or the hub's cache.
 fn lay_out(cx: &Context<'_>, binding: &Binding, to: &Path, how: Layout) -> Result<()> {
     let view = cx.view(binding)?;
@@ -297,18 +304,18 @@ fn lay_out(cx: &Context<'_>, binding: &Binding, to: &Path, how: Layout) -> Resul
             _ if view.ports.len() == 1 => to.to_path_buf(),
             _ => to.join(port),
         };
-        fs::create_dir_all(&folder)?;
+        cx.make_dir(&folder)?;
         for (path, from) in view.files(port)? {
             let to = folder.join(&path);
             let new = to.parent().filter(|parent| *parent != folder);
-            new.map(fs::create_dir_all).transpose()?;
+            new.map(|folder| cx.make_dir(folder)).transpose()?;
             if how == Layout::InPlace {
                 let message = || Fault::new(format!("two inputs bring `{path}`"));
                 let help = "with `in_place` all inputs lie in one folder";
                 ensure!(to.symlink_metadata().is_err(), message().help(help));
                 copy(&from, &to, 0o644)?;
             } else if from.starts_with(view.store.root()) {
-                symlink(&from, &to).with_context(|| format!("linking `{path}`"))?;
+                bring(&from, &to).with_context(|| format!("bringing `{path}`"))?;
             } else {
                 view.store.disk().copy(&from, &to)?;
                 view.store.disk().set_mode(&to, 0o444)?;
@@ -316,6 +323,18 @@ fn lay_out(cx: &Context<'_>, binding: &Binding, to: &Path, how: Layout) -> Resul
         }
     }
     Ok(())
+}
+
+/// Brings a file of the store: by a link, or as a copy where that takes no more room. A link whose
+/// path is as long as that of an object has a block of its own, and costs more to make and remove.
+fn bring(from: &Path, to: &Path) -> Result<()> {
+    const BLOCK: u64 = 4096;
+    if fs::metadata(from)?.len() > BLOCK {
+        return Ok(symlink(from, to)?);
+    }
+    let bytes = fs::read(from)?;
+    let mut file = fs::OpenOptions::new().write(true).create_new(true).mode(0o444).open(to)?;
+    Ok(file.write_all(&bytes)?)
 }
 
 /// Copies a file; it can be run if the original can.
@@ -328,18 +347,18 @@ fn copy(from: &Path, to: &Path, mode: u32) -> Result<()> {
 
 /// Copies a file or folder, read-only unless the copy is to be worked on: a command that writes to
 /// it must not change the original.
-fn stage(from: &Path, to: &Path, writable: bool) -> Result<()> {
-    to.parent().map(fs::create_dir_all).transpose()?;
+fn stage(cx: &Context<'_>, from: &Path, to: &Path, writable: bool) -> Result<()> {
+    to.parent().map(|folder| cx.make_dir(folder)).transpose()?;
     if !from.is_dir() {
         return copy(from, to, if writable { 0o644 } else { 0o444 });
     }
-    fs::create_dir_all(to)?;
+    cx.make_dir(to)?;
     let mut items: Vec<PathBuf> =
         fs::read_dir(from)?.map(|i| Ok(i?.path())).collect::<Result<_>>()?;
     items.sort_unstable();
     for item in items {
         let name = item.file_name().context("an item of a folder has a name")?;
-        stage(&item, &to.join(name), writable)?;
+        stage(cx, &item, &to.join(name), writable)?;
     }
     Ok(())
 }

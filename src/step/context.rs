@@ -10,7 +10,7 @@ use anyhow::{Context as _, Result, ensure};
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 
-use super::{Binding, Input};
+use super::{Binding, Dirs, Input};
 use crate::artifact::{Artifact, View};
 use crate::digest::Digest;
 use crate::hub;
@@ -103,6 +103,8 @@ pub struct Context<'a> {
     pub hub: &'a hub::Hub,
     /// The attempt's private directory; outputs go under `out/`.
     pub attempt_dir: PathBuf,
+    /// Directories in it.
+    pub dirs: &'a Dirs,
     /// The step's key: what checkpoints are kept under.
     pub key: Digest,
     /// The program; a checkpoint of another one is not gone on from.
@@ -155,12 +157,8 @@ impl Context<'_> {
         let mut parts = Path::new(port).components();
         let plain = matches!((parts.next(), parts.next()), (Some(Component::Normal(_)), None));
         ensure!(plain && !port.contains(['/', '\0']), "`{port}` cannot be the name of an output");
-        let out = self.attempt_dir.join("out");
-        let dir = out.join(port);
-        // The first of them makes both.
-        let made = std::fs::create_dir(&out).and_then(|()| std::fs::create_dir(&dir));
-        let made = made.or_else(|_| std::fs::create_dir_all(&dir));
-        made.with_context(|| format!("making {}", dir.display()))?;
+        let dir = self.attempt_dir.join("out").join(port);
+        self.make_dir(&dir)?;
         Ok(dir)
     }
 
@@ -170,8 +168,16 @@ impl Context<'_> {
     /// When it cannot be made.
     pub fn scratch_dir(&self) -> Result<PathBuf> {
         let dir = self.attempt_dir.join("scratch");
-        std::fs::create_dir_all(&dir).with_context(|| format!("making {}", dir.display()))?;
+        self.make_dir(&dir)?;
         Ok(dir)
+    }
+
+    /// Makes a directory below the attempt's, with those that it is in; fine if it is there.
+    ///
+    /// # Errors
+    /// When it cannot be made.
+    pub fn make_dir(&self, dir: &Path) -> Result<()> {
+        self.dirs.make(dir).with_context(|| format!("making {}", dir.display()))
     }
 
     /// Where the folder of this attempt lies in the end if the step fails as [`Refused`].
@@ -324,6 +330,7 @@ mod tests {
             store: Store::open(&dir.path().join("store")).unwrap(),
             hub: &hub,
             attempt_dir: dir.path().join("attempt"),
+            dirs: &Dirs::default(),
             key: Digest::of(b"key"),
             build: String::new(),
             checkpoint_every: CHECKPOINT_EVERY,

@@ -207,6 +207,12 @@ pub trait StepKind: Serialize + DeserializeOwned + JsonSchema + Send + Sync + 's
         true
     }
 
+    /// Whether it makes all its folders through the context, and says when it
+    /// [leaves them tidy](super::Dirs): then they may be those of an earlier attempt.
+    fn shares_dirs(&self) -> bool {
+        false
+    }
+
     /// Does the work: reads inputs through `cx.open`, writes each port under `cx.out_dir(port)`.
     ///
     /// # Errors
@@ -252,6 +258,8 @@ pub trait Step: Send + Sync {
     fn needs(&self) -> Needs;
     /// See [`StepKind::isolate`].
     fn isolate(&self) -> bool;
+    /// See [`StepKind::shares_dirs`].
+    fn shares_dirs(&self) -> bool;
     /// See [`StepKind::run`].
     ///
     /// # Errors
@@ -291,6 +299,9 @@ impl<K: StepKind> Step for K {
     }
     fn isolate(&self) -> bool {
         StepKind::isolate(self)
+    }
+    fn shares_dirs(&self) -> bool {
+        StepKind::shares_dirs(self)
     }
     fn run(&self, cx: &mut Context<'_>) -> Result<()> {
         StepKind::run(self, cx)

@@ -10,11 +10,13 @@
 //! it does not read; it is serialised and hashed; and on a miss it is run.
 
 mod context;
+mod dirs;
 mod input;
 mod kind;
 mod outside;
 
 pub use context::{CHECKPOINT_EVERY, Context, Device, Event, Facts, Produced, Refused};
+pub use dirs::Dirs;
 pub use input::{Binding, FileInput, Gather, Input, Member, Text, TextPiece, key_form};
 pub use kind::{Added, BadField, Cpu, Kind, Needs, Ports, Problem, Step, StepKind};
 pub use outside::Outside;

@@ -1,5 +1,6 @@
 //! Every write of the store goes through here, so that tests can make any one of them fail.
 
+use std::collections::BTreeSet;
 use std::fs::{File, OpenOptions, Permissions};
 use std::io::{self, Write};
 use std::ops::Range;
@@ -8,7 +9,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
-use super::folder;
+use super::folder::{self, Look};
 
 /// A disk that refused. The roof looks for it in an error's chain.
 #[derive(Debug, thiserror::Error)]
@@ -47,6 +48,9 @@ pub enum StoreError {
 
 /// Bytes of room in which no result has place.
 const LITTLE: u64 = 128 << 10;
+
+/// Bytes that may lie about for a while.
+pub const SMALL: u64 = 64 << 10;
 
 /// What reads say that they do.
 const READING: &str = "reading";
@@ -302,6 +306,17 @@ impl Disk {
             Err(e) if e.kind() != io::ErrorKind::NotFound => Err(e),
             _ => Ok(()),
         })
+    }
+
+    /// Takes what is in a folder out of it but for the folders, which are returned, each by its
+    /// path. Some of it may go to another folder, made if need be, to be removed later.
+    ///
+    /// # Errors
+    /// When the disk refuses, or the folder or one in it does not look like this. Then part of it
+    /// may be gone.
+    pub fn vacate(&self, path: &Path, look: &Look, to: &Path) -> Done<BTreeSet<PathBuf>> {
+        self.create_dir_all(to)?;
+        self.call("emptying", path, || folder::vacate(path, look, SMALL, to))
     }
 
     /// Refuses to go on where nothing more can be written: a program that cannot write its output

@@ -1,9 +1,10 @@
 //! Folders as they are measured and removed. The C library reads each through 32 KiB of its own;
 //! the half dozen folders of a trivial attempt are read from the system itself, where it lets one.
 
+use std::collections::BTreeSet;
 use std::ffi::OsString;
 use std::io;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use super::FileState;
 
@@ -65,19 +66,88 @@ pub(super) fn remove(dir: &Path) -> io::Result<()> {
     std::fs::remove_dir_all(dir)
 }
 
+/// What a folder is beside its content: who comes to work in one after others must find it as a new
+/// one is.
+#[derive(Debug, PartialEq, Eq)]
+pub struct Look {
+    device: u64,
+    owner: (u32, u32),
+    mode: u32,
+    /// As `chattr` shows them, where the file system has such.
+    flags: Option<u32>,
+}
+
+impl Look {
+    /// That of a new folder; none where folders cannot be told by it.
+    pub fn of(dir: &Path) -> Option<Self> {
+        #[cfg(target_os = "linux")]
+        return raw::look(&raw::open(rustix::fs::CWD, dir).ok()?).ok();
+        #[cfg(not(target_os = "linux"))]
+        return None.filter(|_: &Self| dir.is_dir());
+    }
+}
+
+/// Takes what is in a folder out of it but for the folders, which are returned, each by its path.
+/// The first bytes go to another folder, what is more is removed. Fails, in the midst of it, if the
+/// folder or one in it does not look like this, or is in use by another file system.
+pub(super) fn vacate(
+    dir: &Path,
+    look: &Look,
+    bytes: u64,
+    to: &Path,
+) -> io::Result<BTreeSet<PathBuf>> {
+    #[cfg(target_os = "linux")]
+    {
+        let (root, to) = (raw::open(rustix::fs::CWD, dir)?, raw::open(rustix::fs::CWD, to)?);
+        let mut vacate = raw::Vacate { look, to, left: bytes, folders: BTreeSet::new() };
+        vacate.folder(&root, dir)?;
+        Ok(vacate.folders)
+    }
+    #[cfg(not(target_os = "linux"))]
+    {
+        let _ = (dir, look, bytes, to);
+        Err(io::ErrorKind::Unsupported.into())
+    }
+}
+
+/// Has a file system put the folders in this one where there is most room for each. One that puts
+/// them side by side (ext4, elsewhere than at its top) makes new files slowly where many have been
+/// removed in the last minutes: it looks at all of those first. Only a hint, and where it is not
+/// understood it is not needed.
+pub fn spread(dir: &Path) {
+    #[cfg(target_os = "linux")]
+    {
+        use rustix::fs::{IFlags, ioctl_getflags, ioctl_setflags};
+        let spread = || {
+            let dir = std::fs::File::open(dir).ok()?;
+            let flags = ioctl_getflags(&dir).ok()?;
+            let new = !flags.contains(IFlags::TOPDIR);
+            new.then(|| ioctl_setflags(&dir, flags | IFlags::TOPDIR).ok()).flatten()
+        };
+        let _ = spread();
+    }
+    #[cfg(not(target_os = "linux"))]
+    let _ = dir;
+}
+
 #[cfg(target_os = "linux")]
 mod raw {
-    use std::ffi::{CString, OsString};
+    use std::collections::BTreeSet;
+    use std::ffi::{CString, OsStr, OsString};
     use std::mem::MaybeUninit;
     use std::os::fd::{AsFd, OwnedFd};
-    use std::os::unix::ffi::OsStringExt as _;
-    use std::path::Path;
+    use std::os::unix::ffi::{OsStrExt as _, OsStringExt as _};
+    use std::path::{Path, PathBuf};
 
-    use rustix::fs::{AtFlags, FileType, Mode, OFlags, RawDir, openat, statat, unlinkat};
+    use rustix::fs::{
+        AtFlags, FileType, Mode, OFlags, RawDir, flistxattr_query, fstat, ioctl_getflags, openat,
+        renameat, statat, unlinkat,
+    };
     use rustix::io::{Errno, Result};
     use rustix::path::Arg;
 
-    use super::FileState;
+    use super::{FileState, Look};
+    use crate::store::unique;
 
     const FOLDER: OFlags = OFlags::RDONLY.union(OFlags::DIRECTORY).union(OFlags::CLOEXEC);
 
@@ -85,14 +155,14 @@ mod raw {
         openat(at, name, FOLDER | OFlags::NOFOLLOW, Mode::empty())
     }
 
-    /// What is in a folder, all of it read before any of it goes.
-    fn items(dir: &OwnedFd) -> Result<Vec<(CString, FileType)>> {
+    /// What is in a folder, with the numbers that stand in it, all read before any of it goes.
+    fn items(dir: &OwnedFd) -> Result<Vec<(CString, FileType, u64)>> {
         let mut buffer = [MaybeUninit::uninit(); 2048];
         let (mut entries, mut items) = (RawDir::new(dir, &mut buffer), Vec::new());
         while let Some(entry) = entries.next() {
             let entry = entry?;
             if ![c".", c".."].contains(&entry.file_name()) {
-                items.push((entry.file_name().to_owned(), entry.file_type()));
+                items.push((entry.file_name().to_owned(), entry.file_type(), entry.ino()));
             }
         }
         Ok(items)
@@ -100,7 +170,7 @@ mod raw {
 
     pub(super) fn states(dir: &Path) -> Result<Vec<(OsString, FileState)>> {
         let dir = openat(rustix::fs::CWD, dir, FOLDER, Mode::empty())?;
-        let state = |(name, _): (CString, FileType)| {
+        let state = |(name, ..): (CString, FileType, u64)| {
             let stat = statat(&dir, &name, AtFlags::SYMLINK_NOFOLLOW).ok()?;
             Some((OsString::from_vec(name.into_bytes()), FileState::of_stat(&stat)))
         };
@@ -108,7 +178,7 @@ mod raw {
     }
 
     pub(super) fn within(dir: &OwnedFd, left: &mut u64) -> Result<bool> {
-        for (name, ty) in items(dir)? {
+        for (name, ty, _) in items(dir)? {
             let stat = match ty {
                 FileType::Directory | FileType::Symlink => None,
                 _ => Some(statat(dir, &name, AtFlags::SYMLINK_NOFOLLOW)?),
@@ -124,9 +194,56 @@ mod raw {
         Ok(true)
     }
 
+    /// The look of a folder. There is none of one with attributes, such as rights that its content
+    /// inherits.
+    pub(super) fn look(dir: &OwnedFd) -> Result<Look> {
+        if flistxattr_query(dir)? > 0 {
+            return Err(Errno::NOTSUP);
+        }
+        let stat = fstat(dir)?;
+        let (device, owner, mode) = (stat.st_dev, (stat.st_uid, stat.st_gid), stat.st_mode);
+        let flags = ioctl_getflags(dir).ok().map(|flags| flags.bits());
+        Ok(Look { device, owner, mode, flags })
+    }
+
+    pub(super) struct Vacate<'a> {
+        pub(super) look: &'a Look,
+        pub(super) to: OwnedFd,
+        pub(super) left: u64,
+        pub(super) folders: BTreeSet<PathBuf>,
+    }
+
+    impl Vacate<'_> {
+        pub(super) fn folder(&mut self, dir: &OwnedFd, path: &Path) -> Result<()> {
+            if look(dir)? != *self.look {
+                return Err(Errno::NOTSUP);
+            }
+            for (name, ty, listed) in items(dir)? {
+                if !ty.is_dir() {
+                    let stat = statat(dir, &name, AtFlags::SYMLINK_NOFOLLOW)?;
+                    let size = u64::try_from(stat.st_size).unwrap_or(u64::MAX);
+                    match super::take(&mut self.left, size) {
+                        true => renameat(dir, &name, &self.to, unique())?,
+                        false => unlinkat(dir, &name, AtFlags::empty())?,
+                    }
+                    continue;
+                }
+                let (inner, path) =
+                    (open(dir, &name)?, path.join(OsStr::from_bytes(name.as_bytes())));
+                // Another number is that of what is mounted there.
+                if fstat(&inner)?.st_ino != listed {
+                    return Err(Errno::BUSY);
+                }
+                self.folder(&inner, &path)?;
+                self.folders.insert(path);
+            }
+            Ok(())
+        }
+    }
+
     pub(super) fn remove(at: impl AsFd + Copy, name: impl Arg + Copy) -> Result<()> {
         let dir = open(at, name)?;
-        for (name, ty) in items(&dir)? {
+        for (name, ty, _) in items(&dir)? {
             let gone = match ty {
                 FileType::Directory => Err(Errno::ISDIR),
                 _ => unlinkat(&dir, &name, AtFlags::empty()),
@@ -169,5 +286,33 @@ mod tests {
         remove(&root).unwrap();
         assert!(!root.exists() && other.join("kept").exists());
         assert_eq!(remove(&root).unwrap_err().kind(), io::ErrorKind::NotFound);
+    }
+
+    #[cfg(target_os = "linux")]
+    #[test]
+    fn only_folders_as_new_ones_are_left() {
+        use std::os::unix::fs::PermissionsExt as _;
+        let temp = tempfile::tempdir().unwrap();
+        let (dir, rest) = (temp.path().join("dir"), temp.path().join("rest"));
+        fs::create_dir(&dir).unwrap();
+        fs::create_dir(&rest).unwrap();
+        let look = Look::of(&dir).unwrap();
+        let fill = |sizes: &[usize]| {
+            fs::create_dir_all(dir.join("a/b")).unwrap();
+            for (i, size) in sizes.iter().enumerate() {
+                fs::write(dir.join(format!("a/f{i}")), vec![0; *size]).unwrap();
+            }
+            symlink("f0", dir.join("a/link")).unwrap();
+        };
+        fill(&[10, 20, 5_000]);
+        let left = vacate(&dir, &look, 2_000, &rest).unwrap();
+        assert_eq!(left, BTreeSet::from([dir.join("a"), dir.join("a/b")]));
+        assert!(states_in(&dir.join("a")).iter().all(|(name, _)| name == "b"));
+        // What took more room than it may did not wait.
+        let sizes = fs::read_dir(&rest).unwrap().map(|e| e.unwrap().metadata().unwrap().len());
+        assert!(sizes.max() < Some(5_000));
+        fill(&[1]);
+        fs::set_permissions(dir.join("a/b"), fs::Permissions::from_mode(0o711)).unwrap();
+        assert!(vacate(&dir, &look, 2_000, &rest).is_err());
     }
 }

@@ -1,8 +1,8 @@
 //! Leases: locks that the kernel frees when their holder dies.
 
 use std::fs::{File, OpenOptions};
-use std::io::{Read, Seek, Write};
-use std::os::unix::fs::MetadataExt;
+use std::io::Read;
+use std::os::unix::fs::{FileExt as _, MetadataExt};
 use std::path::{Path, PathBuf};
 use std::sync::{Mutex, OnceLock, PoisonError};
 use std::time::Duration;
@@ -75,6 +75,14 @@ fn is_at(file: &File, path: &Path) -> bool {
     matches!((file.metadata(), std::fs::metadata(path)), (Ok(a), Ok(b)) if same(&a, &b))
 }
 
+/// Puts a text in place of what a file holds. (To empty it first would give back its block, for
+/// another to be sought.)
+fn write_over(file: &File, text: &[u8]) -> std::io::Result<()> {
+    file.write_all_at(text, 0)?;
+    let length = text.len() as u64;
+    if file.metadata()?.len() == length { Ok(()) } else { file.set_len(length) }
+}
+
 fn now_ms() -> u64 {
     let since = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH);
     since.map_or(0, |d| u64::try_from(d.as_millis()).unwrap_or(u64::MAX))
@@ -132,9 +140,7 @@ impl Store {
         let holder = Holder { run: run.to_owned(), pid, host: host(), since_unix_ms };
         // Only for people: a lease whose note cannot be written still holds.
         if let Ok(text) = serde_json::to_vec(&holder) {
-            let mut file = &lease.file;
-            let _ =
-                file.set_len(0).and_then(|()| file.rewind()).and_then(|()| file.write_all(&text));
+            let _ = write_over(&lease.file, &text);
         }
         Ok(Some(lease))
     }

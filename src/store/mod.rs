@@ -36,8 +36,8 @@ use std::sync::Arc;
 
 use serde::{Deserialize, Serialize};
 
-pub use disk::{Disk, Faults, StoreError};
-pub use folder::{is_within, states_in};
+pub use disk::{Disk, Faults, SMALL, StoreError};
+pub use folder::{Look, is_within, spread, states_in};
 pub use gc::Item;
 pub use lease::{Holder, Lease, Spares, host};
 pub use memo::Memos;
@@ -116,6 +116,10 @@ impl Store {
     /// # Errors
     /// When the folder cannot be made or written.
     pub fn open_on(root: &Path, disk: Disk) -> anyhow::Result<Self> {
+        if !root.is_dir() {
+            disk.create_dir_all(root)?;
+            spread(root);
+        }
         for name in ["objects", "trees", "origins", "records", "runs", "leases", "attempts", "tmp"]
         {
             disk.create_dir_all(&root.join(name))?;

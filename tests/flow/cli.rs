@@ -10,6 +10,8 @@ mod kills; // processes that are killed
 mod records;
 mod reproduced;
 mod rim;
+#[cfg(target_os = "linux")]
+mod rooms; // folders that are used again
 mod steps;
 mod unchanged;
 

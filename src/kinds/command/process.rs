@@ -21,7 +21,7 @@ use rustix::process::{
     Pid, Signal, WaitId, WaitIdOptions, kill_process, kill_process_group, waitid,
 };
 
-use super::watch;
+use super::{left, watch};
 use crate::source::Fault;
 use crate::step::Context;
 
@@ -34,6 +34,10 @@ const LONGEST_LINE: usize = 64 << 10;
 /// How long its output is followed after it has ended: a process that left its group may hold the
 /// pipes open for ever.
 const LAST_WORDS: Duration = Duration::from_secs(3);
+
+/// Commands that took longer have their folders for themselves: what a new one costs is nothing to
+/// them, and they may have had time to have a service of the machine work in it.
+const BRIEF: Duration = Duration::from_millis(200);
 
 /// What is to be run.
 pub(super) struct Job<'a> {
@@ -51,6 +55,7 @@ pub(super) fn run(job: &Job<'_>, cx: &Context<'_>) -> Result<()> {
     };
     let inherited = inherited()?;
     let mark = mark(&cx.attempt_dir);
+    left::adopt();
     let what = watch::Announcing { shell: &shell, script: job.script };
     let set = |command: &mut Command| {
         command.current_dir(job.dir).env_clear().envs(inherited.iter().map(|(n, v)| (n, v)));
@@ -61,7 +66,7 @@ pub(super) fn run(job: &Job<'_>, cx: &Context<'_>) -> Result<()> {
         let fault = Fault::new(format!("the shell `{}` cannot be started", job.shell));
         fault.help("set `shell` to a program that is on the PATH").cause(e)
     })?;
-    let leader = watch.leader();
+    let (leader, begun) = (watch.leader(), Instant::now());
     let out = child.stdout.take().map(|out| Lines::of(out.into()));
     let err = child.stderr.take().map(|err| Lines::of(err.into()));
     let mut said = Said { pipes: [out, err], tail: VecDeque::with_capacity(TAIL) };
@@ -74,6 +79,9 @@ pub(super) fn run(job: &Job<'_>, cx: &Context<'_>) -> Result<()> {
     }
     drop(watch);
     let status = child.wait().context("waiting for the command")?;
+    if left::nothing() && begun.elapsed() < BRIEF {
+        cx.dirs.leave_tidy();
+    }
     waited?;
     let deadline = Instant::now() + LAST_WORDS;
     while said.is_open() {

@@ -3,13 +3,13 @@
 use std::collections::BTreeSet;
 use std::fs::File;
 use std::io::{self, Write as _};
-use std::os::fd::AsFd as _;
+use std::os::fd::{AsFd as _, OwnedFd};
 use std::os::unix::process::CommandExt as _;
 use std::path::{Path, PathBuf};
 use std::process::{Child, ChildStdin, Command, Stdio};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
-use anyhow::{Context as _, Result};
+use anyhow::{Context as _, Result, bail};
 use rustix::process::Pid;
 
 /// Waits for the end of its input, which only this process and commands that have not announced
@@ -109,26 +109,37 @@ impl Drop for Watch {
     }
 }
 
-/// The shell that watches, there and listening.
-pub(super) struct Ready(MutexGuard<'static, Watcher>);
+/// The shell that watches, there and listening, for one command that is about to start.
+pub(super) struct Ready {
+    /// Held open until the command has announced itself.
+    pipe: OwnedFd,
+    notes: PathBuf,
+}
 
 /// Sees that there is a shell to watch over what is about to start, in whose processes a variable
 /// begins with this mark.
 pub(super) fn ready(mark: &str) -> Result<Ready> {
-    let mut watcher = lock();
-    watcher.ready(mark)?;
-    Ok(Ready(watcher))
+    lock().ready(mark)
 }
 
 impl Ready {
     /// Starts a command, in a group of its own, and watches over it. `set` prepares it.
     pub(super) fn spawn(
-        mut self,
+        self,
         what: &Announcing<'_>,
         set: impl FnOnce(&mut Command),
     ) -> io::Result<(Child, Watch)> {
-        let (child, leader) = self.0.spawn(what, set)?;
-        Ok((child, Watch(leader)))
+        // This thread stands still until the command's program is loaded. Others start theirs.
+        let child = self.command(what, set).spawn();
+        let leader = lock().started(child.as_ref().ok());
+        Ok((child?, Watch(leader.ok_or(io::ErrorKind::Unsupported)?)))
+    }
+
+    fn command(self, what: &Announcing<'_>, set: impl FnOnce(&mut Command)) -> Command {
+        let mut command = what.command(&self.notes);
+        set(&mut command);
+        command.process_group(0).stdin(Stdio::from(self.pipe));
+        command
     }
 }
 
@@ -143,6 +154,8 @@ struct Watcher {
     notes: Option<Notes>,
     groups: BTreeSet<i32>,
     marks: BTreeSet<String>,
+    /// Commands about to start, whose groups are not known yet.
+    starting: usize,
 }
 
 /// What the shell will read: lines of a sign and a word.
@@ -172,15 +185,22 @@ impl Notes {
 
 impl Watcher {
     const fn new() -> Self {
-        Self { shell: None, notes: None, groups: BTreeSet::new(), marks: BTreeSet::new() }
+        Self {
+            shell: None,
+            notes: None,
+            groups: BTreeSet::new(),
+            marks: BTreeSet::new(),
+            starting: 0,
+        }
     }
 
     /// Notes a mark; starts a shell if none is there.
-    fn ready(&mut self, mark: &str) -> Result<()> {
+    fn ready(&mut self, mark: &str) -> Result<Ready> {
         // A name with a line break cannot be told: then groups have to do.
         let new = !mark.contains('\n') && self.marks.insert(mark.to_owned());
         match &mut self.notes {
-            Some(notes) if notes.bytes < MANY_NOTES => {
+            // A command that is starting announces itself in the file that is there.
+            Some(notes) if notes.bytes < MANY_NOTES || self.starting > 0 => {
                 if new {
                     notes.take('=', mark).context("taking notes of what runs")?;
                 }
@@ -189,7 +209,15 @@ impl Watcher {
         }
         let there =
             self.shell.as_mut().is_some_and(|(shell, _)| matches!(shell.try_wait(), Ok(None)));
-        if there { Ok(()) } else { self.start() }
+        if !there {
+            self.start()?;
+        }
+        let (Some((_, pipe)), Some(notes)) = (&self.shell, &self.notes) else {
+            bail!("nobody watches over commands");
+        };
+        let pipe = pipe.as_fd().try_clone_to_owned()?;
+        self.starting += 1;
+        Ok(Ready { pipe, notes: notes.path.clone() })
     }
 
     /// Takes the notes anew, without groups that have ended. Whatever runs is among `groups`: what
@@ -207,22 +235,12 @@ impl Watcher {
         Ok(())
     }
 
-    fn spawn(
-        &mut self,
-        what: &Announcing<'_>,
-        set: impl FnOnce(&mut Command),
-    ) -> io::Result<(Child, Pid)> {
-        let (Some((_, pipe)), Some(notes)) = (&self.shell, &mut self.notes) else {
-            return Err(io::ErrorKind::BrokenPipe.into());
-        };
-        let mut command = what.command(&notes.path);
-        set(&mut command);
-        let pipe = pipe.as_fd().try_clone_to_owned()?;
-        let child = command.process_group(0).stdin(Stdio::from(pipe)).spawn()?;
-        let number = i32::try_from(child.id()).ok();
-        let leader = number.and_then(Pid::from_raw).ok_or(io::ErrorKind::Unsupported)?;
-        self.groups.insert(leader.as_raw_nonzero().get());
-        Ok((child, leader))
+    /// A command has started, or could not.
+    fn started(&mut self, child: Option<&Child>) -> Option<Pid> {
+        self.starting -= 1;
+        let leader = child.and_then(|child| Pid::from_raw(i32::try_from(child.id()).ok()?));
+        self.groups.extend(leader.map(|leader| leader.as_raw_nonzero().get()));
+        leader
     }
 
     fn remove(&mut self, group: i32) {
@@ -259,12 +277,22 @@ mod tests {
     use std::os::unix::process::ExitStatusExt as _;
 
     fn start(watcher: &mut Watcher, script: &str) -> Child {
-        watcher.ready("TMPDIR=/is/not/there/").unwrap();
+        let ready = watcher.ready("TMPDIR=/is/not/there/").unwrap();
         let what = Announcing { shell: Path::new("/bin/sh"), script };
-        let set = |command: &mut Command| {
+        spawn(watcher, ready, &what, |command| {
             command.stdout(Stdio::piped());
-        };
-        watcher.spawn(&what, set).unwrap().0
+        })
+    }
+
+    fn spawn(
+        watcher: &mut Watcher,
+        ready: Ready,
+        what: &Announcing<'_>,
+        set: impl FnOnce(&mut Command),
+    ) -> Child {
+        let child = ready.command(what, set).spawn().unwrap();
+        watcher.started(Some(&child)).unwrap();
+        child
     }
 
     /// Its first byte: then it has announced itself.
@@ -312,13 +340,14 @@ mod tests {
     fn what_left_the_group_is_known_by_its_mark() {
         let dir = tempfile::tempdir().unwrap();
         let mut watcher = Watcher::new();
-        watcher.ready(&format!("TMPDIR={}/20261125.", dir.path().display())).unwrap();
+        let mark = format!("TMPDIR={}/20261125.", dir.path().display());
+        let ready = watcher.ready(&mark).unwrap();
         let script = "timeout 60 sh -c 'sleep 64 & setsid sleep 65 & echo; sleep 66' & wait";
         let what = Announcing { shell: Path::new("/bin/sh"), script };
         let set = |command: &mut Command| {
             command.env("TMPDIR", dir.path().join("20261125.abc")).stdout(Stdio::piped());
         };
-        let mut child = watcher.spawn(&what, set).unwrap().0;
+        let mut child = spawn(&mut watcher, ready, &what, set);
         begun(&mut child);
         drop(watcher.shell.take().unwrap().1);
         // All of them hold this pipe: its end is theirs.
@@ -329,13 +358,13 @@ mod tests {
     #[test]
     fn a_script_is_what_it_was() {
         let mut watcher = Watcher::new();
-        watcher.ready("TMPDIR=/is/not/there/").unwrap();
         let mut said = |shell: &str, script: &str| {
             let what = Announcing { shell: Path::new(shell), script };
             let set = |command: &mut Command| {
                 command.stdout(Stdio::piped()).stderr(Stdio::piped());
             };
-            let child = watcher.spawn(&what, set).unwrap().0;
+            let ready = watcher.ready("TMPDIR=/is/not/there/").unwrap();
+            let child = spawn(&mut watcher, ready, &what, set);
             watcher.remove(child.id() as i32);
             let output = child.wait_with_output().unwrap();
             String::from_utf8(output.stdout).unwrap() + &String::from_utf8_lossy(&output.stderr)

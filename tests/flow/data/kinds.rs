@@ -85,6 +85,7 @@ impl Room {
             store: self.store.clone(),
             hub: &self.hub,
             attempt_dir: attempt.clone(),
+            dirs: &flow::step::Dirs::default(),
             key: flow::digest::Digest::of(b"key"),
             build: String::new(),
             checkpoint_every: flow::step::CHECKPOINT_EVERY,

@@ -78,6 +78,7 @@ impl Bench {
             store: self.store.clone(),
             hub: &hub,
             attempt_dir: attempt.clone(),
+            dirs: &flow::step::Dirs::default(),
             key: flow::digest::Digest::of(b"key"),
             build: String::new(),
             checkpoint_every: flow::step::CHECKPOINT_EVERY,

@@ -101,6 +101,7 @@ impl Bench {
             store: self.store.clone(),
             hub: &self.hub,
             attempt_dir: attempt_dir.clone(),
+            dirs: &flow::step::Dirs::default(),
             key: flow::digest::Digest::of(b"key"),
             build: String::new(),
             checkpoint_every: flow::step::CHECKPOINT_EVERY,
