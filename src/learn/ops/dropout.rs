@@ -113,8 +113,8 @@ pub(super) fn mask(bits: &[u16], scale: f32, x: &mut [f32]) {
     let last = bits.get(x.len() / WORD).copied().unwrap_or_default();
     let mut whole = x.chunks_exact_mut(WORD);
     for (x, word) in whole.by_ref().zip(bits) {
-        for i in 0..WORD {
-            x[i] *= factor(*word, i, scale);
+        for (i, x) in x.iter_mut().enumerate() {
+            *x *= factor(*word, i, scale);
         }
     }
     for (i, x) in whole.into_remainder().iter_mut().enumerate() {
