@@ -212,8 +212,8 @@ impl Linear {
 
     /// From the gradient `g` of the result: those of what is trained into `gradients`, and that of
     /// `x` into `dx`. With K = G B: dA = s K^T drop(X), dB = s G^T H, dX = G W + s mask(K A).
-    /// B A is never formed. Where [`Linear::reads_input`] is false, `x` may be none; `trace` is what
-    /// the forward pass gave.
+    /// B A is never formed. Where [`Linear::reads_input`] is false, `x` may be none. `trace` is
+    /// what the forward pass gave.
     pub(crate) fn backward(
         &self,
         x: &Input<'_>,
