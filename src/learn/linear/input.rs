@@ -8,6 +8,7 @@ use rayon::prelude::*;
 use crate::learn::bf16::{Lhs, Rhs};
 use crate::learn::buffer::Buffer;
 use crate::learn::matrix::{Matrix, Threads};
+use crate::learn::ops::Kept;
 
 /// Fills a slice with some rows.
 type Make<'a> = dyn Fn(Range<usize>, &mut [f32]) + Sync + 'a;
@@ -50,6 +51,13 @@ impl<'a> Input<'a> {
         make: impl Fn(Range<usize>, &mut [f32]) + Sync + 'a,
     ) -> Self {
         Self::new(rows, cols, Source::Made(Box::new(make)))
+    }
+
+    /// What dropout kept of numbers that are there, `[_, cols]`.
+    pub(crate) fn dropped(data: &'a [f32], cols: usize, kept: &'a Kept) -> Self {
+        Self::made(data.len() / cols.max(1), cols, move |rows, out| {
+            kept.of_rows(rows.clone(), &data[rows.start * cols..rows.end * cols], out);
+        })
     }
 
     pub(super) fn size(&self) -> (usize, usize) {

@@ -293,10 +293,7 @@ impl Linear {
 
 /// What an adapter reads, unless that is `x` itself.
 pub(super) fn fed<'a>(x: &'a Input<'_>, kept: Option<&'a Kept>) -> Option<Input<'a>> {
-    let (kept, (rows, cols), x) = (kept?, x.size(), x.plain());
-    Some(Input::made(rows, cols, move |range, out| {
-        kept.of_rows(range.clone(), &x[range.start * cols..range.end * cols], out);
-    }))
+    kept.map(|kept| Input::dropped(x.plain(), x.size().1, kept))
 }
 
 /// Adds what comes back through an adapter's dropout to `dx`, `[rows, cols]`: `make` computes some

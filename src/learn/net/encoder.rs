@@ -222,10 +222,7 @@ impl EncoderLayer {
 
 /// The gradient before a dropout, `[_, cols]`, of that behind it.
 fn past<'a>(grad: &'a [f32], kept: Option<&'a Kept>, cols: usize) -> Input<'a> {
-    let Some(kept) = kept else { return Input::of(grad, cols) };
-    Input::made(grad.len() / cols, cols, move |rows, out| {
-        kept.of_rows(rows.clone(), &grad[rows.start * cols..rows.end * cols], out);
-    })
+    kept.map_or_else(|| Input::of(grad, cols), |kept| Input::dropped(grad, cols, kept))
 }
 
 /// What a layer had read, as far as it was kept.

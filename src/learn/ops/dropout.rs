@@ -67,17 +67,20 @@ impl Mask {
     /// Draws elements from `start` on: a bit for each that is kept, as many as there is room for.
     pub(super) fn draw(&self, start: usize, bits: &mut [u16]) {
         let (mut at, skipped) = (start / GROUP, start % GROUP);
+        // Bits of the last group that is drawn which the words before have not taken.
+        let left = (GROUP - skipped) % GROUP;
         wide!({
-            let mut group = self.group(at);
-            for words in bits.chunks_mut(GROUP / WORD) {
-                let mut these = group >> skipped;
-                let more = words.len() * WORD + skipped > GROUP;
+            let mut group = 0;
+            if left > 0 {
+                group = self.group(at);
                 at += 1;
-                if more || words.len() * WORD == GROUP {
+            }
+            for words in bits.chunks_mut(GROUP / WORD) {
+                let mut these = if left > 0 { group >> skipped } else { 0 };
+                if words.len() * WORD > left {
                     group = self.group(at);
-                }
-                if more {
-                    these |= group << (GROUP - skipped);
+                    at += 1;
+                    these |= group << left;
                 }
                 for (i, word) in words.iter_mut().enumerate() {
                     *word = (these >> (WORD * i)) as u16;
