@@ -2,6 +2,8 @@
 
 use std::ops::Range;
 
+use rayon::prelude::*;
+
 /// A read-only matrix in a slice: element (i, j) lies at `i * row + j * col`.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Matrix<'a> {
@@ -27,6 +29,11 @@ impl<'a> Matrix<'a> {
     /// The transpose.
     pub(crate) fn t(self) -> Self {
         Self { rows: self.cols, cols: self.rows, row: self.col, col: self.row, ..self }
+    }
+
+    /// Some of its columns; at least one.
+    fn columns(self, cols: Range<usize>) -> Self {
+        Self { data: &self.data[cols.start * self.col..], cols: cols.len(), ..self }
     }
 
     /// Rows and columns.
@@ -80,46 +87,86 @@ pub(crate) fn product(
         }
         return;
     }
-    let parallelism = match threads {
-        Threads::One => gemm::Parallelism::None,
-        Threads::All => gemm::Parallelism::Rayon(rayon::current_num_threads()),
+    let count = match threads {
+        Threads::One => 1,
+        Threads::All => rayon::current_num_threads(),
     };
-    kernel((out, stride), beta, alpha, lhs, rhs, parallelism);
+    let out = Columns { first: out.as_mut_ptr(), stride };
+    // The crate copies a right-hand side whose columns are contiguous before it begins, on one
+    // thread; in parts of columns, each thread copies its own.
+    // (One row takes another way, whose sums depend on where a part begins.)
+    let copied = m > 1 && rhs.col != 1 && m * n * k >= gemm::get_threading_threshold();
+    let wanted = if m <= FEW_ROWS { 2 * count } else { count };
+    let parts = if copied && count > 1 { wanted.min(n / MIN_PART).max(1) } else { 1 };
+    if parts == 1 {
+        let parallelism = match threads {
+            Threads::One => gemm::Parallelism::None,
+            Threads::All => gemm::Parallelism::Rayon(count),
+        };
+        return out.product(0, beta, alpha, lhs, rhs, parallelism);
+    }
+    let at = |i: usize| if i == parts { n } else { n * i / parts / UNIT * UNIT };
+    (0..parts).into_par_iter().for_each(|i| {
+        let part = rhs.columns(at(i)..at(i + 1));
+        out.product(at(i), beta, alpha, lhs, part, gemm::Parallelism::None);
+    });
 }
 
-#[expect(unsafe_code, reason = "the gemm crate takes raw pointers")]
-fn kernel(
-    (out, stride): (&mut [f32], usize),
-    beta: f32,
-    alpha: f32,
-    lhs: Matrix<'_>,
-    rhs: Matrix<'_>,
-    parallelism: gemm::Parallelism,
-) {
-    // SAFETY: `Matrix::strided` and `product` have checked that the last element of each of the
-    // three matrices lies in its slice; `out` is borrowed mutably, so nothing else aliases it.
-    unsafe {
-        gemm::gemm(
-            lhs.rows,
-            rhs.cols,
-            lhs.cols,
-            out.as_mut_ptr(),
-            1,
-            stride as isize,
-            beta != 0.0,
-            lhs.data.as_ptr(),
-            lhs.col as isize,
-            lhs.row as isize,
-            rhs.data.as_ptr(),
-            rhs.col as isize,
-            rhs.row as isize,
-            beta,
-            alpha,
-            false,
-            false,
-            false,
-            parallelism,
-        );
+/// Rows up to which a product is cut into more parts, so that none waits long for another.
+const FEW_ROWS: usize = 512;
+/// Columns that a part has more or less than its share, at most.
+const UNIT: usize = 16;
+/// Columns that fill a part. One of 64 columns or fewer might be summed in other blocks.
+const MIN_PART: usize = 64 + UNIT;
+
+/// The columns of a product, which threads share.
+struct Columns {
+    first: *mut f32,
+    stride: usize,
+}
+
+// SAFETY: it points into a slice that `product` borrows mutably while threads write to it, and
+// each of them writes other columns.
+#[expect(unsafe_code, reason = "holds a pointer, for a slice that several threads fill")]
+unsafe impl Sync for Columns {}
+
+impl Columns {
+    /// Columns from `col` on: `beta` times themselves and `alpha * lhs * rhs`.
+    #[expect(unsafe_code, reason = "the gemm crate takes raw pointers")]
+    fn product(
+        &self,
+        col: usize,
+        beta: f32,
+        alpha: f32,
+        lhs: Matrix<'_>,
+        rhs: Matrix<'_>,
+        parallelism: gemm::Parallelism,
+    ) {
+        // SAFETY: `Matrix::strided` and `product` have checked that the last element of each of
+        // the three matrices lies in its slice, and `product` gives each thread other columns.
+        unsafe {
+            gemm::gemm(
+                lhs.rows,
+                rhs.cols,
+                lhs.cols,
+                self.first.wrapping_add(col),
+                1,
+                self.stride as isize,
+                beta != 0.0,
+                lhs.data.as_ptr(),
+                lhs.col as isize,
+                lhs.row as isize,
+                rhs.data.as_ptr(),
+                rhs.col as isize,
+                rhs.row as isize,
+                beta,
+                alpha,
+                false,
+                false,
+                false,
+                parallelism,
+            );
+        }
     }
 }
 
@@ -127,16 +174,12 @@ fn kernel(
 const CHUNK: usize = 64;
 
 /// Ranges of [`CHUNK`] rows.
-pub(crate) fn chunks(
-    rows: usize,
-) -> impl rayon::iter::IndexedParallelIterator<Item = Range<usize>> {
-    use rayon::prelude::*;
+pub(crate) fn chunks(rows: usize) -> impl IndexedParallelIterator<Item = Range<usize>> {
     (0..rows.div_ceil(CHUNK)).into_par_iter().map(move |i| i * CHUNK..((i + 1) * CHUNK).min(rows))
 }
 
 /// The sum over the rows of a row-major `[rows, cols]`.
 pub(crate) fn sum_rows(data: &[f32], cols: usize) -> Vec<f32> {
-    use rayon::prelude::*;
     let partial: Vec<Vec<f32>> = chunks(data.len() / cols.max(1))
         .map(|rows| {
             let mut sum = vec![0.0; cols];
@@ -183,6 +226,27 @@ mod tests {
                 for j in 0..2 {
                     assert_eq!(out[j * 3 + i], want(i, j));
                 }
+            }
+        }
+    }
+
+    /// Wide enough to be cut: the bits are those of one thread, and the rest of the rows stays.
+    #[test]
+    fn parts_change_no_bit() {
+        for (m, k, n) in [(70, 130, 333), (33, 700, 175), (600, 65, 400), (1, 3000, 333)] {
+            let a: Vec<f32> = (0..m * k).map(|i| (i as f32 * 0.7).sin()).collect();
+            let w: Vec<f32> = (0..n * k).map(|i| (i as f32 * 0.3).cos()).collect();
+            let run = |threads| {
+                let mut out = vec![0.5; m * (n + 3)];
+                let (a, w) = (Matrix::new(&a, m, k), Matrix::new(&w, n, k).t());
+                product((&mut out, n + 3), 1.0, 0.5, a, w, threads);
+                assert!(out.chunks(n + 3).all(|row| row[n..] == [0.5; 3]));
+                out
+            };
+            let want = run(Threads::One);
+            for threads in 1..6 {
+                let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap();
+                assert!(pool.install(|| run(Threads::All)) == want, "{threads} {m} {k} {n}");
             }
         }
     }

@@ -209,12 +209,15 @@ impl Model {
         let pass = Pass::whole(Mode::Eval);
         // Only keys and values of the other rows are needed in the last layer.
         let ascending = rows.is_sorted_by(|a, b| a < b);
-        let (mut x, _) = net.embed(packed, pass)?;
-        for i in 0..net.layers() {
-            let rows = (ascending && i + 1 == net.layers()).then_some(rows);
-            (x, _) = net.layer(i, x, &sequences, Pass { rows, ..pass }, false)?;
-        }
-        Ok(if ascending { x } else { select_rows(&x, net.hidden(), rows) })
+        // On a thread of the pool: from another, each parallel loop would wait for two of them.
+        rayon::scope(|_| {
+            let (mut x, _) = net.embed(packed, pass)?;
+            for i in 0..net.layers() {
+                let rows = (ascending && i + 1 == net.layers()).then_some(rows);
+                (x, _) = net.layer(i, x, &sequences, Pass { rows, ..pass }, false)?;
+            }
+            Ok(if ascending { x } else { select_rows(&x, net.hidden(), rows) })
+        })
     }
 
     /// Logits of some rows of the last layer's output, without dropout.
@@ -430,6 +433,16 @@ impl Model {
             let loss = self.accumulate(engine, batch, step, denominator, true)?;
             return Ok((loss, engine.gradients()?));
         }
+        // On a thread of the pool, as in `hidden`.
+        rayon::scope(|_| self.host_gradients(batch, step, denominator))
+    }
+
+    fn host_gradients(
+        &self,
+        batch: &Batch,
+        step: u64,
+        denominator: f64,
+    ) -> Result<(f64, BTreeMap<String, Tensor>)> {
         let net = self.net()?;
         let packed = self.pack(batch)?;
         let targets = self.targets(batch, &packed)?;
