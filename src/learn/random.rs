@@ -4,8 +4,6 @@
 //! The function is Philox 4x32-10 (Salmon et al. 2011, "Parallel random numbers: as easy as
 //! 1, 2, 3"), keyed by a BLAKE3 hash of seed and stream name.
 
-use std::array::from_fn;
-
 use crate::digest::Digest;
 
 const M0: u64 = 0xD251_1F53;
@@ -56,30 +54,32 @@ impl Stream {
     /// and so on, so that the blocks can be drawn side by side in vectors.
     #[inline(always)]
     pub(crate) fn group(&self, index: u64) -> [[u32; BLOCKS]; 4] {
-        let block = |i: usize| index * BLOCKS as u64 + i as u64;
         // Each word in the lower half of 64 bits, where the multiplication of vectors reads and
-        // writes; what is above is left to be anything.
-        let low = |x: u64| x & u64::from(u32::MAX);
-        let mut c: [[u64; BLOCKS]; 4] = [
-            from_fn(block),
-            from_fn(|i| block(i) >> 32),
-            [u64::from(self.high[0]); BLOCKS],
-            [u64::from(self.high[1]); BLOCKS],
-        ];
+        // writes; what is above is left to be anything. Loops and no closures: an array's `map`
+        // is compiled on its own, and then knows no wide vectors.
+        const LOW: u64 = u32::MAX as u64;
+        let (mut a, mut b) = ([0; BLOCKS], [0; BLOCKS]);
+        for i in 0..BLOCKS {
+            a[i] = index * BLOCKS as u64 + i as u64;
+            b[i] = a[i] >> 32;
+        }
+        let (mut c, mut d) = ([u64::from(self.high[0]); BLOCKS], [u64::from(self.high[1]); BLOCKS]);
         let mut key = self.key;
         for _ in 0..ROUNDS {
-            let p0: [u64; BLOCKS] = from_fn(|i| M0 * low(c[0][i]));
-            let p1: [u64; BLOCKS] = from_fn(|i| M1 * low(c[2][i]));
-            let keys = key.map(u64::from);
-            c = [
-                from_fn(|i| (p1[i] >> 32) ^ c[1][i] ^ keys[0]),
-                p1,
-                from_fn(|i| (p0[i] >> 32) ^ c[3][i] ^ keys[1]),
-                p0,
-            ];
+            let (k0, k1) = (u64::from(key[0]), u64::from(key[1]));
+            for i in 0..BLOCKS {
+                let (p, q) = (M0 * (a[i] & LOW), M1 * (c[i] & LOW));
+                (a[i], b[i], c[i], d[i]) = ((q >> 32) ^ b[i] ^ k0, q, (p >> 32) ^ d[i] ^ k1, p);
+            }
             key = next(key);
         }
-        c.map(|words| words.map(|word| word as u32))
+        let mut words = [[0; BLOCKS]; 4];
+        for (words, from) in words.iter_mut().zip([a, b, c, d]) {
+            for (word, from) in words.iter_mut().zip(from) {
+                *word = from as u32;
+            }
+        }
+        words
     }
 
     /// Uniform in [0, 1), with 53 random bits.

@@ -2,7 +2,7 @@
 
 use rayon::prelude::*;
 
-use super::{TASK, exp, update, wide};
+use super::{TASK, exp, polynomial, update, wide};
 
 /// erf as a rational function of the clamped argument (the approximation that Eigen and XLA use);
 /// absolute error below 5e-7.
@@ -10,22 +10,18 @@ use super::{TASK, exp, update, wide};
 fn erf(x: f32) -> f32 {
     let x = x.clamp(-4.0, 4.0);
     let z = x * x;
-    let mut p = -2.726_142_3e-10;
-    for c in [
+    const P: [f32; 7] = [
+        -2.726_142_3e-10,
         2.770_681_4e-8,
         -2.101_024_1e-6,
         -5.692_506_5e-5,
         -7.349_906_3e-4,
         -2.954_6e-3,
         -1.609_603_3e-2,
-    ] {
-        p = p * z + c;
-    }
-    let mut q = -1.456_607_2e-5;
-    for c in [-2.133_740_6e-4, -1.682_827e-3, -7.373_329e-3, -1.426_473_9e-2] {
-        q = q * z + c;
-    }
-    x * p / q
+    ];
+    const Q: [f32; 5] =
+        [-1.456_607_2e-5, -2.133_740_6e-4, -1.682_827e-3, -7.373_329e-3, -1.426_473_9e-2];
+    x * polynomial(&P, z) / polynomial(&Q, z)
 }
 
 const FRAC_1_SQRT_TAU: f32 = 0.398_942_3;
@@ -35,7 +31,8 @@ const FRAC_1_SQRT_TAU: f32 = 0.398_942_3;
 pub(crate) fn gelu(x: &[f32], out: &mut [f32]) {
     wide!({
         for (o, x) in out.iter_mut().zip(x) {
-            *o = 0.5 * x * (1.0 + erf(x * std::f32::consts::FRAC_1_SQRT_2));
+            let half = 0.5 * x;
+            *o = half.mul_add(erf(x * std::f32::consts::FRAC_1_SQRT_2), half);
         }
     });
 }
@@ -44,8 +41,8 @@ pub(crate) fn gelu(x: &[f32], out: &mut [f32]) {
 pub(crate) fn gelu_backward(x: &[f32], grad: &[f32], out: &mut [f32]) {
     wide!({
         for (o, (g, x)) in out.iter_mut().zip(grad.iter().zip(x)) {
-            let cdf = 0.5 * (1.0 + erf(x * std::f32::consts::FRAC_1_SQRT_2));
-            *o = g * (cdf + x * FRAC_1_SQRT_TAU * exp(-0.5 * x * x));
+            let cdf = erf(x * std::f32::consts::FRAC_1_SQRT_2).mul_add(0.5, 0.5);
+            *o = g * (x * FRAC_1_SQRT_TAU).mul_add(exp(-0.5 * x * x), cdf);
         }
     });
 }

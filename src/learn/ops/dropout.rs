@@ -2,6 +2,7 @@
 //! forward pass and kept for the backward pass as a bit an element, because to draw an element
 //! costs more than to read it.
 
+use std::hint::black_box;
 use std::ops::Range;
 
 use rayon::prelude::*;
@@ -106,8 +107,23 @@ pub(super) fn words(elements: usize) -> usize {
 
 /// The factor on element `i` of a word.
 #[inline(always)]
-fn factor(word: u16, i: usize, scale: f32) -> f32 {
+fn factor(word: u32, i: usize, scale: f32) -> f32 {
     if word & (1 << i) == 0 { 0.0 } else { scale }
+}
+
+/// `out = f(out, x)` of the elements of a word, with `x` times the mask. All are read before one
+/// is written, and no word is seen together with the next, else the compiler makes vectors of
+/// elements of different words, which it then has to gather.
+#[inline(always)]
+fn word_of(word: u16, scale: f32, x: &[f32], out: &mut [f32], f: impl Fn(f32, f32) -> f32) {
+    let word = black_box(u32::from(word));
+    let (mut from, mut to) = ([0.0; WORD], [0.0; WORD]);
+    from.copy_from_slice(x);
+    to.copy_from_slice(out);
+    for i in 0..WORD {
+        to[i] = f(to[i], from[i] * factor(word, i, scale));
+    }
+    out.copy_from_slice(&to);
 }
 
 /// Multiplies elements by the mask.
@@ -116,12 +132,12 @@ pub(super) fn mask(bits: &[u16], scale: f32, x: &mut [f32]) {
     let last = bits.get(x.len() / WORD).copied().unwrap_or_default();
     let mut whole = x.chunks_exact_mut(WORD);
     for (x, word) in whole.by_ref().zip(bits) {
-        for (i, x) in x.iter_mut().enumerate() {
-            *x *= factor(*word, i, scale);
-        }
+        let mut from = [0.0; WORD];
+        from.copy_from_slice(x);
+        word_of(*word, scale, &from, x, |_, x| x);
     }
     for (i, x) in whole.into_remainder().iter_mut().enumerate() {
-        *x *= factor(last, i, scale);
+        *x *= factor(u32::from(last), i, scale);
     }
 }
 
@@ -138,12 +154,10 @@ pub(super) fn masked(
     let (whole, mut outs) = (x.chunks_exact(WORD), out.chunks_exact_mut(WORD));
     let rest = whole.remainder();
     for ((x, out), word) in whole.zip(outs.by_ref()).zip(bits) {
-        for i in 0..WORD {
-            out[i] = f(out[i], x[i] * factor(*word, i, scale));
-        }
+        word_of(*word, scale, x, out, &f);
     }
     for (i, (out, x)) in outs.into_remainder().iter_mut().zip(rest).enumerate() {
-        *out = f(*out, *x * factor(last, i, scale));
+        *out = f(*out, *x * factor(u32::from(last), i, scale));
     }
 }
 

@@ -27,7 +27,7 @@ pub(crate) use norm::{
 pub(crate) use rope::{RopeTable, Turn};
 pub(crate) use rows::{add_rows, select_rows};
 pub(crate) use wide::{Loop, wide};
-use wide::{TASK, dot, exp, max, sum, sum3, update};
+use wide::{TASK, dot, exp, max, polynomial, sum, sum3, update};
 
 use candle_core::{CpuStorage, Device, Layout, Result, Shape, Storage, Tensor, bail};
 

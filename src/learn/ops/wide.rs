@@ -1,9 +1,10 @@
 //! Loops over f32 slices as wide as the processor's vectors.
 //!
 //! The compiler vectorises these plain loops for the instruction set found at run time (AVX-512,
-//! AVX2, NEON; `pulp` chooses). No product is contracted into a fused multiply-add and every sum
-//! has a fixed order, so the bits do not depend on that choice, nor on the number of threads.
-//! What is called inside must be inlined: a function compiled on its own knows no wide vectors.
+//! AVX2, NEON; `pulp` chooses). Every sum has a fixed order and a product is fused with an addition
+//! only where it says so, so the bits do not depend on that choice, nor on the number of threads.
+//! (Where the processor cannot fuse them, which AVX2 and NEON can, it is a slow call.) What is
+//! called inside must be inlined: a function compiled on its own knows no wide vectors.
 
 use rayon::prelude::*;
 
@@ -123,6 +124,12 @@ pub(super) fn max(x: &[f32]) -> f32 {
     fold(lanes, larger)
 }
 
+/// A polynomial from its coefficients, that of the highest power first (Horner's scheme).
+#[inline(always)]
+pub(super) fn polynomial(coefficients: &[f32], x: f32) -> f32 {
+    coefficients.iter().fold(0.0, |sum, c| sum.mul_add(x, *c))
+}
+
 /// exp in f32 without a call or a branch: 2^n times a Taylor polynomial on |r| <= ln 2 / 2;
 /// relative error below 3e-7, 0 below -87, NaN of NaN.
 #[inline(always)]
@@ -132,15 +139,13 @@ pub(super) fn exp(x: f32) -> f32 {
     let small = x < -87.0;
     let x = if x > 88.0 { 88.0 } else { x };
     let x = if small { -87.0 } else { x };
-    let shifted = x * std::f32::consts::LOG2_E + ROUND;
+    let shifted = x.mul_add(std::f32::consts::LOG2_E, ROUND);
     let n = shifted - ROUND;
     // ln 2 in two parts, so that the reduced argument is exact to the last bits.
-    let r = (x - n * 0.693_359_4) + n * 2.121_944_4e-4;
-    let p = 1.0
-        + r * (1.0
-            + r * (0.5
-                + r * (1.0 / 6.0
-                    + r * (1.0 / 24.0 + r * (1.0 / 120.0 + r * (1.0 / 720.0 + r / 5040.0))))));
+    let r = n.mul_add(2.121_944_4e-4, n.mul_add(-0.693_359_4, x));
+    const TAYLOR: [f32; 8] =
+        [1.0 / 5040.0, 1.0 / 720.0, 1.0 / 120.0, 1.0 / 24.0, 1.0 / 6.0, 0.5, 1.0, 1.0];
+    let p = polynomial(&TAYLOR, r);
     let exponent = shifted.to_bits().wrapping_sub(ROUND.to_bits()).wrapping_add(127) << 23;
     let y = p * f32::from_bits(exponent);
     if small { 0.0 } else { y }
