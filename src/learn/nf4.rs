@@ -57,6 +57,33 @@ const MIDPOINTS: [f32; 15] = [
     0.861_478_4,
 ];
 
+/// The values of a block's codes, which lie two in a byte, the first in its upper half.
+fn look_up(values: &[f32; 16], packed: &[u8], out: &mut [f32; BLOCK]) {
+    // Vectors of 16 elements look up 16 codes at once.
+    #[cfg(target_arch = "x86_64")]
+    if let Some(simd) = pulp::x86::V4::try_new() {
+        return simd.vectorize(
+            #[inline(always)]
+            || {
+                let values = pulp::cast(*values);
+                for (bytes, out) in packed.chunks_exact(8).zip(out.chunks_exact_mut(16)) {
+                    // Two codes in 64 bits, 32 each.
+                    let mut codes = [0_u64; 8];
+                    for (codes, byte) in codes.iter_mut().zip(bytes) {
+                        *codes = u64::from(*byte >> 4) | u64::from(*byte & 15) << 32;
+                    }
+                    let found = simd.avx512f._mm512_permutexvar_ps(pulp::cast(codes), values);
+                    out.copy_from_slice(&pulp::cast::<_, [f32; 16]>(found));
+                }
+            },
+        );
+    }
+    for (out, byte) in out.chunks_exact_mut(2).zip(packed) {
+        out[0] = values[usize::from(byte >> 4)];
+        out[1] = values[usize::from(byte & 15)];
+    }
+}
+
 /// The scales of the blocks.
 #[derive(Debug, Clone, PartialEq)]
 enum Scales {
@@ -214,21 +241,15 @@ impl Nf4 {
             let block = at / BLOCK;
             let (part, others) = rest.split_at_mut(((block + 1) * BLOCK - at).min(rest.len()));
             let scale = self.scale(block);
-            let values = CODES.map(|code| self.round(code * scale));
+            let mut values = CODES;
+            values.iter_mut().for_each(|value| *value = self.round(*value * scale));
             let value = |i: usize| {
                 let byte = self.packed[i / 2];
                 values[usize::from(if i.is_multiple_of(2) { byte >> 4 } else { byte & 15 })]
             };
-            if at.is_multiple_of(2) {
-                let packed = &self.packed[at / 2..];
-                for (pair, byte) in part.chunks_mut(2).zip(packed) {
-                    pair[0] = values[usize::from(byte >> 4)];
-                    if let Some(low) = pair.get_mut(1) {
-                        *low = values[usize::from(byte & 15)];
-                    }
-                }
-            } else {
-                part.iter_mut().zip(at..).for_each(|(x, i)| *x = value(i));
+            match <&mut [f32; BLOCK]>::try_from(&mut *part) {
+                Ok(part) => look_up(&values, &self.packed[at / 2..][..BLOCK / 2], part),
+                Err(_) => part.iter_mut().zip(at..).for_each(|(x, i)| *x = value(i)),
             }
             at += part.len();
             rest = others;
