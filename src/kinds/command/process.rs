@@ -97,6 +97,7 @@ pub(super) fn run(job: &Job<'_>, cx: &Context<'_>) -> Result<()> {
         bail!("interrupted");
     }
     if status.success() {
+        (cx.rest)();
         return Ok(());
     }
     let how = match (status.code(), status.signal()) {
