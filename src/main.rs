@@ -2,101 +2,51 @@
 
 use std::process::ExitCode;
 
+/// Keeps pages between training steps, where the system allocator would return and fault them in
+/// again.
+#[global_allocator]
+static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
+
 fn main() -> ExitCode {
     flow::main(flow::kinds::ALL)
 }
 
-/// The allocator. A worker computes: mimalloc keeps pages between training steps, where the system's
-/// would return them and fault them in again. The program itself is over in 2 ms where nothing has
-/// changed: to set mimalloc up would be a twentieth of that.
+/// Huge pages and much address space are for workers, which compute. The first of the pages, filled
+/// with zeros before `main`, would be a tenth of a run in which nothing has changed, and thousands
+/// of small things would spread over many; the tables of a gigabyte are another 0.1 ms.
 #[cfg(all(target_os = "linux", target_env = "gnu"))]
-#[expect(
-    unsafe_code,
-    reason = "an allocator is unsafe, and has to be told before it is first used"
-)]
-mod memory {
-    use std::alloc::{GlobalAlloc, Layout, System};
-    use std::ffi::{CStr, c_char, c_int};
-    use std::sync::atomic::{AtomicU8, Ordering::Relaxed};
+#[expect(unsafe_code, reason = "the allocator has to be told before it is first used")]
+mod pages {
+    use std::ffi::{CStr, c_char, c_int, c_long};
 
-    use mimalloc::MiMalloc;
+    /// Whether mimalloc asks for huge pages: `mi_option_allow_thp` in `mimalloc.h` of version 3.
+    const ALLOW_HUGE: c_int = 43;
 
-    #[global_allocator]
-    static ALLOCATOR: Allocator = Allocator;
+    /// How much address space it takes at a time, in KiB: `mi_option_arena_reserve`.
+    const RESERVE: c_int = 23;
 
-    const OPEN: u8 = 0;
-    const SYSTEM: u8 = 1;
-    const WORKER: u8 = 2;
-
-    /// Which of the two it is; it never changes once something has been allocated.
-    static CHOSEN: AtomicU8 = AtomicU8::new(OPEN);
-
-    struct Allocator;
-
-    fn is_worker() -> bool {
-        CHOSEN.load(Relaxed) == WORKER
-    }
-
-    // SAFETY: all calls go to one of two sound allocators, and always to the same.
-    unsafe impl GlobalAlloc for Allocator {
-        unsafe fn alloc(&self, layout: Layout) -> *mut u8 {
-            // SAFETY: as promised to this function.
-            unsafe {
-                match CHOSEN.load(Relaxed) {
-                    WORKER => return MiMalloc.alloc(layout),
-                    // Before the arguments were seen, by one thread.
-                    OPEN => CHOSEN.store(SYSTEM, Relaxed),
-                    _ => {}
-                }
-                System.alloc(layout)
-            }
-        }
-
-        unsafe fn alloc_zeroed(&self, layout: Layout) -> *mut u8 {
-            // SAFETY: as promised to this function.
-            unsafe {
-                match CHOSEN.load(Relaxed) {
-                    WORKER => return MiMalloc.alloc_zeroed(layout),
-                    OPEN => CHOSEN.store(SYSTEM, Relaxed),
-                    _ => {}
-                }
-                System.alloc_zeroed(layout)
-            }
-        }
-
-        unsafe fn realloc(&self, old: *mut u8, layout: Layout, size: usize) -> *mut u8 {
-            // SAFETY: as promised to this function.
-            unsafe {
-                match is_worker() {
-                    true => MiMalloc.realloc(old, layout, size),
-                    false => System.realloc(old, layout, size),
-                }
-            }
-        }
-
-        unsafe fn dealloc(&self, old: *mut u8, layout: Layout) {
-            // SAFETY: as promised to this function.
-            unsafe {
-                match is_worker() {
-                    true => MiMalloc.dealloc(old, layout),
-                    false => System.dealloc(old, layout),
-                }
-            }
-        }
+    unsafe extern "C" {
+        fn mi_process_init();
+        fn mi_option_set(option: c_int, value: c_long);
+        fn mi_version() -> c_int;
     }
 
     extern "C" fn choose(count: c_int, arguments: *const *const c_char) {
-        // SAFETY: the C library passes the arguments of `main`, `count` of them.
-        let worker = unsafe { count > 1 && CStr::from_ptr(*arguments.add(1)) == c"worker" };
-        let choice = if worker { WORKER } else { SYSTEM };
-        let _ = CHOSEN.compare_exchange(OPEN, choice, Relaxed, Relaxed);
+        // SAFETY: the C library passes the arguments of `main`, `count` of them. The functions of
+        // mimalloc have these signatures, may be called at any time, and allocate nothing.
+        unsafe {
+            let worker = count > 1 && CStr::from_ptr(*arguments.add(1)) == c"worker";
+            // Once it has started: before, it would take this for a wish to have huge pages off
+            // for this process and all that it starts.
+            mi_process_init();
+            if !worker && mi_version() / 10_000 == 3 {
+                mi_option_set(ALLOW_HUGE, 0);
+                mi_option_set(RESERVE, 64 << 10);
+            }
+        }
     }
 
     #[used]
     #[unsafe(link_section = ".init_array")]
     static CHOOSE: extern "C" fn(c_int, *const *const c_char) = choose;
 }
-
-#[cfg(not(all(target_os = "linux", target_env = "gnu")))]
-#[global_allocator]
-static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;

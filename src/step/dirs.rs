@@ -8,9 +8,8 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use crate::store::{states_in, unique};
 
-/// Empty folders that attempts of a run have no use for, for those that have. Most steps need what
-/// others did not; to remove a folder and make it again is slow where a file system tells its device
-/// of every block that is free, and waits for it.
+/// Empty folders that attempts of a run have no use for, for those that have. To remove one and to
+/// make it again is slow where a file system tells its device of every free block, and waits.
 #[derive(Debug)]
 pub struct Shelf {
     at: PathBuf,
