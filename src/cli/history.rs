@@ -143,7 +143,11 @@ fn show_step(store: &Store, run: &Run, step: &StepStatus) -> Result<(), Failure>
         table::when(made.started_unix_ms),
         table::seconds(made.seconds)
     )?;
-    outln!("  on       {}, {} {}, {} threads", made.host, made.device, made.isa, made.threads)?;
+    let threads = match made.threads {
+        1 => "1 thread".to_owned(),
+        n => format!("{n} threads"),
+    };
+    outln!("  on       {}, {} {}, {threads}", made.host, made.device, made.isa)?;
     if let Some(bytes) = made.peak_rss_bytes {
         outln!("  memory   {} at most", table::bytes(bytes))?;
     }

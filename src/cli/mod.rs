@@ -34,7 +34,7 @@ use std::io::{ErrorKind, IsTerminal};
 use std::panic::{UnwindSafe, catch_unwind};
 use std::process::ExitCode;
 
-use clap::{CommandFactory, Parser};
+use clap::CommandFactory;
 
 pub use inspect::{kinds_table, schemas};
 
@@ -59,7 +59,7 @@ fn guarded(work: impl FnOnce() -> Exit + UnwindSafe) -> Exit {
 }
 
 fn start(kinds: &'static [Kind]) -> Exit {
-    let arguments = match Arguments::try_parse() {
+    let arguments = match Arguments::read() {
         Ok(arguments) => arguments,
         Err(e) => {
             // There are no arguments to ask yet.
@@ -117,7 +117,7 @@ fn dispatch(stage: &Stage, command: Command) -> Result<Exit, Failure> {
         }
         Command::Completions { shell } => {
             let mut script = Vec::new();
-            clap_complete::generate(shell, &mut Arguments::command(), "flow", &mut script);
+            clap_complete::generate(shell, &mut <Arguments>::command(), "flow", &mut script);
             let script = String::from_utf8_lossy(&script);
             if stage.json {
                 let shell = shell.to_string();

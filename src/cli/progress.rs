@@ -57,7 +57,9 @@ impl Screen {
             RunEvent::RunStarted { run, pipeline, steps, jobs } => {
                 self.width = steps.iter().map(|s| s.chars().count()).max().unwrap_or(8).min(40);
                 let n = steps.len();
-                self.say(format!("{pipeline}: run {run}, {n} steps, {jobs} CPU slots"));
+                let s = |n: usize| if n == 1 { "" } else { "s" };
+                let (steps, slots) = (s(n), s(*jobs));
+                self.say(format!("{pipeline}: run {run}, {n} step{steps}, {jobs} CPU slot{slots}"));
             }
             RunEvent::Unchanged { run, pipeline, steps, since } => {
                 self.say(format!("{pipeline}: run {run}, {steps} steps, unchanged since {since}"));
@@ -90,7 +92,12 @@ impl Screen {
                 }
                 // A command's own advice is the end of its log.
                 let tail = log_tail.join("\n");
-                let repeats = |line: &String| !tail.is_empty() && line.ends_with(&tail);
+                let repeats = |line: &String| {
+                    let own = line.split_once('\n').map_or("", |(_, own)| own);
+                    !tail.is_empty()
+                        && !own.is_empty()
+                        && (own.ends_with(&tail) || tail.ends_with(own))
+                };
                 for line in help.iter().filter(|line| !repeats(line)) {
                     self.say(format!("    help: {line}"));
                 }

@@ -107,6 +107,8 @@ pub(super) fn set(env: &BTreeMap<String, Option<String>>) -> BTreeMap<String, St
 pub(super) enum Said {
     Event(Event),
     Waiting(String),
+    /// It needs what it was lent no longer.
+    Resting,
 }
 
 /// A failure that can cross a process boundary.
@@ -236,6 +238,7 @@ fn hold(task: &Task, step: &dyn Step, dir: &Path, around: &Around<'_>) -> Result
         env,
         cancel: around.cancel,
         emit: &|event| (around.say)(Said::Event(event)),
+        rest: &|| (around.say)(Said::Resting),
         produced: Produced { afresh: task.force, ..Produced::default() },
     };
     // A body that is stopped gives an error; one that came to its end is finished work.

@@ -101,7 +101,8 @@ impl Estimate {
         Self {
             steps: ahead.len(),
             seconds,
-            work_seconds: costs().flatten().map(|c| c.seconds).sum(),
+            // A sum of nothing is -0.0.
+            work_seconds: costs().flatten().map(|c| c.seconds).fold(0.0, |a, b| a + b),
             peak_rss_bytes,
             output_bytes: costs().flatten().filter_map(|c| c.output_bytes).sum(),
             unknown: missing(|_| true),

@@ -7,6 +7,7 @@
 
 mod attempt;
 mod bind;
+mod check;
 mod durable;
 mod ended;
 mod estimate;

@@ -26,7 +26,8 @@ pub(super) struct Queued {
 /// An attempt under way.
 pub(super) struct Running {
     pub(super) queued: Queued,
-    pub(super) grant: Grant,
+    /// What it was lent, until it needs that no longer.
+    pub(super) grant: Option<Grant>,
     pub(super) cancel: Arc<AtomicBool>,
     pub(super) deadline: Option<Instant>,
     pub(super) timed_out: bool,

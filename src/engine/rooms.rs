@@ -8,12 +8,12 @@
 
 use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
-use std::sync::{Mutex, OnceLock, PoisonError};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 
 use anyhow::Result;
 
 use super::scratch::{self, Spent};
-use crate::step::{Dirs, Step};
+use crate::step::{Dirs, Shelf, Step};
 use crate::store::{Look, Store};
 
 /// A folder that nobody works in, with those in it.
@@ -30,13 +30,16 @@ pub(super) struct Rooms<'a> {
     look: OnceLock<Option<Look>>,
     /// Takes what attempts leave behind.
     rest: PathBuf,
+    /// Lies there, too.
+    shelf: Arc<Shelf>,
     spent: Spent,
 }
 
 impl<'a> Rooms<'a> {
     pub(super) fn new(store: &'a Store, run: &str) -> Self {
-        let (free, spent) = (Mutex::default(), Spent::default());
-        Self { store, free, look: OnceLock::new(), rest: scratch::rest(store, run), spent }
+        let (free, spent, rest) = (Mutex::default(), Spent::default(), scratch::rest(store, run));
+        let shelf = Arc::new(Shelf::new(rest.clone()));
+        Self { store, free, look: OnceLock::new(), rest, shelf, spent }
     }
 
     /// Makes an attempt's folder, or gives it one that is there.
@@ -48,7 +51,7 @@ impl<'a> Rooms<'a> {
             && disk.rename(&room.dir, dir).is_ok()
         {
             let moved = |below: &PathBuf| Some(dir.join(below.strip_prefix(&room.dir).ok()?));
-            return Ok(Dirs::with(room.dirs.iter().filter_map(moved).collect()));
+            return Ok(Dirs::with(room.dirs.iter().filter_map(moved).collect(), &self.shelf));
         }
         // Nobody else has its name.
         disk.create_new_dir(dir)?;

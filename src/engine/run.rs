@@ -1,17 +1,18 @@
 //! The run: decides, lends slots, starts attempts, and says what happens.
 
 use std::collections::BTreeMap;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
-use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::Scope;
 use std::time::{Duration, Instant, SystemTime};
 
 use anyhow::Result;
 use petgraph::graph::NodeIndex;
 
-use super::attempt::{Around, Failure, Reply, Said, Task, attempt, guarded, set};
+use super::attempt::{Around, Failure, Reply, Said, Task, attempt};
 use super::bind::{Bound, Decision, bind, decide};
+use super::check::check_inputs;
 use super::ended::{downstream, last_lines};
 use super::hands::{Ended, Hands};
 use super::pending::{Log, Queued, Running};
@@ -27,7 +28,7 @@ use crate::lineage::{
     Journal, Made, Past, Record, Runs, State, Status, StepSummary, Summary, Why, unix_ms,
 };
 use crate::pipeline::{Instance, Plan};
-use crate::step::{CHECKPOINT_EVERY, Context, Dirs, Event, Produced, Step};
+use crate::step::{Event, Step};
 use crate::store::Spares;
 
 /// Runs a plan.
@@ -276,32 +277,9 @@ impl<'a> Runner<'a, '_> {
 
     /// Lets a step look at its inputs' headers before anything is spent on it.
     fn check_inputs(&mut self, node: NodeIndex, bound: &Bound) -> Result<()> {
-        let store = &self.session.store;
-        let said = Mutex::new(Vec::new());
-        let emit = |event| said.lock().unwrap_or_else(PoisonError::into_inner).push(event);
-        let attempt_dir = scratch::path(store, &self.journal.info.id, &bound.key);
-        let (device, compute) = self.session.options.place(self.instance(node));
-        let cx = Context {
-            store: store.clone(),
-            hub: self.session.hub,
-            attempt_dir: attempt_dir.clone(),
-            dirs: &Dirs::default(),
-            key: bound.key,
-            build: machine::BUILD.into(),
-            checkpoint_every: CHECKPOINT_EVERY,
-            grace: self.session.options.grace,
-            threads: self.session.options.jobs,
-            device,
-            compute: compute.to_owned(),
-            env: set(&self.instance(node).env),
-            cancel: self.session.cancel,
-            emit: &emit,
-            produced: Produced::default(),
-        };
-        let checked = guarded(|| bound.step.check_inputs(&cx));
-        drop(cx);
-        let _ = std::fs::remove_dir_all(attempt_dir);
-        for event in said.into_inner().unwrap_or_else(PoisonError::into_inner) {
+        let (instance, run) = (self.instance(node), &self.journal.info.id);
+        let (checked, said) = check_inputs(self.session, run, instance, bound);
+        for event in said {
             let step = self.id(node);
             self.emit(RunEvent::Step { step, event })?;
         }
@@ -337,11 +315,20 @@ impl<'a> Runner<'a, '_> {
                 self.hit(node, twin)?;
                 continue;
             }
+            // What must be alone has nobody's result written beside it.
+            if needs.exclusive && self.resting().next().is_some() {
+                continue;
+            }
             let Some(grant) = self.slots.take(&needs) else { continue };
             let Some((_, queued)) = self.queue.remove(&position) else { continue };
             self.start(node, queued, grant, scope, hands, send)?;
         }
         Ok(())
+    }
+
+    /// Steps whose work is done and whose results are being kept.
+    fn resting(&self) -> impl Iterator<Item = &Running> {
+        self.running.values().filter(|running| running.grant.is_none())
     }
 
     fn start<'scope>(
@@ -374,7 +361,7 @@ impl<'a> Runner<'a, '_> {
         let (attempt_no, threads, gpus) = (queued.attempt, grant.threads, grant.gpus.clone());
         let running = Running {
             queued,
-            grant,
+            grant: Some(grant),
             cancel: Arc::clone(&cancel),
             deadline: instance.policy.timeout.map(|t| Instant::now() + t),
             timed_out: false,
@@ -425,6 +412,17 @@ impl<'a> Runner<'a, '_> {
                 let step = self.id(node);
                 self.emit(RunEvent::Waiting { step, holder })
             }
+            Message::Said(node, Said::Resting) => {
+                // As many as are at work, so that what waits for the disk does not grow.
+                let resting = self.resting().count();
+                if resting < self.session.options.jobs
+                    && let Some(running) = self.running.get_mut(&node)
+                    && let Some(grant) = running.grant.take()
+                {
+                    self.slots.give(grant);
+                }
+                Ok(())
+            }
             Message::Said(node, Said::Event(event)) => {
                 let line = match &event {
                     Event::Log { line } => Some(format!("{line}\n")),
@@ -447,7 +445,9 @@ impl<'a> Runner<'a, '_> {
     fn ended(&mut self, node: NodeIndex, reply: Reply) -> Result<()> {
         let Some(running) = self.running.remove(&node) else { return Ok(()) };
         let Running { queued, grant, timed_out, started, mut log, .. } = running;
-        self.slots.give(grant);
+        if let Some(grant) = grant {
+            self.slots.give(grant);
+        }
         let (step, key) = (self.id(node), queued.bound.key);
         let mut failure = match reply {
             Reply::Made { record, differs } => {

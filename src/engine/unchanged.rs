@@ -30,7 +30,7 @@ use crate::pipeline::Plan;
 use crate::store::{Entry, FileState, States, Store, digest_of_states, states_in};
 
 /// Raised when the file changes its meaning.
-const FORMAT: u32 = 3;
+const FORMAT: u32 = 4;
 
 /// Bytes of an object in the index: digest and size.
 const OBJECT: usize = Digest::LENGTH + size_of::<u64>();
@@ -90,12 +90,9 @@ fn folders(store: &Store) -> [Vec<(OsString, FileState)>; 2] {
     ["records", "trees"].map(|kind| states_in(&store.root().join(kind)))
 }
 
-fn folders_digest(folders: &[Vec<(OsString, FileState)>; 2]) -> Result<Digest> {
-    let folders = folders.each_ref().map(|kind| {
-        let named = kind.iter().map(|(name, state)| (name.to_string_lossy(), state));
-        named.collect::<Vec<_>>()
-    });
-    Ok(Digest::of(&serde_json::to_vec(&folders)?))
+fn folders_digest(folders: &[Vec<(OsString, FileState)>; 2]) -> Digest {
+    let each = folders.each_ref().map(|kind| digest_of_states(kind.iter().map(|(n, s)| (n, s))));
+    Digest::of(&each.map(|digest| *digest.as_bytes()).concat())
 }
 
 /// Leaves an index for the runs to come, if all that this run looked at has settled.
@@ -154,7 +151,7 @@ pub(super) fn remember(
         environment: plan.environment.clone(),
         lock: lock_digest(&prepared.lock)?,
         files,
-        folders: folders_digest(&folders)?,
+        folders: folders_digest(&folders),
         outputs: outputs::placed(plan, session)?,
         pipeline: plan.name.clone(),
         since: run.to_owned(),
@@ -231,7 +228,7 @@ fn standing(file: &Path, text: &str, session: &Session<'_>) -> Option<Index> {
         && index.lock == lock_digest(&lock()?).ok()?
         && index.files.iter().all(same_files)
         && index.outputs.iter().all(|(path, states)| outputs::is_as_placed(store, path, *states))
-        && index.folders == folders_digest(&folders(store)).ok()?
+        && index.folders == folders_digest(&folders(store))
         && store.has_objects(&objects);
     stands.then_some(index)
 }

@@ -125,6 +125,9 @@ pub struct Context<'a> {
     pub cancel: &'a AtomicBool,
     /// Takes events.
     pub emit: &'a (dyn Fn(Event) + Sync),
+    /// To be called once the work is done and all that is left is to keep what it gave: what the
+    /// step was lent can be another's meanwhile. Nothing need call it.
+    pub rest: &'a (dyn Fn() + Sync),
     /// What it has made so far.
     pub produced: Produced,
 }
@@ -341,6 +344,7 @@ mod tests {
             env: BTreeMap::new(),
             cancel: &AtomicBool::new(false),
             emit: &|_| {},
+            rest: &|| {},
             produced: Produced::default(),
         };
         let evil = dir.path().join("evil");

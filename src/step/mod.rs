@@ -16,7 +16,7 @@ mod kind;
 mod outside;
 
 pub use context::{CHECKPOINT_EVERY, Context, Device, Event, Facts, Produced, Refused};
-pub use dirs::Dirs;
+pub use dirs::{Dirs, Shelf};
 pub use input::{Binding, FileInput, Gather, Input, Member, Text, TextPiece, key_form};
 pub use kind::{Added, BadField, Cpu, Kind, Needs, Ports, Problem, Step, StepKind};
 pub use outside::Outside;

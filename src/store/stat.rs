@@ -5,6 +5,7 @@
 //! never an error, and may be deleted at any time.
 
 use std::collections::BTreeMap;
+use std::ffi::OsStr;
 use std::fs::Metadata;
 use std::io::{self, Write};
 use std::os::unix::fs::MetadataExt;
@@ -96,16 +97,26 @@ impl FileState {
 /// States of a file or of all files of a folder, by path below it.
 pub type States = BTreeMap<PathBuf, FileState>;
 
-/// The digest of states, by which they are compared where there may be millions.
-pub fn digest_of_states(states: &States) -> Digest {
-    let mut hasher = blake3::Hasher::new();
-    for (path, FileState { dev, ino, size, mtime_ns, ctime_ns }) in states {
-        let path = path.as_os_str().as_encoded_bytes();
-        hasher.update(&(path.len() as u64).to_le_bytes()).update(path);
+/// The digest of named states, by which they are compared where there may be millions.
+pub fn digest_of_states<'a, N: AsRef<OsStr>>(
+    states: impl IntoIterator<Item = (N, &'a FileState)>,
+) -> Digest {
+    // Many small pieces cost more one by one.
+    const ENOUGH: usize = 32 << 10;
+    let (mut hasher, mut bytes) = (blake3::Hasher::new(), Vec::with_capacity(4 << 10));
+    for (name, FileState { dev, ino, size, mtime_ns, ctime_ns }) in states {
+        let name = name.as_ref().as_encoded_bytes();
+        bytes.extend_from_slice(&(name.len() as u64).to_le_bytes());
+        bytes.extend_from_slice(name);
         for number in [*dev, *ino, *size, mtime_ns.cast_unsigned(), ctime_ns.cast_unsigned()] {
-            hasher.update(&number.to_le_bytes());
+            bytes.extend_from_slice(&number.to_le_bytes());
+        }
+        if bytes.len() >= ENOUGH {
+            hasher.update(&bytes);
+            bytes.clear();
         }
     }
+    hasher.update(&bytes);
     Digest::from_bytes(*hasher.finalize().as_bytes())
 }
 

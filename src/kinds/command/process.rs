@@ -11,7 +11,7 @@ use std::os::fd::{AsFd as _, OwnedFd};
 use std::os::unix::fs::PermissionsExt as _;
 use std::os::unix::process::ExitStatusExt as _;
 use std::path::{Path, PathBuf};
-use std::process::{Command, Stdio};
+use std::process::Command;
 use std::sync::{Mutex, OnceLock, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -57,19 +57,21 @@ pub(super) fn run(job: &Job<'_>, cx: &Context<'_>) -> Result<()> {
     let mark = mark(&cx.attempt_dir);
     left::adopt();
     let what = watch::Announcing { shell: &shell, script: job.script };
+    // One pipe for both, so that lines come in the order in which they were written.
+    let (from, to) = std::io::pipe().context("making a pipe")?;
+    let stderr = to.try_clone().context("making a pipe")?;
     let set = |command: &mut Command| {
         command.current_dir(job.dir).env_clear().envs(inherited.iter().map(|(n, v)| (n, v)));
         command.env("LANG", "C.UTF-8").env("LC_ALL", "C.UTF-8").envs(&job.environment);
-        command.stdout(Stdio::piped()).stderr(Stdio::piped());
+        command.stdout(to).stderr(stderr);
     };
     let (mut child, watch) = watch::ready(&mark)?.spawn(&what, set).map_err(|e| {
         let fault = Fault::new(format!("the shell `{}` cannot be started", job.shell));
         fault.help("set `shell` to a program that is on the PATH").cause(e)
     })?;
     let (leader, begun) = (watch.leader(), Instant::now());
-    let out = child.stdout.take().map(|out| Lines::of(out.into()));
-    let err = child.stderr.take().map(|err| Lines::of(err.into()));
-    let mut said = Said { pipes: [out, err], tail: VecDeque::with_capacity(TAIL) };
+    let lines = Lines { from: OwnedFd::from(from).into(), rest: Vec::new() };
+    let mut said = Said { lines: Some(lines), tail: VecDeque::with_capacity(TAIL) };
     let waited = wait(leader, cx, &mut said);
     // Whatever it left running would hold the pipes open, and its slots are free now. Before it is
     // reaped, so that its number cannot be another's yet.
@@ -95,6 +97,7 @@ pub(super) fn run(job: &Job<'_>, cx: &Context<'_>) -> Result<()> {
         bail!("interrupted");
     }
     if status.success() {
+        (cx.rest)();
         return Ok(());
     }
     let how = match (status.code(), status.signal()) {
@@ -209,36 +212,32 @@ fn strays(attempt_dir: &Path) -> Vec<Pid> {
 
 /// What the command writes.
 struct Said {
-    pipes: [Option<Lines>; 2],
+    /// Until the end of its output.
+    lines: Option<Lines>,
     tail: VecDeque<String>,
 }
 
 impl Said {
     /// Whether more may come.
     fn is_open(&self) -> bool {
-        self.pipes.iter().any(Option::is_some)
+        self.lines.is_some()
     }
 
     /// Waits so long for lines, or for the process to end, and logs what has come.
     fn hear(&mut self, cx: &Context<'_>, end: Option<&OwnedFd>, time: Duration) -> Result<()> {
-        let pipes = self.pipes.iter().flatten().map(|lines| lines.from.as_fd());
-        let fds = pipes.chain(end.map(|fd| fd.as_fd()));
+        let pipe = self.lines.iter().map(|lines| lines.from.as_fd());
+        let fds = pipe.chain(end.map(|fd| fd.as_fd()));
         let mut fds: Vec<PollFd<'_>> =
             fds.map(|fd| PollFd::from_borrowed_fd(fd, PollFlags::IN)).collect();
         match poll(&mut fds, Some(&Timespec::try_from(time)?)) {
             Ok(_) | Err(rustix::io::Errno::INTR) => {}
             Err(e) => return Err(e).context("waiting for the command"),
         }
-        let ready: Vec<bool> = fds.iter().map(|fd| !fd.revents().is_empty()).collect();
-        let mut ready = ready.into_iter();
+        // The pipe, if there is one, is the first of them.
+        let ready = fds.first().is_some_and(|fd| !fd.revents().is_empty());
         let mut heard = Vec::new();
-        for pipe in &mut self.pipes {
-            if let Some(lines) = pipe
-                && ready.next() == Some(true)
-                && !lines.read(&mut heard)
-            {
-                *pipe = None;
-            }
+        if ready && self.lines.as_mut().is_some_and(|lines| !lines.read(&mut heard)) {
+            self.lines = None;
         }
         for line in heard {
             if self.tail.len() == TAIL {
@@ -259,10 +258,6 @@ struct Lines {
 }
 
 impl Lines {
-    fn of(from: OwnedFd) -> Self {
-        Self { from: File::from(from), rest: Vec::new() }
-    }
-
     /// Reads once; `false` at the end of the pipe.
     fn read(&mut self, heard: &mut Vec<String>) -> bool {
         let mut chunk = [0; 16 << 10];
@@ -292,6 +287,8 @@ impl Lines {
 
 #[cfg(test)]
 mod tests {
+    use std::process::Stdio;
+
     use super::*;
 
     #[cfg(target_os = "linux")]

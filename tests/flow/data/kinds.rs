@@ -96,6 +96,7 @@ impl Room {
             env: BTreeMap::from([("GREETING".to_owned(), "hello".to_owned())]),
             cancel: &self.cancel,
             emit: &emit,
+            rest: &|| {},
             produced: flow::step::Produced::default(),
         };
         step.check_inputs(&cx)?;

@@ -94,6 +94,31 @@ fn independent_steps_run_side_by_side() {
     assert_eq!(most.max(), Some(4));
 }
 
+/// One at a time is kept beside one that works; what must be alone waits for both.
+#[test]
+fn what_a_resting_step_was_lent_is_lent_again() {
+    let mut bench = Bench::new();
+    bench.options.jobs = 1;
+    let step = |name: &str, with: &str| {
+        format!("  {name}: {{ kind: nap, with: {{ ms: 150, name: {name}, {with} }} }}\n")
+    };
+    let resting = ["a", "b", "c"].map(|name| step(name, "rests: true")).concat();
+    let run = bench.run(&format!("steps:\n{resting}{}", step("d", "exclusive: true")));
+    let (mut running, mut most) = (BTreeSet::new(), 0);
+    for event in &run.events {
+        match event {
+            RunEvent::Started { step, .. } => {
+                running.insert(step.clone());
+                assert!(step != "d" || running.len() == 1, "{running:?}");
+            }
+            RunEvent::Finished { step, .. } => drop(running.remove(step)),
+            _ => {}
+        }
+        most = most.max(running.len());
+    }
+    assert_eq!((run.outcome.ran, most), (4, 2));
+}
+
 #[test]
 fn two_steps_of_one_key_run_once() {
     let steps =

@@ -134,6 +134,9 @@ pub(super) struct Nap {
     /// Ends its own process.
     #[serde(default)]
     die: bool,
+    /// Says that its work is done before it sleeps.
+    #[serde(default)]
+    rests: bool,
     /// Fails this often, by a count in this file.
     #[serde(default)]
     flaky: Option<(PathBuf, usize)>,
@@ -170,6 +173,9 @@ impl StepKind for Nap {
                 std::fs::write(path, "x".repeat(failed + 1))?;
                 bail!("flaky for the {}. time", failed + 1);
             }
+        }
+        if self.rests {
+            (cx.rest)();
         }
         for done in 0..self.ms.div_ceil(5) {
             cx.stop()?;

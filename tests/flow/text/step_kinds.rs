@@ -89,6 +89,7 @@ impl Bench {
             env: BTreeMap::new(),
             cancel: &cancel,
             emit: &emit,
+            rest: &|| {},
             produced: Produced::default(),
         };
         step.check_inputs(&cx)?;

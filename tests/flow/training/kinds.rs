@@ -112,6 +112,7 @@ impl Bench {
             env: BTreeMap::new(),
             cancel: &cancel,
             emit: &emit,
+            rest: &|| {},
             produced: Produced::default(),
         };
         step.check_inputs(&cx)?;
