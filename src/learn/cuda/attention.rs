@@ -9,6 +9,9 @@ use crate::learn::linear::Dropout;
 /// Head sizes with kernels of their own for bf16; others take the plain ones.
 const SIZES: [usize; 4] = [32, 64, 96, 128];
 
+/// Heads of this size at most have f32 kernels that hold less at once, so that more run.
+const SMALL: usize = 64;
+
 /// Queries, keys and values, or their gradients.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Heads {
@@ -98,6 +101,7 @@ impl Attention {
     ) -> Result<Self> {
         let own = device.float == Float::Bf16 && SIZES.contains(&head);
         let suffix = match device.float {
+            Float::F32 if head <= SMALL => format!("f32_{SMALL}"),
             Float::F32 => "f32".to_owned(),
             Float::Bf16 if own => format!("bf16_{head}"),
             Float::Bf16 => "bf16".to_owned(),

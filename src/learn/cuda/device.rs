@@ -18,6 +18,9 @@ use crate::source::Fault;
 /// The oldest driver that takes the kernels (see ptx.sh), as it gives its version.
 const DRIVER: i32 = 12_030;
 
+/// Bytes of a block of [`Device::shared_loss`] for its part of a row, at most.
+pub(super) const LOSS_ROOM: usize = 224 << 10;
+
 /// Type of the numbers of activations and frozen weights.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub(crate) enum Float {
@@ -94,7 +97,6 @@ kernels!(
     widen,
     nf4_dequantize,
     place_adapters,
-    add_tiles,
     copy_trained,
     square_sums,
     adamw,
@@ -187,6 +189,8 @@ pub(super) struct Device {
     pub(super) attention: sys::CUmodule,
     /// Attention kernels for Hopper, where the card is one and they suit the model.
     pub(super) hopper: Option<sys::CUmodule>,
+    /// The loss with a row shared by blocks, likewise.
+    pub(super) shared_loss: Option<Kernel>,
     pub(super) matmuls: Matmuls,
     /// Nothing is done: only how much memory it would take is wanted.
     pub(super) dry: Cell<bool>,
@@ -219,6 +223,10 @@ fn load(packed: &[u8], name: &str) -> Result<sys::CUmodule> {
     unsafe { result::module::load_data(text.as_ptr().cast::<c_void>()) }
         .map_err(failed)
         .with_context(|| format!("compiling {name} for this GPU"))
+}
+
+fn shared_loss(module: sys::CUmodule) -> Result<Kernel> {
+    Kernel::get(module, "cross_entropy_sm90")?.shared_memory(LOSS_ROOM)
 }
 
 impl Device {
@@ -302,6 +310,7 @@ impl Device {
             adapters,
             attention: load(attention, "the attention kernels")?,
             hopper,
+            shared_loss: hopper.map(shared_loss).transpose()?,
             matmuls: Matmuls::open()?,
             dry: Cell::new(false),
             name,

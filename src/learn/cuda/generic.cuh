@@ -8,7 +8,7 @@
 namespace attention {
 namespace generic {
 
-constexpr int TILE = 64, CHUNK = 32, CHUNKS = 8;
+constexpr int TILE = 64, CHUNK = 32;
 /// Rows are read four numbers at a time; 16 rows apart by this fall into different banks.
 constexpr int PAD = 4;
 
@@ -71,12 +71,12 @@ __device__ __forceinline__ void scores(float (&s)[4][4], Shared &sh, const Rows<
     }
 }
 
-/// Columns 2 tx and 2 tx + 1 of each chunk of the thread's rows.
-using Sum = float[CHUNKS][4][2];
+/// Columns 2 tx and 2 tx + 1 of each chunk of the thread's rows; a head has so many chunks at most.
+template <int CHUNKS> using Sum = float[CHUNKS][4][2];
 
 /// sum += P B[j0..j0 + 64][..d], where P is what the threads hold in `p`.
-template <typename T>
-__device__ __forceinline__ void accumulate(Sum &sum, Shared &sh, const float (&p)[4][4],
+template <int CHUNKS, typename T>
+__device__ __forceinline__ void accumulate(Sum<CHUNKS> &sum, Shared &sh, const float (&p)[4][4],
                                            const Rows<T> &b, int j0, int d) {
     const int tx = threadIdx.x & 15, ty = threadIdx.x >> 4;
     __syncthreads();
@@ -109,8 +109,8 @@ __device__ __forceinline__ void accumulate(Sum &sum, Shared &sh, const float (&p
 }
 
 /// Row r of the thread times `by[r]`, to rows i0.. of `to`.
-template <typename T>
-__device__ __forceinline__ void write(const Sum &sum, T *to, int64_t ld, int i0, int n, int d,
+template <int CHUNKS, typename T>
+__device__ __forceinline__ void write(const Sum<CHUNKS> &sum, T *to, int64_t ld, int i0, int n, int d,
                                       const float (&by)[4]) {
     const int tx = threadIdx.x & 15, ty = threadIdx.x >> 4;
 #pragma unroll
@@ -134,7 +134,7 @@ __device__ __forceinline__ float row_sum(float x) {
     return x;
 }
 
-template <typename T>
+template <int CHUNKS, typename T>
 __device__ __forceinline__ void forward(const T *q, const T *k, const T *v, T *o, float *lse,
                                         int ldq, int ldk, int ldv, int ldo, const Shape &s,
                                         const Dropout &dropout) {
@@ -150,7 +150,7 @@ __device__ __forceinline__ void forward(const T *q, const T *k, const T *v, T *o
     const float scale = s.scale * LOG2E;
     const Dropout drop = dropout.threshold ? at(dropout, blockIdx.y * s.heads + h) : dropout;
 
-    Sum sum = {};
+    Sum<CHUNKS> sum = {};
     float top[4], total[4] = {};
     for (int r = 0; r < 4; ++r) top[r] = -INFINITY;
     const int end = s.causal ? min(n, i0 + TILE) : n;
@@ -188,7 +188,7 @@ __device__ __forceinline__ void forward(const T *q, const T *k, const T *v, T *o
             for (int chunk = 0; chunk < CHUNKS; ++chunk)
                 sum[chunk][r][0] *= fade, sum[chunk][r][1] *= fade;
         }
-        accumulate(sum, sh, p, rv, j0, d);
+        accumulate<CHUNKS>(sum, sh, p, rv, j0, d);
     }
     float by[4];
     for (int r = 0; r < 4; ++r) {
@@ -197,7 +197,7 @@ __device__ __forceinline__ void forward(const T *q, const T *k, const T *v, T *o
         if (tx == 0 && i < n)
             lse[int64_t(h) * s.tokens + start + i] = top[r] * scale + log2f(total[r]);
     }
-    write(sum, o + int64_t(start) * ldo + h * d, ldo, i0, n, d, by);
+    write<CHUNKS>(sum, o + int64_t(start) * ldo + h * d, ldo, i0, n, d, by);
 }
 
 template <typename T>
@@ -214,7 +214,7 @@ __device__ __forceinline__ void delta(const T *o, const T *g, float *delta, int 
     if (lane == 0) delta[int64_t(h) * tokens + t] = x;
 }
 
-template <typename T>
+template <int CHUNKS, typename T>
 __device__ __forceinline__ void backward_q(const T *q, const T *k, const T *v, const T *g,
                                            const float *lse, const float *delta, T *dq, int ldq,
                                            int ldk, int ldv, int ldg, int lddq, const Shape &s,
@@ -233,7 +233,7 @@ __device__ __forceinline__ void backward_q(const T *q, const T *k, const T *v, c
     const Dropout drop = dropout.threshold ? at(dropout, blockIdx.y * s.heads + h) : dropout;
     const float keep = drop.threshold ? drop.scale : 1.f;
 
-    Sum sum = {};
+    Sum<CHUNKS> sum = {};
     const int end = s.causal ? min(n, i0 + TILE) : n;
     const int begin = s.window ? max(0, i0 - s.window + 1) / TILE * TILE : 0;
     for (int j0 = begin; j0 < end; j0 += TILE) {
@@ -256,13 +256,13 @@ __device__ __forceinline__ void backward_q(const T *q, const T *k, const T *v, c
                 if (j < see.x || j >= see.y) p[r][c] = 0.f;
             }
         }
-        accumulate(sum, sh, p, rk, j0, d);
+        accumulate<CHUNKS>(sum, sh, p, rk, j0, d);
     }
     const float by[4] = {s.scale, s.scale, s.scale, s.scale};
-    write(sum, dq + int64_t(start) * lddq + h * d, lddq, i0, n, d, by);
+    write<CHUNKS>(sum, dq + int64_t(start) * lddq + h * d, lddq, i0, n, d, by);
 }
 
-template <typename T>
+template <int CHUNKS, typename T>
 __device__ __forceinline__ void backward_kv(const T *q, const T *k, const T *v, const T *g,
                                             const float *lse, const float *delta, T *dk, T *dv,
                                             int ldq, int ldk, int ldv, int ldg, int lddk, int lddv,
@@ -276,7 +276,7 @@ __device__ __forceinline__ void backward_kv(const T *q, const T *k, const T *v, 
     const Rows<T> rv{v + int64_t(start) * ldv + kv * d, ldv, n};
     const float scale = s.scale * LOG2E;
 
-    Sum sk = {}, sv = {};
+    Sum<CHUNKS> sk = {}, sv = {};
     const int begin = s.causal ? j0 : 0;
     const int end = s.window ? min(n, j0 + TILE - 1 + s.window) : n;
     for (int h = kv * group; h < (kv + 1) * group; ++h) {
@@ -306,14 +306,14 @@ __device__ __forceinline__ void backward_kv(const T *q, const T *k, const T *v, 
                     p[r][c] = stays ? x * keep : 0.f;
                 }
             }
-            accumulate(sv, sh, p, rg, i0, d);
-            accumulate(sk, sh, dp, rq, i0, d);
+            accumulate<CHUNKS>(sv, sh, p, rg, i0, d);
+            accumulate<CHUNKS>(sk, sh, dp, rq, i0, d);
         }
     }
     const float one[4] = {1.f, 1.f, 1.f, 1.f};
     const float by[4] = {s.scale, s.scale, s.scale, s.scale};
-    write(sv, dv + int64_t(start) * lddv + kv * d, lddv, j0, n, d, one);
-    write(sk, dk + int64_t(start) * lddk + kv * d, lddk, j0, n, d, by);
+    write<CHUNKS>(sv, dv + int64_t(start) * lddv + kv * d, lddv, j0, n, d, one);
+    write<CHUNKS>(sk, dk + int64_t(start) * lddk + kv * d, lddk, j0, n, d, by);
 }
 
 }  // namespace generic

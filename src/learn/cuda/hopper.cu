@@ -363,3 +363,5 @@ HOPPER(64)
 #if !defined(HEAD) || HEAD == 128
 HOPPER(128)
 #endif
+
+#include "loss_sm90.cuh"
