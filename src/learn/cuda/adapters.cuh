@@ -232,16 +232,13 @@ extern "C" __global__ void __launch_bounds__(256)
 
 // Sums over a span of rows for each tile: parts[span][tile][rank][column]. `kept` is null where
 // nothing is dropped. With `rstd` the input is what a root-mean-square norm of weight `w` makes of
-// x: rounded as it makes it. The last block of a tile adds the sums of all spans to the gradients
-// in their order; `done` counts the blocks, from 0 to 0.
+// x: rounded as it makes it.
 extern "C" __global__ void __launch_bounds__(128)
     adapter_gradients(const bf16* x, int ldx, const bf16* z, int ldz, const bf16* g, int ldg,
                       const Tile* tiles, float* parts, int largest, int rows, int span, int inputs,
-                      const uint32_t* kept, float scale, const float* rstd, const float* w,
-                      int* done) {
+                      const uint32_t* kept, float scale, const float* rstd, const float* w) {
   __shared__ __align__(16) bf16 wide[2][64 * PITCH], thin[2][64 * PITCH];
   __shared__ __align__(16) float inverse[2][64];
-  __shared__ int before;
   __shared__ __align__(16) uint32_t masks[2][MASKS * 128];
   Tile t = tiles[blockIdx.x];
   const bf16* big = (t.of_gradient ? g : x) + t.col;
@@ -347,31 +344,20 @@ extern "C" __global__ void __launch_bounds__(128)
         *(float2*)(out + (r + 8) * 64 + c) = make_float2(by * sum[m][n][2], by * sum[m][n][3]);
     }
   }
-  __threadfence();
-  __syncthreads();
-  if (threadIdx.x == 0) before = atomicAdd(done + blockIdx.x, 1);
-  __syncthreads();
-  if (before + 1 < gridDim.y) return;
-  if (threadIdx.x == 0) done[blockIdx.x] = 0;
-  __threadfence();
-  size_t each = (size_t)gridDim.x * largest * 64;
-  parts += (size_t)blockIdx.x * largest * 64;
-  for (int i = threadIdx.x * 4; i < t.r * 64; i += 128 * 4) {
-    float4 all = make_float4(0, 0, 0, 0);
-#pragma unroll 8
-    for (int s = 0; s < gridDim.y; s++) {
-      float4 one = __ldcg((const float4*)(parts + s * each + i));
-      all = make_float4(all.x + one.x, all.y + one.y, all.z + one.z, all.w + one.w);
-    }
-    float four[4] = {all.x, all.y, all.z, all.w};
-    int r = i / 64;
-#pragma unroll
-    for (int j = 0; j < 4; j++) {
-      int c = i % 64 + j;
-      if (c >= t.width) break;
-      float* to = t.of_gradient ? t.to + (size_t)c * t.ld + r : t.to + (size_t)r * t.ld + c;
-      *to += t.scale * four[j];
-    }
-  }
 }
 #endif
+
+// Adds the sums of all spans to the gradients; blockIdx.y is a part of the tile.
+extern "C" __global__ void add_tiles(const Tile* tiles, const float* parts, int largest,
+                                     int spans) {
+  Tile t = tiles[blockIdx.x];
+  int i = blockIdx.y * blockDim.x + threadIdx.x, r = i / 64, c = i % 64;
+  if (r >= t.r || c >= t.width) return;
+  size_t each = (size_t)gridDim.x * largest * 64;
+  parts += (size_t)blockIdx.x * largest * 64 + i;
+  float sum = 0;
+#pragma unroll 8
+  for (int s = 0; s < spans; s++) sum += parts[s * each];
+  float* to = t.of_gradient ? t.to + (size_t)c * t.ld + r : t.to + (size_t)r * t.ld + c;
+  *to += t.scale * sum;
+}

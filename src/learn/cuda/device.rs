@@ -97,6 +97,7 @@ kernels!(
     widen,
     nf4_dequantize,
     place_adapters,
+    add_tiles,
     copy_trained,
     square_sums,
     adamw,

@@ -1,8 +1,8 @@
 // Kernels of the GPU path, all but attention (attention.cu).
 //
 // A matrix is row-major with a row stride in elements. Storage is f32 or bf16, arithmetic is f32.
-// Widths and strides are multiples of 8, so that every access is 16 bytes wide. Sums are made in a
-// fixed order, atomics only count: equal inputs give equal bits.
+// Widths and strides are multiples of 8, so that every access is 16 bytes wide. Nothing uses
+// atomics: equal inputs give equal bits.
 //
 // It is compiled twice, for matrices of f32 and of bf16; see ptx.sh.
 // Heads, the loss and adapters have files of their own: heads.cuh, loss.cuh, adapters.cuh.

@@ -9,7 +9,7 @@ namespace attention {
 namespace loss {
 
 /// Blocks of a row.
-constexpr int BLOCKS = 4;
+constexpr int BLOCKS = 8;
 constexpr int WARPS = 32;
 
 /// A maximum and the sum of the exponentials below it.
@@ -39,21 +39,33 @@ __device__ __forceinline__ void cross_entropy(const float *logits, int ldl, cons
     logits += int64_t(r) * ldl + first;
     grads += int64_t(r) * ldg + first;
 
+    // A thread reads what it copied: the first half while the second is on its way.
+    const int step = blockDim.x * 4, half = (fours / 2 + step - 1) / step * step;
+    const auto fetch = [&](int from, int to) {
+        for (int c = from + threadIdx.x * 4; c < to; c += step)
+            copy16(shared_address(row + c), logits + c, 16);
+        commit();
+    };
     Part own = {-INFINITY, 0.f};
-    const int step = blockDim.x * 4;
-#pragma unroll 4
-    for (int c = threadIdx.x * 4; c < fours; c += step) {
-        const float4 x = __ldcs(reinterpret_cast<const float4 *>(logits + c));
-        *reinterpret_cast<float4 *>(row + c) = x;
-        const float m = fmaxf(fmaxf(x.x, x.y), fmaxf(x.z, x.w));
-        if (m > own.top) {
-            own.sum *= ex2((own.top - m) * LOG2E);
-            own.top = m;
+    const auto take = [&](int from, int to) {
+        for (int c = from + threadIdx.x * 4; c < to; c += step) {
+            const float4 x = *reinterpret_cast<const float4 *>(row + c);
+            const float m = fmaxf(fmaxf(x.x, x.y), fmaxf(x.z, x.w));
+            if (m > own.top) {
+                own.sum *= ex2((own.top - m) * LOG2E);
+                own.top = m;
+            }
+            const float base = own.top * LOG2E;
+            own.sum += ex2(fmaf(x.x, LOG2E, -base)) + ex2(fmaf(x.y, LOG2E, -base)) +
+                       ex2(fmaf(x.z, LOG2E, -base)) + ex2(fmaf(x.w, LOG2E, -base));
         }
-        const float base = own.top * LOG2E;
-        own.sum += ex2(fmaf(x.x, LOG2E, -base)) + ex2(fmaf(x.y, LOG2E, -base)) +
-                   ex2(fmaf(x.z, LOG2E, -base)) + ex2(fmaf(x.w, LOG2E, -base));
-    }
+    };
+    fetch(0, min(half, fours));
+    fetch(half, fours);
+    asm volatile("cp.async.wait_group 1;" ::: "memory");
+    take(0, min(half, fours));
+    asm volatile("cp.async.wait_group 0;" ::: "memory");
+    take(half, fours);
     for (int c = max(fours, 0) + threadIdx.x; c < count; c += blockDim.x) {
         const float x = row[c] = logits[c];
         own = join(own, {x, 1.f});

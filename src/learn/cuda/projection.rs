@@ -24,7 +24,7 @@ use anyhow::Result;
 
 pub(super) use self::builder::{Builder, trained_name, upload_map};
 use super::arena::Arena;
-use super::device::{Device, Float, Grid, Mat, float, int};
+use super::device::{Device, Grid, Mat, float, int};
 use super::matmul::Target;
 use crate::learn::linear::{Dropout, Mode};
 use crate::learn::ops::Mask;
@@ -79,13 +79,6 @@ struct Tile {
     scale: f32,
     mask: i32,
     each: i32,
-}
-
-/// The tiles of a projection, and a count for each that is 0 between launches.
-#[derive(Debug, Clone, Copy)]
-struct Tiles {
-    parts: Parts,
-    done: u64,
 }
 
 /// A root-mean-square norm that a projection's input comes from: its weight, and a factor of each
@@ -192,7 +185,7 @@ pub(super) struct Projection {
     bias: Option<u64>,
     adapters: Option<Parts>,
     /// The adapters' gradients in tiles, where a kernel computes them.
-    tiles: Option<Tiles>,
+    tiles: Option<Parts>,
     modules: Vec<Module>,
 }
 

@@ -10,7 +10,7 @@ use crate::learn::cuda::pass::{Pass, Ranks};
 use crate::learn::linear::Mode;
 
 /// Blocks that share a row of logits, as in loss_sm90.cuh.
-const SHARERS: usize = 4;
+const SHARERS: usize = 8;
 
 impl State {
     /// Rows of one block of logits.
@@ -142,7 +142,7 @@ impl State {
                 int(each),
                 float(scale),
             ];
-            let threads = if 8 * each > LOSS_ROOM { 1024 } else { 512 };
+            let threads = if 16 * each > LOSS_ROOM { 1024 } else { 512 };
             let grid =
                 Grid { blocks: (SHARERS * rows, 1, 1), threads: (threads, 1), shared: 4 * each };
             return self.device.launch(kernel, grid, &args);

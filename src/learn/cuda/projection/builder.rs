@@ -6,8 +6,8 @@ use half::bf16;
 
 use super::dropped::MASKS;
 use super::{
-    Adapter, Module, ModuleAdapter, Packed, Parts, Projection, RANKS, TILE, Tile, Tiles,
-    TrainedCopy, Weight,
+    Adapter, Module, ModuleAdapter, Packed, Parts, Projection, RANKS, TILE, Tile, TrainedCopy,
+    Weight,
 };
 use crate::learn::cuda::arena::Arena;
 use crate::learn::cuda::away::Pinned;
@@ -302,7 +302,7 @@ impl Builder<'_> {
     }
 
     /// The gradients of a projection's adapters in tiles, if the kernel can compute them.
-    fn tiles(&self, modules: &[Module], inputs: usize, ranks: usize) -> Result<Option<Tiles>> {
+    fn tiles(&self, modules: &[Module], inputs: usize, ranks: usize) -> Result<Option<Parts>> {
         let adapters = || modules.iter().filter_map(|m| m.adapter.as_ref().map(|a| (m, a)));
         let fits = ranks > 0
             && self.device.adapters.is_some()
@@ -378,10 +378,7 @@ impl Builder<'_> {
             push(module.outputs, tile)?;
         }
         let most = tiles.iter().map(|t| t.r as usize).max().unwrap_or(0);
-        let done = self.arena.alloc(4 * tiles.len())?;
-        self.device.zero(done, 4 * tiles.len())?;
-        let parts = Parts::new(self.device, self.arena, &tiles, most)?;
-        Ok(Some(Tiles { parts, done }))
+        Parts::new(self.device, self.arena, &tiles, most).map(Some)
     }
 }
 

@@ -2,14 +2,15 @@
 
 use anyhow::Result;
 
-use super::{Behind, Parts, Projection, TILE, Tiles};
+use super::{Behind, Parts, Projection, TILE};
 use crate::learn::cuda::arena::Arena;
 use crate::learn::cuda::device::{Device, Float, Grid, Mat, float, int};
 use crate::learn::cuda::matmul::Target;
 use crate::learn::linear::Mode;
 
-/// Blocks of threads that the gradients of a projection's adapters are cut into, about.
-const BLOCKS: usize = 2048;
+/// Blocks of threads that the gradients of a projection's adapters are cut into, at most: twice what
+/// an H100 runs at once.
+const BLOCKS: usize = 1320;
 
 impl Projection {
     /// Adds the gradients of what is trained, from the input, its ranks, the gradient of the
@@ -32,7 +33,7 @@ impl Projection {
         let dropping = self.drops(mode);
         let tiles = self.tiles.as_ref();
         if let (Some(tiles), Some(kernels)) = (tiles, device.adapters) {
-            let Tiles { parts: Parts { at, count, largest }, done } = *tiles;
+            let Parts { at, count, largest } = *tiles;
             // Fixed, so that sums do not depend on the card.
             let spans = (BLOCKS / count).clamp(1, rows.div_ceil(TILE));
             let span = rows.div_ceil(spans).next_multiple_of(TILE);
@@ -57,9 +58,12 @@ impl Projection {
                 float(self.kept_scale(mode).into()),
                 behind.rstd,
                 behind.weight,
-                done,
             ];
             device.launch(kernels.gradients, grid, &args)?;
+            let args = [at, parts, int(largest), int(spans)];
+            let across = (largest * TILE).div_ceil(256);
+            let grid = Grid { blocks: (count, across, 1), threads: (256, 1), shared: 0 };
+            device.launch(device.kernels.add_tiles, grid, &args)?;
         }
         let dropped = if dropping && tiles.is_none() {
             scratch.alloc(rows * self.inputs * device.float.size())?
