@@ -454,9 +454,9 @@ __device__ __forceinline__ void backward_kv(const bf16 *q, const bf16 *k, const 
                                                lddq, ATTENTION_SHAPE, ATTENTION_DROPOUT);           \
     }                                                                                               \
     KERNEL(256, BLOCKS) attention_backward_kv_##NAME(BACKWARD_KV(T)) {                              \
-        attention::generic::backward_kv<CHUNKS>(q, k, v, grad, lse, delta, dk, dv, ldq, ldk, ldv,   \
-                                                ldg, lddk, lddv, ATTENTION_SHAPE,                   \
-                                                ATTENTION_DROPOUT);                                 \
+        attention::generic::backward_kv<CHUNKS, false, T>(                                          \
+            q, k, v, grad, lse, delta, nullptr, dk, dv, ldq, ldk, ldv, ldg, 0, lddk, lddv,          \
+            ATTENTION_SHAPE, ATTENTION_DROPOUT);                                                    \
     }
 
 #if !defined(HEAD) || HEAD == 32
@@ -473,6 +473,11 @@ HEAD_SIZE(128)
 #endif
 #if !defined(HEAD) || HEAD == 0
 GENERIC(f32_64, float, 2, 2)
+KERNEL(256, 2) attention_backward_f32_64(BACKWARD(float)) {
+    attention::generic::backward_kv<2, true>(q, k, v, grad, lse, delta, dq, dk, dv, ldq, ldk, ldv,
+                                             ldg, lddq, lddk, lddv, ATTENTION_SHAPE,
+                                             ATTENTION_DROPOUT);
+}
 GENERIC(f32, float, 8, 1)
 GENERIC(bf16, attention::bf16, 8, 1)
 #endif

@@ -18,8 +18,11 @@ use crate::source::Fault;
 /// The oldest driver that takes the kernels (see ptx.sh), as it gives its version.
 const DRIVER: i32 = 12_030;
 
-/// Bytes of a block of [`Device::shared_loss`] for its part of a row, at most.
-pub(super) const LOSS_ROOM: usize = 224 << 10;
+/// Blocks that share a row of logits in [`Device::shared_loss`].
+pub(super) const SHARERS: [usize; 3] = [2, 4, 8];
+
+/// Bytes of such a block for its part of the row, at most: two run at once.
+pub(super) const LOSS_ROOM: usize = 100 << 10;
 
 /// Type of the numbers of activations and frozen weights.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -191,7 +194,7 @@ pub(super) struct Device {
     /// Attention kernels for Hopper, where the card is one and they suit the model.
     pub(super) hopper: Option<sys::CUmodule>,
     /// The loss with a row shared by blocks, likewise.
-    pub(super) shared_loss: Option<Kernel>,
+    pub(super) shared_loss: Option<[Kernel; SHARERS.len()]>,
     pub(super) matmuls: Matmuls,
     /// Nothing is done: only how much memory it would take is wanted.
     pub(super) dry: Cell<bool>,
@@ -226,8 +229,10 @@ fn load(packed: &[u8], name: &str) -> Result<sys::CUmodule> {
         .with_context(|| format!("compiling {name} for this GPU"))
 }
 
-fn shared_loss(module: sys::CUmodule) -> Result<Kernel> {
-    Kernel::get(module, "cross_entropy_sm90")?.shared_memory(LOSS_ROOM)
+fn shared_loss(module: sys::CUmodule) -> Result<[Kernel; SHARERS.len()]> {
+    let get = |blocks| Kernel::get(module, &format!("cross_entropy_{blocks}_sm90"));
+    let [two, four, eight] = SHARERS.map(|n| get(n).and_then(|k| k.shared_memory(LOSS_ROOM)));
+    Ok([two?, four?, eight?])
 }
 
 impl Device {

@@ -8,8 +8,6 @@
 namespace attention {
 namespace loss {
 
-/// Blocks of a row.
-constexpr int BLOCKS = 8;
 constexpr int WARPS = 32;
 
 /// A maximum and the sum of the exponentials below it.
@@ -26,6 +24,7 @@ __device__ __forceinline__ Part join(Part a, Part b) {
 /// As `cross_entropy` in loss.cuh; but every block of a cluster keeps its part of a row in shared
 /// memory, so that the logits are read once. What is written may lie where they were: by then all
 /// blocks have read theirs. `each` columns a block, a multiple of 4, as `ldl` is.
+template <int BLOCKS>
 __device__ __forceinline__ void cross_entropy(const float *logits, int ldl, const int *targets,
                                               float *loss, bf16 *grads, int ldg, int n, int each,
                                               float scale) {
@@ -104,8 +103,16 @@ __device__ __forceinline__ void cross_entropy(const float *logits, int ldl, cons
 }  // namespace loss
 }  // namespace attention
 
-extern "C" __global__ void __cluster_dims__(attention::loss::BLOCKS, 1, 1) __launch_bounds__(1024)
-    cross_entropy_sm90(const float *logits, int ldl, const int *targets, float *loss,
-                       attention::bf16 *grads, int ldg, int n, int each, float scale) {
-    attention::loss::cross_entropy(logits, ldl, targets, loss, grads, ldg, n, each, scale);
-}
+/// By the number of blocks of a row.
+#define SHARED_LOSS(BLOCKS)                                                                         \
+    extern "C" __global__ void __cluster_dims__(BLOCKS, 1, 1) __launch_bounds__(1024)               \
+        cross_entropy_##BLOCKS##_sm90(const float *logits, int ldl, const int *targets,             \
+                                      float *loss, attention::bf16 *grads, int ldg, int n,          \
+                                      int each, float scale) {                                      \
+        attention::loss::cross_entropy<BLOCKS>(logits, ldl, targets, loss, grads, ldg, n, each,     \
+                                               scale);                                              \
+    }
+
+SHARED_LOSS(2)
+SHARED_LOSS(4)
+SHARED_LOSS(8)

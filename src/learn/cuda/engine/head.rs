@@ -4,13 +4,10 @@ use anyhow::{Result, bail, ensure};
 
 use super::{Head, LOGITS, State, Table};
 use crate::learn::batch::Packed;
-use crate::learn::cuda::device::{Float, Grid, LOSS_ROOM, Mat, float, int};
+use crate::learn::cuda::device::{Float, Grid, LOSS_ROOM, Mat, SHARERS, float, int};
 use crate::learn::cuda::matmul::Target;
 use crate::learn::cuda::pass::{Pass, Ranks};
 use crate::learn::linear::Mode;
-
-/// Blocks that share a row of logits, as in loss_sm90.cuh.
-const SHARERS: usize = 8;
 
 impl State {
     /// Rows of one block of logits.
@@ -128,24 +125,28 @@ impl State {
         (rows, classes): (usize, usize),
         scale: f64,
     ) -> Result<()> {
-        let each = classes.div_ceil(SHARERS).next_multiple_of(4);
-        let shares = classes > 1024 && 4 * each <= LOSS_ROOM && logits.ld.is_multiple_of(4);
-        if let (Some(kernel), true) = (self.device.shared_loss, shares && d_logits.at != 0) {
-            let args = [
-                logits.at,
-                int(logits.ld),
-                targets,
-                losses,
-                d_logits.at,
-                int(d_logits.ld),
-                int(classes),
-                int(each),
-                float(scale),
-            ];
-            let threads = if 16 * each > LOSS_ROOM { 1024 } else { 512 };
-            let grid =
-                Grid { blocks: (SHARERS * rows, 1, 1), threads: (threads, 1), shared: 4 * each };
-            return self.device.launch(kernel, grid, &args);
+        if let (Some(kernels), true) = (self.device.shared_loss, d_logits.at != 0) {
+            let each = |sharers: usize| classes.div_ceil(sharers).next_multiple_of(4);
+            let fits = |(sharers, _): &(usize, _)| 4 * each(*sharers) <= LOSS_ROOM;
+            let found = SHARERS.into_iter().zip(kernels).find(fits);
+            let suits = classes > 1024 && logits.ld.is_multiple_of(4);
+            if let Some((sharers, kernel)) = found.filter(|_| suits) {
+                let each = each(sharers);
+                let args = [
+                    logits.at,
+                    int(logits.ld),
+                    targets,
+                    losses,
+                    d_logits.at,
+                    int(d_logits.ld),
+                    int(classes),
+                    int(each),
+                    float(scale),
+                ];
+                let blocks = (sharers * rows, 1, 1);
+                let grid = Grid { blocks, threads: (512, 1), shared: 4 * each };
+                return self.device.launch(kernel, grid, &args);
+            }
         }
         let args = [
             logits.at,
