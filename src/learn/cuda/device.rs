@@ -191,7 +191,7 @@ pub(super) struct Device {
     /// Those of adapters, where there are some for the type of numbers.
     pub(super) adapters: Option<Adapters>,
     pub(super) attention: sys::CUmodule,
-    /// Attention kernels for Hopper, where the card is one and they suit the model.
+    /// Kernels for Hopper, where the card is one and those of attention suit the model.
     pub(super) hopper: Option<sys::CUmodule>,
     /// The loss with a row shared by blocks, likewise.
     pub(super) shared_loss: Option<[Kernel; SHARERS.len()]>,
@@ -303,7 +303,7 @@ impl Device {
         }
         let suits = float == Float::Bf16 && [64, 128].contains(&head) && (major, minor) == (9, 0);
         let hopper = suits
-            .then(|| load(include_bytes!("ptx/hopper.zst"), "the attention kernels for Hopper"))
+            .then(|| load(include_bytes!("ptx/hopper.zst"), "the kernels for Hopper"))
             .transpose()?;
         let kernels = load(kernels, "the kernels")?;
         let adapters = (float == Float::Bf16).then(|| Adapters::load(kernels)).transpose()?;

@@ -1,5 +1,6 @@
 // The kernels of attention.cu without masks for heads of 64 and 128 elements, by Hopper's warpgroup
-// products; compiled for sm_90a only. A warpgroup owns 64 rows of the result. See LAUNCH.md.
+// products, and the loss (loss_sm90.cuh); compiled for sm_90a only. A warpgroup owns 64 rows of the
+// result.
 
 #include "wgmma.cuh"
 
