@@ -1,6 +1,6 @@
 //! Which of the library's algorithms is the fastest for a large product.
 //!
-//! The library guesses; on an H100 its guess was up to 14 % slower than the best of its first 8.
+//! The library guesses; on an H100 its guess took up to 24 % longer than the best of its first 8.
 //! Only algorithms that make each sum in one piece are tried, and only one that gives the same bits
 //! as the library's guess is taken: what is computed depends on no clock.
 
