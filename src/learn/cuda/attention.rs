@@ -12,8 +12,8 @@ const SIZES: [usize; 4] = [32, 64, 96, 128];
 /// Heads of this size at most have f32 kernels that hold less at once, so that more run.
 const SMALL: usize = 64;
 
-/// Sequences of up to so many tokens have heads of f32 enough for a block to take a whole one in the
-/// backward: it then computes the weights once, not once for the keys and once for the queries.
+/// In the backward of f32 a block takes a whole sequence of up to so many tokens: the weights are
+/// then computed once, not once for the keys and once for the queries.
 const SHORT: usize = 256;
 
 /// Queries, keys and values, or their gradients.

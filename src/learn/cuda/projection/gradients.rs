@@ -8,8 +8,8 @@ use crate::learn::cuda::device::{Device, Float, Grid, Mat, float, int};
 use crate::learn::cuda::matmul::Target;
 use crate::learn::linear::Mode;
 
-/// Blocks of threads that the gradients of a projection's adapters are cut into, at most: twice what
-/// an H100 runs at once.
+/// Blocks of threads that the gradients of a projection's adapters are cut into, at most: twice
+/// what an H100 runs at once.
 const BLOCKS: usize = 1320;
 
 impl Projection {
