@@ -231,12 +231,14 @@ extern "C" __global__ void __launch_bounds__(256)
 }
 
 // Sums over a span of rows for each tile: parts[span][tile][rank][column]. `kept` is null where
-// nothing is dropped.
+// nothing is dropped. With `rstd` the input is what a root-mean-square norm of weight `w` makes of
+// x: rounded as it makes it.
 extern "C" __global__ void __launch_bounds__(128)
     adapter_gradients(const bf16* x, int ldx, const bf16* z, int ldz, const bf16* g, int ldg,
                       const Tile* tiles, float* parts, int largest, int rows, int span, int inputs,
-                      const uint32_t* kept, float scale) {
+                      const uint32_t* kept, float scale, const float* rstd, const float* w) {
   __shared__ __align__(16) bf16 wide[2][64 * PITCH], thin[2][64 * PITCH];
+  __shared__ __align__(16) float inverse[2][64];
   __shared__ __align__(16) uint32_t masks[2][MASKS * 128];
   Tile t = tiles[blockIdx.x];
   const bf16* big = (t.of_gradient ? g : x) + t.col;
@@ -244,7 +246,12 @@ extern "C" __global__ void __launch_bounds__(128)
   int ldb = t.of_gradient ? ldg : ldx, lds = t.of_gradient ? ldz : ldg, thinner = t.r / 8;
   int first = blockIdx.y * span, last = min(rows, first + span);
   int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-  bool masked = kept && !t.of_gradient;
+  bool masked = kept && !t.of_gradient, normed = rstd && !t.of_gradient;
+  float weights[2] = {1.f, 1.f};  // of the lane's columns
+  for (int i = 0; i < 2; i++) {
+    int c = warp * 16 + i * 8 + lane / 4;
+    if (normed && c < t.width) weights[i] = w[t.col + c];
+  }
   float by = masked ? scale : 1.f;
   float sum[4][2][4] = {};
   int turns = 0;  // bit m: with ranks 16 m a mask begins
@@ -267,6 +274,12 @@ extern "C" __global__ void __launch_bounds__(128)
       const uint32_t* from = kept + kept_at(t.mask + warp, t.col / 64, row, inputs / 64, rows);
       copy16(&masks[stage][warp * 128 + lane * 4], in ? from + lane * 4 : kept, in);
     }
+    if (normed && threadIdx.x < 64) {
+      uint32_t to = (uint32_t)__cvta_generic_to_shared(&inverse[stage][threadIdx.x]);
+      int at = row + threadIdx.x;
+      asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"(to),
+                   "l"(at < last ? rstd + at : rstd), "r"(at < last ? 4 : 0));
+    }
     asm volatile("cp.async.commit_group;");
   };
   int stage = 0;
@@ -286,6 +299,16 @@ extern "C" __global__ void __launch_bounds__(128)
       int bit = warp * 4 + lane / 4 % 4;
       int deep = k + lane / 8 % 2 * 8 + lane % 8;
       matrices(all, &wide[stage][deep * PITCH + warp * 16 + lane / 16 * 8]);
+      if (normed) {
+#pragma unroll
+        for (int i = 0; i < 4; i++) {
+          float2 by = *(const float2*)&inverse[stage][k + i % 2 * 8 + lane % 4 * 2];
+          __nv_bfloat162 two = __floats2bfloat162_rn(
+              __uint_as_float(all[i] << 16) * (by.x * weights[i / 2]),
+              __uint_as_float(all[i] & 0xffff0000u) * (by.y * weights[i / 2]));
+          all[i] = *(uint32_t*)&two;
+        }
+      }
 #pragma unroll
       for (int m = 0; m < 4; m++) {
         if (m * 16 >= t.r) break;

@@ -439,25 +439,24 @@ __device__ __forceinline__ void backward_kv(const bf16 *q, const bf16 *k, const 
         attention::delta<D>(o, grad, delta, ldo, ldg, tokens, heads);                               \
     }
 
-#ifndef PLAIN_BLOCKS
-#define PLAIN_BLOCKS 2
-#endif
-#define GENERIC(NAME, T)                                                                            \
-    KERNEL(256, PLAIN_BLOCKS) attention_forward_##NAME(FORWARD(T)) {                                           \
-        attention::generic::forward(q, k, v, o, lse, ldq, ldk, ldv, ldo, ATTENTION_SHAPE,           \
-                                    ATTENTION_DROPOUT);                                             \
+// For heads of 32 CHUNKS elements at most.
+#define GENERIC(NAME, T, CHUNKS, BLOCKS)                                                            \
+    KERNEL(256, 2) attention_forward_##NAME(FORWARD(T)) {                                           \
+        attention::generic::forward<CHUNKS>(q, k, v, o, lse, ldq, ldk, ldv, ldo, ATTENTION_SHAPE,   \
+                                            ATTENTION_DROPOUT);                                     \
     }                                                                                               \
     KERNEL(256, 1) attention_delta_##NAME(const T *o, const T *grad, float *delta, int ldo,         \
                                           int ldg, int tokens, int heads, int head) {               \
         attention::generic::delta(o, grad, delta, ldo, ldg, tokens, heads, head);                   \
     }                                                                                               \
-    KERNEL(256, PLAIN_BLOCKS) attention_backward_q_##NAME(BACKWARD_Q(T)) {                                     \
-        attention::generic::backward_q(q, k, v, grad, lse, delta, dq, ldq, ldk, ldv, ldg, lddq,     \
-                                       ATTENTION_SHAPE, ATTENTION_DROPOUT);                         \
+    KERNEL(256, 2) attention_backward_q_##NAME(BACKWARD_Q(T)) {                                     \
+        attention::generic::backward_q<CHUNKS>(q, k, v, grad, lse, delta, dq, ldq, ldk, ldv, ldg,   \
+                                               lddq, ATTENTION_SHAPE, ATTENTION_DROPOUT);           \
     }                                                                                               \
-    KERNEL(256, 1) attention_backward_kv_##NAME(BACKWARD_KV(T)) {                                   \
-        attention::generic::backward_kv(q, k, v, grad, lse, delta, dk, dv, ldq, ldk, ldv, ldg,      \
-                                        lddk, lddv, ATTENTION_SHAPE, ATTENTION_DROPOUT);            \
+    KERNEL(256, BLOCKS) attention_backward_kv_##NAME(BACKWARD_KV(T)) {                              \
+        attention::generic::backward_kv<CHUNKS, false, T>(                                          \
+            q, k, v, grad, lse, delta, nullptr, dk, dv, ldq, ldk, ldv, ldg, 0, lddk, lddv,          \
+            ATTENTION_SHAPE, ATTENTION_DROPOUT);                                                    \
     }
 
 #if !defined(HEAD) || HEAD == 32
@@ -473,6 +472,12 @@ HEAD_SIZE(96)
 HEAD_SIZE(128)
 #endif
 #if !defined(HEAD) || HEAD == 0
-GENERIC(f32, float)
-GENERIC(bf16, attention::bf16)
+GENERIC(f32_64, float, 2, 2)
+KERNEL(256, 2) attention_backward_f32_64(BACKWARD(float)) {
+    attention::generic::backward_kv<2, true>(q, k, v, grad, lse, delta, dq, dk, dv, ldq, ldk, ldv,
+                                             ldg, lddq, lddk, lddv, ATTENTION_SHAPE,
+                                             ATTENTION_DROPOUT);
+}
+GENERIC(f32, float, 8, 1)
+GENERIC(bf16, attention::bf16, 8, 1)
 #endif

@@ -9,6 +9,13 @@ use crate::learn::linear::Dropout;
 /// Head sizes with kernels of their own for bf16; others take the plain ones.
 const SIZES: [usize; 4] = [32, 64, 96, 128];
 
+/// Heads of this size at most have f32 kernels that hold less at once, so that more run.
+const SMALL: usize = 64;
+
+/// In the backward of f32 a block takes a whole sequence of up to so many tokens: the weights are
+/// then computed once, not once for the keys and once for the queries.
+const SHORT: usize = 256;
+
 /// Queries, keys and values, or their gradients.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Heads {
@@ -54,6 +61,8 @@ pub(super) struct Attention {
     delta_rows: usize,
     backward_q: Pair,
     backward_kv: Pair,
+    /// All gradients at once, of short sequences.
+    backward: Option<Pair>,
 }
 
 /// Of forward, backward of queries, backward of keys and values.
@@ -98,6 +107,7 @@ impl Attention {
     ) -> Result<Self> {
         let own = device.float == Float::Bf16 && SIZES.contains(&head);
         let suffix = match device.float {
+            Float::F32 if head <= SMALL => format!("f32_{SMALL}"),
             Float::F32 => "f32".to_owned(),
             Float::Bf16 if own => format!("bf16_{head}"),
             Float::Bf16 => "bf16".to_owned(),
@@ -119,6 +129,12 @@ impl Attention {
             let kernel = Kernel::get(module, &format!("attention_{name}_{suffix}_sm90"))?;
             Ok(Pair { plain: tiled(kernel, hopper_cuts(head)[i])?, masked })
         };
+        let small = device.float == Float::F32 && head <= SMALL && window.is_none();
+        let whole = || -> Result<Pair> {
+            let one = tiled(get("backward")?, Cut { tile: SHORT, ..ANY[2] })?;
+            Ok(Pair { plain: one, masked: one })
+        };
+        let backward = small.then(whole).transpose()?;
         let delta_rows = match head {
             _ if !own => 8,
             32 => 64,
@@ -137,6 +153,7 @@ impl Attention {
             delta_rows,
             backward_q: pair("backward_q", 1)?,
             backward_kv: pair("backward_kv", 2)?,
+            backward,
         })
     }
 
@@ -223,6 +240,15 @@ impl Attention {
         p.device.launch(self.delta, Grid::blocks(blocks, 256), &args)?;
         let shared = [x.q.at, x.k.at, x.v.at, g.at, log_sums, delta];
         let lds = [int(x.q.ld), int(x.k.ld), int(x.v.ld), int(g.ld)];
+        if let Some(pair) = self.backward.filter(|_| p.longest <= SHORT) {
+            let mut args = shared.to_vec();
+            args.extend([d.q.at, d.k.at, d.v.at]);
+            args.extend(lds);
+            args.extend([int(d.q.ld), int(d.k.ld), int(d.v.ld)]);
+            self.launch(p, pair, self.kv_heads, args)?;
+            p.scratch.release(mark);
+            return Ok(());
+        }
         let mut args = shared.to_vec();
         args.extend([d.k.at, d.v.at]);
         args.extend(lds);

@@ -160,4 +160,7 @@ __device__ __forceinline__ void store(bf16 *p, float x) { *p = __float2bfloat16(
 #define BACKWARD_KV(T) const T *q, const T *k, const T *v, const T *grad, const float *lse,         \
         const float *delta, T *dk, T *dv, int ldq, int ldk, int ldv, int ldg, int lddk, int lddv,   \
         ATTENTION_OPTIONS
+#define BACKWARD(T) const T *q, const T *k, const T *v, const T *grad, const float *lse,            \
+        const float *delta, T *dq, T *dk, T *dv, int ldq, int ldk, int ldv, int ldg, int lddq,      \
+        int lddk, int lddv, ATTENTION_OPTIONS
 #define KERNEL(threads, blocks) extern "C" __global__ void __launch_bounds__(threads, blocks)

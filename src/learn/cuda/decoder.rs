@@ -163,8 +163,7 @@ impl DecoderLayer {
         Ok(())
     }
 
-    /// The gradients of what is trained in a projection behind a norm, whose result is computed
-    /// again.
+    /// The gradients of what is trained in a projection behind a norm, whose result is not kept.
     fn again(
         &self,
         p: &Pass<'_>,
@@ -175,8 +174,6 @@ impl DecoderLayer {
         if !projection.trains() {
             return Ok(());
         }
-        let h = p.scratch(projection.inputs)?;
-        p.rms_norm(norm, (x, h), moments.rstd, (p.tokens, projection.inputs))?;
-        p.parameter_gradients(projection, (h, ranks), g, p.tokens)
+        p.gradients_behind(projection, norm, (x, moments, ranks), g)
     }
 }

@@ -18,6 +18,12 @@ use crate::source::Fault;
 /// The oldest driver that takes the kernels (see ptx.sh), as it gives its version.
 const DRIVER: i32 = 12_030;
 
+/// Blocks that share a row of logits in [`Device::shared_loss`].
+pub(super) const SHARERS: [usize; 3] = [2, 4, 8];
+
+/// Bytes of such a block for its part of the row, at most: two run at once.
+pub(super) const LOSS_ROOM: usize = 100 << 10;
+
 /// Type of the numbers of activations and frozen weights.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub(crate) enum Float {
@@ -185,8 +191,10 @@ pub(super) struct Device {
     /// Those of adapters, where there are some for the type of numbers.
     pub(super) adapters: Option<Adapters>,
     pub(super) attention: sys::CUmodule,
-    /// Attention kernels for Hopper, where the card is one and they suit the model.
+    /// Kernels for Hopper, where the card is one and those of attention suit the model.
     pub(super) hopper: Option<sys::CUmodule>,
+    /// The loss with a row shared by blocks, likewise.
+    pub(super) shared_loss: Option<[Kernel; SHARERS.len()]>,
     pub(super) matmuls: Matmuls,
     /// Nothing is done: only how much memory it would take is wanted.
     pub(super) dry: Cell<bool>,
@@ -219,6 +227,12 @@ fn load(packed: &[u8], name: &str) -> Result<sys::CUmodule> {
     unsafe { result::module::load_data(text.as_ptr().cast::<c_void>()) }
         .map_err(failed)
         .with_context(|| format!("compiling {name} for this GPU"))
+}
+
+fn shared_loss(module: sys::CUmodule) -> Result<[Kernel; SHARERS.len()]> {
+    let get = |blocks| Kernel::get(module, &format!("cross_entropy_{blocks}_sm90"));
+    let [two, four, eight] = SHARERS.map(|n| get(n).and_then(|k| k.shared_memory(LOSS_ROOM)));
+    Ok([two?, four?, eight?])
 }
 
 impl Device {
@@ -289,7 +303,7 @@ impl Device {
         }
         let suits = float == Float::Bf16 && [64, 128].contains(&head) && (major, minor) == (9, 0);
         let hopper = suits
-            .then(|| load(include_bytes!("ptx/hopper.zst"), "the attention kernels for Hopper"))
+            .then(|| load(include_bytes!("ptx/hopper.zst"), "the kernels for Hopper"))
             .transpose()?;
         let kernels = load(kernels, "the kernels")?;
         let adapters = (float == Float::Bf16).then(|| Adapters::load(kernels)).transpose()?;
@@ -302,6 +316,7 @@ impl Device {
             adapters,
             attention: load(attention, "the attention kernels")?,
             hopper,
+            shared_loss: hopper.map(shared_loss).transpose()?,
             matmuls: Matmuls::open()?,
             dry: Cell::new(false),
             name,

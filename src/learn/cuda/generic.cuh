@@ -8,7 +8,7 @@
 namespace attention {
 namespace generic {
 
-constexpr int TILE = 64, CHUNK = 32, CHUNKS = 8;
+constexpr int TILE = 64, CHUNK = 32;
 /// Rows are read four numbers at a time; 16 rows apart by this fall into different banks.
 constexpr int PAD = 4;
 
@@ -71,12 +71,12 @@ __device__ __forceinline__ void scores(float (&s)[4][4], Shared &sh, const Rows<
     }
 }
 
-/// Columns 2 tx and 2 tx + 1 of each chunk of the thread's rows.
-using Sum = float[CHUNKS][4][2];
+/// Columns 2 tx and 2 tx + 1 of each chunk of the thread's rows; a head has so many chunks at most.
+template <int CHUNKS> using Sum = float[CHUNKS][4][2];
 
 /// sum += P B[j0..j0 + 64][..d], where P is what the threads hold in `p`.
-template <typename T>
-__device__ __forceinline__ void accumulate(Sum &sum, Shared &sh, const float (&p)[4][4],
+template <int CHUNKS, typename T>
+__device__ __forceinline__ void accumulate(Sum<CHUNKS> &sum, Shared &sh, const float (&p)[4][4],
                                            const Rows<T> &b, int j0, int d) {
     const int tx = threadIdx.x & 15, ty = threadIdx.x >> 4;
     __syncthreads();
@@ -108,9 +108,44 @@ __device__ __forceinline__ void accumulate(Sum &sum, Shared &sh, const float (&p
     }
 }
 
+/// to[i0..] += by P^T B[j0..j0 + 64][..d], where P is what `accumulate` left in shared memory; the
+/// first tile of B is not added to what is there.
+template <int CHUNKS, typename T>
+__device__ __forceinline__ void add_turned(Shared &sh, const Rows<T> &b, int j0, int d, T *to,
+                                           int64_t ld, int i0, int n, float by) {
+    const int tx = threadIdx.x & 15, ty = threadIdx.x >> 4;
+#pragma unroll
+    for (int chunk = 0; chunk < CHUNKS; ++chunk) {
+        if (chunk * CHUNK >= d) break;
+        float sum[4][2] = {};
+        __syncthreads();
+        load(sh.b, b, j0, chunk * CHUNK, d);
+        __syncthreads();
+#pragma unroll 8
+        for (int k = 0; k < TILE; ++k) {
+            const float2 y = *reinterpret_cast<const float2 *>(&sh.b[k][2 * tx]);
+#pragma unroll
+            for (int r = 0; r < 4; ++r) {
+                const float x = sh.p[k][ty + 16 * r];
+                sum[r][0] = fmaf(x, y.x, sum[r][0]);
+                sum[r][1] = fmaf(x, y.y, sum[r][1]);
+            }
+        }
+#pragma unroll
+        for (int r = 0; r < 4; ++r)
+#pragma unroll
+            for (int h = 0; h < 2; ++h) {
+                const int i = i0 + ty + 16 * r, c = chunk * CHUNK + 2 * tx + h;
+                if (i >= n || c >= d) continue;
+                T *at = to + i * ld + c;
+                store(at, by * sum[r][h] + (j0 ? wide(*at) : 0.f));
+            }
+    }
+}
+
 /// Row r of the thread times `by[r]`, to rows i0.. of `to`.
-template <typename T>
-__device__ __forceinline__ void write(const Sum &sum, T *to, int64_t ld, int i0, int n, int d,
+template <int CHUNKS, typename T>
+__device__ __forceinline__ void write(const Sum<CHUNKS> &sum, T *to, int64_t ld, int i0, int n, int d,
                                       const float (&by)[4]) {
     const int tx = threadIdx.x & 15, ty = threadIdx.x >> 4;
 #pragma unroll
@@ -134,7 +169,7 @@ __device__ __forceinline__ float row_sum(float x) {
     return x;
 }
 
-template <typename T>
+template <int CHUNKS, typename T>
 __device__ __forceinline__ void forward(const T *q, const T *k, const T *v, T *o, float *lse,
                                         int ldq, int ldk, int ldv, int ldo, const Shape &s,
                                         const Dropout &dropout) {
@@ -150,7 +185,7 @@ __device__ __forceinline__ void forward(const T *q, const T *k, const T *v, T *o
     const float scale = s.scale * LOG2E;
     const Dropout drop = dropout.threshold ? at(dropout, blockIdx.y * s.heads + h) : dropout;
 
-    Sum sum = {};
+    Sum<CHUNKS> sum = {};
     float top[4], total[4] = {};
     for (int r = 0; r < 4; ++r) top[r] = -INFINITY;
     const int end = s.causal ? min(n, i0 + TILE) : n;
@@ -188,7 +223,7 @@ __device__ __forceinline__ void forward(const T *q, const T *k, const T *v, T *o
             for (int chunk = 0; chunk < CHUNKS; ++chunk)
                 sum[chunk][r][0] *= fade, sum[chunk][r][1] *= fade;
         }
-        accumulate(sum, sh, p, rv, j0, d);
+        accumulate<CHUNKS>(sum, sh, p, rv, j0, d);
     }
     float by[4];
     for (int r = 0; r < 4; ++r) {
@@ -197,7 +232,7 @@ __device__ __forceinline__ void forward(const T *q, const T *k, const T *v, T *o
         if (tx == 0 && i < n)
             lse[int64_t(h) * s.tokens + start + i] = top[r] * scale + log2f(total[r]);
     }
-    write(sum, o + int64_t(start) * ldo + h * d, ldo, i0, n, d, by);
+    write<CHUNKS>(sum, o + int64_t(start) * ldo + h * d, ldo, i0, n, d, by);
 }
 
 template <typename T>
@@ -214,7 +249,7 @@ __device__ __forceinline__ void delta(const T *o, const T *g, float *delta, int 
     if (lane == 0) delta[int64_t(h) * tokens + t] = x;
 }
 
-template <typename T>
+template <int CHUNKS, typename T>
 __device__ __forceinline__ void backward_q(const T *q, const T *k, const T *v, const T *g,
                                            const float *lse, const float *delta, T *dq, int ldq,
                                            int ldk, int ldv, int ldg, int lddq, const Shape &s,
@@ -233,7 +268,7 @@ __device__ __forceinline__ void backward_q(const T *q, const T *k, const T *v, c
     const Dropout drop = dropout.threshold ? at(dropout, blockIdx.y * s.heads + h) : dropout;
     const float keep = drop.threshold ? drop.scale : 1.f;
 
-    Sum sum = {};
+    Sum<CHUNKS> sum = {};
     const int end = s.causal ? min(n, i0 + TILE) : n;
     const int begin = s.window ? max(0, i0 - s.window + 1) / TILE * TILE : 0;
     for (int j0 = begin; j0 < end; j0 += TILE) {
@@ -256,64 +291,72 @@ __device__ __forceinline__ void backward_q(const T *q, const T *k, const T *v, c
                 if (j < see.x || j >= see.y) p[r][c] = 0.f;
             }
         }
-        accumulate(sum, sh, p, rk, j0, d);
+        accumulate<CHUNKS>(sum, sh, p, rk, j0, d);
     }
     const float by[4] = {s.scale, s.scale, s.scale, s.scale};
-    write(sum, dq + int64_t(start) * lddq + h * d, lddq, i0, n, d, by);
+    write<CHUNKS>(sum, dq + int64_t(start) * lddq + h * d, lddq, i0, n, d, by);
 }
 
-template <typename T>
+/// With WHOLE a block has all keys of a sequence, one tile after the other, and adds up the
+/// gradients of the queries in memory on its way: there must be no window.
+template <int CHUNKS, bool WHOLE, typename T>
 __device__ __forceinline__ void backward_kv(const T *q, const T *k, const T *v, const T *g,
-                                            const float *lse, const float *delta, T *dk, T *dv,
-                                            int ldq, int ldk, int ldv, int ldg, int lddk, int lddv,
-                                            const Shape &s, const Dropout &dropout) {
+                                            const float *lse, const float *delta, T *dq, T *dk,
+                                            T *dv, int ldq, int ldk, int ldv, int ldg, int lddq,
+                                            int lddk, int lddv, const Shape &s,
+                                            const Dropout &dropout) {
     __shared__ Shared sh;
     const int tx = threadIdx.x & 15, ty = threadIdx.x >> 4, kv = blockIdx.x, d = s.head;
     const int start = s.starts[blockIdx.y], n = s.starts[blockIdx.y + 1] - start;
-    const int j0 = blockIdx.z * TILE, group = s.heads / s.kv_heads;
-    if (j0 >= n) return;
+    const int group = s.heads / s.kv_heads;
     const Rows<T> rk{k + int64_t(start) * ldk + kv * d, ldk, n};
     const Rows<T> rv{v + int64_t(start) * ldv + kv * d, ldv, n};
     const float scale = s.scale * LOG2E;
 
-    Sum sk = {}, sv = {};
-    const int begin = s.causal ? j0 : 0;
-    const int end = s.window ? min(n, j0 + TILE - 1 + s.window) : n;
-    for (int h = kv * group; h < (kv + 1) * group; ++h) {
-        const Rows<T> rq{q + int64_t(start) * ldq + h * d, ldq, n};
-        const Rows<T> rg{g + int64_t(start) * ldg + h * d, ldg, n};
-        const Dropout drop = dropout.threshold ? at(dropout, blockIdx.y * s.heads + h) : dropout;
-        const float keep = drop.threshold ? drop.scale : 1.f;
-        for (int i0 = begin; i0 < end; i0 += TILE) {
-            float p[4][4], dp[4][4];
-            scores(p, sh, rk, j0, rq, i0, d);
-            scores(dp, sh, rv, j0, rg, i0, d);
-#pragma unroll
-            for (int c = 0; c < 4; ++c) {
-                const int i = i0 + tx + 16 * c;
-                const int2 see = seen(s, i, n);
-                const int64_t at = int64_t(h) * s.tokens + start + min(i, n - 1);
-                const float l = lse[at], dl = delta[at];
-                const uint32_t bits =
-                    drop.threshold ? keep4(drop, uint64_t(i) * n + j0 + ty) : 0xF;
-#pragma unroll
-                for (int r = 0; r < 4; ++r) {
-                    const int j = j0 + ty + 16 * r;
-                    const bool in = i < n && j >= see.x && j < see.y;
-                    const bool stays = bits >> r & 1;
-                    const float x = in ? ex2(p[r][c] * scale - l) : 0.f;
-                    dp[r][c] = in ? x * ((stays ? dp[r][c] * keep : 0.f) - dl) : 0.f;
-                    p[r][c] = stays ? x * keep : 0.f;
+    for (int j0 = WHOLE ? 0 : blockIdx.z * TILE; j0 < n; j0 += TILE) {
+        Sum<CHUNKS> sk = {}, sv = {};
+        const int begin = s.causal ? j0 : 0;
+        const int end = s.window ? min(n, j0 + TILE - 1 + s.window) : n;
+        for (int h = kv * group; h < (kv + 1) * group; ++h) {
+            const Rows<T> rq{q + int64_t(start) * ldq + h * d, ldq, n};
+            const Rows<T> rg{g + int64_t(start) * ldg + h * d, ldg, n};
+            const Dropout drop = dropout.threshold ? at(dropout, blockIdx.y * s.heads + h) : dropout;
+            const float keep = drop.threshold ? drop.scale : 1.f;
+            for (int i0 = begin; i0 < end; i0 += TILE) {
+                float p[4][4], dp[4][4];
+                scores(p, sh, rk, j0, rq, i0, d);
+                scores(dp, sh, rv, j0, rg, i0, d);
+    #pragma unroll
+                for (int c = 0; c < 4; ++c) {
+                    const int i = i0 + tx + 16 * c;
+                    const int2 see = seen(s, i, n);
+                    const int64_t at = int64_t(h) * s.tokens + start + min(i, n - 1);
+                    const float l = lse[at], dl = delta[at];
+                    const uint32_t bits =
+                        drop.threshold ? keep4(drop, uint64_t(i) * n + j0 + ty) : 0xF;
+    #pragma unroll
+                    for (int r = 0; r < 4; ++r) {
+                        const int j = j0 + ty + 16 * r;
+                        const bool in = i < n && j >= see.x && j < see.y;
+                        const bool stays = bits >> r & 1;
+                        const float x = in ? ex2(p[r][c] * scale - l) : 0.f;
+                        dp[r][c] = in ? x * ((stays ? dp[r][c] * keep : 0.f) - dl) : 0.f;
+                        p[r][c] = stays ? x * keep : 0.f;
+                    }
                 }
+                accumulate<CHUNKS>(sv, sh, p, rg, i0, d);
+                accumulate<CHUNKS>(sk, sh, dp, rq, i0, d);
+                if (WHOLE)
+                    add_turned<CHUNKS>(sh, rk, j0, d, dq + int64_t(start) * lddq + h * d, lddq, i0, n,
+                                       s.scale);
             }
-            accumulate(sv, sh, p, rg, i0, d);
-            accumulate(sk, sh, dp, rq, i0, d);
         }
+        const float one[4] = {1.f, 1.f, 1.f, 1.f};
+        const float by[4] = {s.scale, s.scale, s.scale, s.scale};
+        write<CHUNKS>(sv, dv + int64_t(start) * lddv + kv * d, lddv, j0, n, d, one);
+        write<CHUNKS>(sk, dk + int64_t(start) * lddk + kv * d, lddk, j0, n, d, by);
+        if (!WHOLE) break;
     }
-    const float one[4] = {1.f, 1.f, 1.f, 1.f};
-    const float by[4] = {s.scale, s.scale, s.scale, s.scale};
-    write(sv, dv + int64_t(start) * lddv + kv * d, lddv, j0, n, d, one);
-    write(sk, dk + int64_t(start) * lddk + kv * d, lddk, j0, n, d, by);
 }
 
 }  // namespace generic

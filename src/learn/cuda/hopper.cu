@@ -1,5 +1,6 @@
 // The kernels of attention.cu without masks for heads of 64 and 128 elements, by Hopper's warpgroup
-// products; compiled for sm_90a only. A warpgroup owns 64 rows of the result. See LAUNCH.md.
+// products, and the loss (loss_sm90.cuh); compiled for sm_90a only. A warpgroup owns 64 rows of the
+// result.
 
 #include "wgmma.cuh"
 
@@ -363,3 +364,5 @@ HOPPER(64)
 #if !defined(HEAD) || HEAD == 128
 HOPPER(128)
 #endif
+
+#include "loss_sm90.cuh"

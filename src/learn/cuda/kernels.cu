@@ -472,33 +472,50 @@ static __constant__ float NF4[16] = {
     -0.091050036f, 0.0f,        0.0795803f,   0.1609302f,  0.2461123f,   0.33791524f,
     0.44070983f,  0.562617f,   0.72295684f,  1.0f};
 
-// One part for each blockIdx.y. A thread unpacks 8 numbers at a time.
+// One part for each blockIdx.y. A thread unpacks 8 numbers at a time; it reads for a few such times
+// at once, so that it waits for memory once.
 extern "C" __global__ void nf4_dequantize(const Packed* parts, const float* map, T* out, int ld) {
   __shared__ float values[16];
   if (threadIdx.x < 16) values[threadIdx.x] = NF4[threadIdx.x];
   __syncthreads();
+  const int TIMES = 4;
   Packed p = parts[blockIdx.y];
-  uint32_t wide = p.cols / 8, n = p.rows * wide;
+  uint32_t wide = p.cols / 8, n = p.rows * wide, stride = gridDim.x * blockDim.x;
+  uint32_t down = stride / wide, right = stride % wide;
+  uint32_t i = blockIdx.x * blockDim.x + threadIdx.x, row = i / wide, col = i % wide;
   out += (size_t)p.start * ld;
-#pragma unroll 2
-  for (uint32_t i = blockIdx.x * blockDim.x + threadIdx.x; i < n; i += gridDim.x * blockDim.x) {
-    uint32_t bytes = __ldg(reinterpret_cast<const uint32_t*>(p.packed) + i);
-    uint32_t block = i / 8, row = i / wide, col = i % wide * 8;
-    float scale = p.codes ? __ldg(map + __ldg(p.codes + block)) * __ldg(p.scales + block / 256) + p.offset
-                          : __ldg(p.scales + block);
-    Eight e;
+  for (; i < n; i += TIMES * stride) {
+    uint32_t bytes[TIMES];
+    float scale[TIMES];
 #pragma unroll
-    for (int j = 0; j < 4; j++) {
-      e.v[2 * j] = values[(bytes >> (8 * j + 4)) & 15] * scale;
-      e.v[2 * j + 1] = values[(bytes >> (8 * j)) & 15] * scale;
+    for (int k = 0; k < TIMES; k++) {
+      uint32_t at = min(i + k * stride, n - 1), block = at / 8;
+      bytes[k] = __ldg(reinterpret_cast<const uint32_t*>(p.packed) + at);
+      scale[k] = p.codes ? __ldg(map + __ldg(p.codes + block)) * __ldg(p.scales + block / 256) + p.offset
+                         : __ldg(p.scales + block);
     }
-    if (sizeof(T) == 4 && p.round) {
 #pragma unroll
-      for (int j = 0; j < 8; j++)
-        e.v[j] = p.round == 1 ? __bfloat162float(__float2bfloat16_rn(e.v[j]))
-                              : __half2float(__float2half_rn(e.v[j]));
+    for (int k = 0; k < TIMES; k++) {
+      Eight e;
+#pragma unroll
+      for (int j = 0; j < 4; j++) {
+        e.v[2 * j] = values[(bytes[k] >> (8 * j + 4)) & 15] * scale[k];
+        e.v[2 * j + 1] = values[(bytes[k] >> (8 * j)) & 15] * scale[k];
+      }
+      if (sizeof(T) == 4 && p.round) {
+#pragma unroll
+        for (int j = 0; j < 8; j++)
+          e.v[j] = p.round == 1 ? __bfloat162float(__float2bfloat16_rn(e.v[j]))
+                                : __half2float(__float2half_rn(e.v[j]));
+      }
+      if (i + k * stride < n) store(out + (size_t)row * ld + col * 8, e);
+      row += down;
+      col += right;
+      if (col >= wide) {
+        col -= wide;
+        row++;
+      }
     }
-    store(out + (size_t)row * ld + col, e);
   }
 }
 

@@ -3,6 +3,8 @@
 // Calls of a C library that is opened at run time, see device.rs.
 #![allow(unsafe_code)]
 
+mod fastest;
+
 use std::cell::RefCell;
 use std::collections::HashMap;
 use std::ffi::c_void;
@@ -11,7 +13,8 @@ use std::rc::Rc;
 use anyhow::{Result, anyhow};
 use cudarc::cublaslt::result;
 use cudarc::cublaslt::sys::{
-    self, cublasLtMatmulDescAttributes_t as Attribute,
+    self, cublasLtMatmulAlgoConfigAttributes_t as Config,
+    cublasLtMatmulDescAttributes_t as Attribute,
     cublasLtMatmulPreferenceAttributes_t as Preference,
 };
 
@@ -70,19 +73,54 @@ struct Shape {
     bias: bool,
 }
 
+/// A way to compute a product, and the memory that it takes beside the matrices.
+#[derive(Debug, Clone, Copy)]
+struct Algorithm {
+    algo: sys::cublasLtMatmulAlgo_t,
+    workspace: usize,
+}
+
+impl Algorithm {
+    /// Whether each sum is made in one piece. Then it is made in the order of its terms, whatever
+    /// tiles the result is cut into.
+    fn whole_sums(&self) -> bool {
+        let (mut parts, mut written) = (0_i32, 0);
+        let attribute = Config::CUBLASLT_ALGO_CONFIG_SPLITK_NUM;
+        // Safety: the attribute is 4 bytes, as the value is.
+        let status = unsafe {
+            let to = (&raw mut parts).cast();
+            let algo = &raw const self.algo;
+            sys::cublasLtMatmulAlgoConfigGetAttribute(algo, attribute, to, 4, &raw mut written)
+        };
+        status.result().is_ok() && parts <= 1
+    }
+}
+
 /// A described product and its algorithm.
 struct Plan {
     desc: sys::cublasLtMatmulDesc_t,
     layouts: [sys::cublasLtMatrixLayout_t; 4],
-    algo: sys::cublasLtMatmulAlgo_t,
-    workspace: usize,
+    algorithm: Algorithm,
 }
+
+/// A product's factors and where it goes.
+#[derive(Debug, Clone, Copy)]
+struct Product {
+    a: Mat,
+    b: Mat,
+    target: Target,
+}
+
+/// Algorithms that the library is asked for, best first by its own guess.
+const ALGORITHMS: usize = 8;
 
 /// The library and the products that it has planned.
 pub(super) struct Matmuls {
     handle: sys::cublasLtHandle_t,
     plans: RefCell<HashMap<Shape, Rc<Plan>>>,
     workspace: RefCell<Option<u64>>,
+    /// Which algorithms were the fastest, see [`Device::fastest`].
+    fastest: RefCell<HashMap<Shape, sys::cublasLtMatmulAlgo_t>>,
 }
 
 fn failed(e: result::CublasError) -> anyhow::Error {
@@ -101,7 +139,11 @@ fn alignment(at: u64) -> u32 {
 }
 
 impl Plan {
-    fn new(handle: sys::cublasLtHandle_t, s: &Shape) -> Result<Self, result::CublasError> {
+    /// With the algorithm that the library thinks the best, and all that it thinks good.
+    fn new(
+        handle: sys::cublasLtHandle_t,
+        s: &Shape,
+    ) -> Result<(Self, Vec<Algorithm>), result::CublasError> {
         let compute = sys::cublasComputeType_t::CUBLAS_COMPUTE_32F;
         let desc = result::create_matmul_desc(compute, sys::cudaDataType_t::CUDA_R_32F)?;
         let set = |attribute, value: &i32| {
@@ -152,13 +194,40 @@ impl Plan {
             prefer(attribute, (&raw const bytes).cast(), 4)?;
         }
         let [a, b, c, d] = layouts;
-        // Safety: all handles are alive.
-        let found =
-            unsafe { result::get_matmul_algo_heuristic(handle, desc, a, b, c, d, preference) };
+        let (mut found, mut count) = (Vec::with_capacity(ALGORITHMS), 0);
+        // Safety: all handles are alive; the library writes as many results as it says, at most as
+        // many as there is room for.
+        let status = unsafe {
+            let to = found.as_mut_ptr();
+            let most = ALGORITHMS as i32;
+            let status = sys::cublasLtMatmulAlgoGetHeuristic(
+                handle,
+                desc,
+                a,
+                b,
+                c,
+                d,
+                preference,
+                most,
+                to,
+                &raw mut count,
+            );
+            if status == sys::cublasStatus_t::CUBLAS_STATUS_SUCCESS {
+                found.set_len((count.max(0) as usize).min(ALGORITHMS));
+            }
+            status
+        };
         // Safety: it is not used again.
         unsafe { result::destroy_matmul_pref(preference) }?;
-        let found = found?;
-        Ok(Self { desc, layouts, algo: found.algo, workspace: found.workspaceSize })
+        status.result()?;
+        let algorithms: Vec<_> = found
+            .iter()
+            .filter(|f: &&sys::cublasLtMatmulHeuristicResult_t| f.state.result().is_ok())
+            .map(|f| Algorithm { algo: f.algo, workspace: f.workspaceSize })
+            .collect();
+        let none = result::CublasError(sys::cublasStatus_t::CUBLAS_STATUS_NOT_SUPPORTED);
+        let algorithm = *algorithms.first().ok_or(none)?;
+        Ok((Self { desc, layouts, algorithm }, algorithms))
     }
 }
 
@@ -177,24 +246,18 @@ impl Drop for Plan {
 impl Matmuls {
     pub(super) fn open() -> Result<Self> {
         let handle = result::create_handle().map_err(failed)?;
-        Ok(Self { handle, plans: RefCell::default(), workspace: RefCell::default() })
+        Ok(Self {
+            handle,
+            plans: RefCell::default(),
+            workspace: RefCell::default(),
+            fastest: RefCell::default(),
+        })
     }
 
     /// Takes the memory that products use beside their matrices.
     pub(super) fn reserve(&self, arena: &Arena) -> Result<()> {
         *self.workspace.borrow_mut() = Some(arena.alloc(WORKSPACE)?);
         Ok(())
-    }
-
-    fn plan(&self, shape: Shape) -> Result<Rc<Plan>> {
-        if let Some(plan) = self.plans.borrow().get(&shape) {
-            return Ok(plan.clone());
-        }
-        let plan = Plan::new(self.handle, &shape)
-            .map_err(|e| failed(e).context(format!("planning {shape:?}")))?;
-        let plan = Rc::new(plan);
-        self.plans.borrow_mut().insert(shape, plan.clone());
-        Ok(plan)
     }
 }
 
@@ -221,9 +284,8 @@ impl Device {
         if self.dry.get() {
             return Ok(());
         }
-        let Target { to, float, plus, bias, alpha } = target;
-        let c = plus.unwrap_or(to);
-        let mats = [a.mat, b.mat, c, to];
+        let product = Product { a: a.mat, b: b.mat, target };
+        let mats = [a.mat, b.mat, target.plus.unwrap_or(target.to), target.to];
         let shape = Shape {
             m,
             n,
@@ -231,11 +293,29 @@ impl Device {
             transposed: (a.transposed, b.transposed),
             lds: mats.map(|mat| mat.ld),
             alignments: mats.map(|mat| alignment(mat.at)),
-            floats: (self.float, float),
-            plus: plus.is_some(),
-            bias: bias.is_some(),
+            floats: (self.float, target.float),
+            plus: target.plus.is_some(),
+            bias: target.bias.is_some(),
         };
-        let plan = self.matmuls.plan(shape)?;
+        let plan = self.matmuls.plans.borrow().get(&shape).cloned();
+        let plan = match plan {
+            Some(plan) => plan,
+            None => {
+                let (mut plan, all) = Plan::new(self.matmuls.handle, &shape)
+                    .map_err(|e| failed(e).context(format!("planning {shape:?}")))?;
+                plan.algorithm = self.fastest(&plan, &shape, &product, &all)?;
+                let plan = Rc::new(plan);
+                self.matmuls.plans.borrow_mut().insert(shape, plan.clone());
+                plan
+            }
+        };
+        self.multiply(&plan, plan.algorithm, &product)
+    }
+
+    /// Starts a product.
+    fn multiply(&self, plan: &Plan, by: Algorithm, product: &Product) -> Result<()> {
+        let Product { a, b, target: Target { to, plus, bias, alpha, .. } } = *product;
+        let c = plus.unwrap_or(to);
         if let Some(bias) = bias {
             let attribute = Attribute::CUBLASLT_MATMUL_DESC_BIAS_POINTER;
             // Safety: the value is an address, as the attribute is.
@@ -247,7 +327,7 @@ impl Device {
         }
         let beta: f32 = if plus.is_some() { 1.0 } else { 0.0 };
         let workspace = self.matmuls.workspace.borrow().unwrap_or(0);
-        let room = if workspace == 0 { 0 } else { plan.workspace };
+        let room = if workspace == 0 { 0 } else { by.workspace };
         let [first, second, third, fourth] = plan.layouts;
         // Safety: addresses are of arenas, and as large as the layouts say.
         unsafe {
@@ -256,15 +336,15 @@ impl Device {
                 plan.desc,
                 (&raw const alpha).cast(),
                 (&raw const beta).cast(),
-                b.mat.at as *const c_void,
+                b.at as *const c_void,
                 first,
-                a.mat.at as *const c_void,
+                a.at as *const c_void,
                 second,
                 c.at as *const c_void,
                 third,
                 to.at as *mut c_void,
                 fourth,
-                &raw const plan.algo,
+                &raw const by.algo,
                 workspace as *mut c_void,
                 room,
                 self.stream.cast(),

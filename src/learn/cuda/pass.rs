@@ -5,7 +5,7 @@ use anyhow::Result;
 use super::arena::Arena;
 use super::attention::Attention;
 use super::device::{Device, Grid, Kernel, Mat, float, int};
-use super::projection::{Projection, Shared};
+use super::projection::{Behind, Projection, Shared};
 use crate::learn::linear::{Dropout, Mode};
 
 /// One pass over packed sequences.
@@ -504,6 +504,33 @@ impl Pass<'_> {
         rows: usize,
     ) -> Result<()> {
         let mats = (x, ranks.z, g, ranks.kept);
-        projection.parameter_gradients(self.device, self.scratch, mats, rows, self.mode)
+        let (device, scratch) = (self.device, self.scratch);
+        projection.parameter_gradients(device, scratch, mats, None, rows, self.mode)
+    }
+
+    /// The same behind a root-mean-square norm, from what that read.
+    pub(super) fn gradients_behind(
+        &self,
+        projection: &Projection,
+        norm: &Norm,
+        (x, moments, ranks): (Mat, Moments, Ranks),
+        g: Mat,
+    ) -> Result<()> {
+        let (device, scratch, rows) = (self.device, self.scratch, self.tokens);
+        let mats = |x| (x, ranks.z, g, ranks.kept);
+        if projection.norms_input() {
+            let behind = Some(Behind { weight: norm.weight, rstd: moments.rstd });
+            return projection.parameter_gradients(
+                device,
+                scratch,
+                mats(x),
+                behind,
+                rows,
+                self.mode,
+            );
+        }
+        let h = self.scratch(projection.inputs)?;
+        self.rms_norm(norm, (x, h), moments.rstd, (rows, projection.inputs))?;
+        projection.parameter_gradients(device, scratch, mats(h), None, rows, self.mode)
     }
 }

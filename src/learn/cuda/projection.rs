@@ -18,12 +18,13 @@
 
 mod builder;
 mod dropped;
+mod gradients;
 
 use anyhow::Result;
 
 pub(super) use self::builder::{Builder, trained_name, upload_map};
 use super::arena::Arena;
-use super::device::{Device, Float, Grid, Mat, float, int};
+use super::device::{Device, Grid, Mat, float, int};
 use super::matmul::Target;
 use crate::learn::linear::{Dropout, Mode};
 use crate::learn::ops::Mask;
@@ -80,11 +81,16 @@ struct Tile {
     each: i32,
 }
 
+/// A root-mean-square norm that a projection's input comes from: its weight, and a factor of each
+/// row.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Behind {
+    pub(super) weight: u64,
+    pub(super) rstd: u64,
+}
+
 /// Columns and ranks of a [`Tile`] at most.
 const TILE: usize = 64;
-
-/// Blocks of threads that the gradients of a projection's adapters are cut into, about.
-const BLOCKS: usize = 2048;
 
 /// As `Copy` in kernels.cu.
 #[repr(C)]
@@ -255,6 +261,11 @@ impl Projection {
     /// Whether its backward needs the input again.
     pub(super) fn reads_input(&self) -> bool {
         self.ranks > 0 || self.modules.iter().any(|m| m.weight.is_some())
+    }
+
+    /// Whether its backward takes what a norm read in place of what it gave, see [`Behind`].
+    pub(super) fn norms_input(&self) -> bool {
+        self.tiles.is_some() && self.modules.iter().all(|m| m.weight.is_none())
     }
 
     fn adapters_of_modules(&self) -> impl Iterator<Item = &ModuleAdapter> {
@@ -455,96 +466,5 @@ impl Projection {
             device.place(adapters, at)?;
         }
         Ok(Mat { at, ld })
-    }
-
-    /// Adds the gradients of what is trained, from the input, its ranks, the gradient of the
-    /// output with its ranks, and what the forward kept.
-    pub(super) fn parameter_gradients(
-        &self,
-        device: &Device,
-        scratch: &Arena,
-        (x, ranks, g, kept): (Mat, Mat, Mat, u64),
-        rows: usize,
-        mode: Mode,
-    ) -> Result<()> {
-        let sum = |at, ld, alpha| {
-            let to = Mat { at, ld };
-            Target { to, float: Float::F32, plus: Some(to), bias: None, alpha }
-        };
-        let mark = scratch.mark();
-        let dropping = self.drops(mode);
-        let tiles = self.tiles.as_ref();
-        if let (Some(tiles), Some(kernels)) = (tiles, device.adapters) {
-            // Fixed, so that sums do not depend on the card.
-            let spans = (BLOCKS / tiles.count).clamp(1, rows.div_ceil(TILE));
-            let span = rows.div_ceil(spans).next_multiple_of(TILE);
-            let spans = rows.div_ceil(span);
-            let largest = tiles.largest;
-            let parts = scratch.alloc(4 * largest * TILE * tiles.count * spans)?;
-            let grid = Grid { blocks: (tiles.count, spans, 1), threads: (128, 1), shared: 0 };
-            let args = [
-                x.at,
-                int(x.ld),
-                ranks.at,
-                int(ranks.ld),
-                g.at,
-                int(g.ld),
-                tiles.at,
-                parts,
-                int(largest),
-                int(rows),
-                int(span),
-                int(self.inputs),
-                kept,
-                float(self.kept_scale(mode).into()),
-            ];
-            device.launch(kernels.gradients, grid, &args)?;
-            let args = [tiles.at, parts, int(largest), int(spans)];
-            let across = (largest * TILE).div_ceil(256);
-            let grid = Grid { blocks: (tiles.count, across, 1), threads: (256, 1), shared: 0 };
-            device.launch(device.kernels.add_tiles, grid, &args)?;
-        }
-        let dropped = if dropping && tiles.is_none() {
-            scratch.alloc(rows * self.inputs * device.float.size())?
-        } else {
-            0
-        };
-        let dropped = Mat { at: dropped, ld: self.inputs };
-        for module in &self.modules {
-            let own = device.part(g, 0, module.start);
-            if let Some(dw) = module.weight {
-                let size = (module.outputs, self.inputs, rows);
-                device.matmul(size, own.t(), x.n(), sum(dw, self.inputs, 1.0))?;
-            }
-            if let Some(db) = module.bias {
-                let none = Mat { at: 0, ld: 0 };
-                let sums = (None, Some(db));
-                device.column_sums(scratch, (none, own), None, sums, (rows, module.outputs), 1)?;
-            }
-            let Some(adapter) = module.adapter.as_ref().filter(|_| tiles.is_none()) else {
-                continue;
-            };
-            let x = match adapter.dropout.mask(mode) {
-                Some(mask) => {
-                    device.drop_elements(mask, (x, dropped), (rows, self.inputs), false)?;
-                    dropped
-                }
-                None => x,
-            };
-            let dz = device.part(g, 0, self.outputs + adapter.offset);
-            let da = sum(adapter.a, self.inputs, 1.0);
-            device.matmul((adapter.r, self.inputs, rows), dz.t(), x.n(), da)?;
-        }
-        for module in &self.modules {
-            let Some(adapter) = module.adapter.as_ref().filter(|_| tiles.is_none()) else {
-                continue;
-            };
-            let own = device.part(g, 0, module.start);
-            let z = device.part(ranks, 0, adapter.offset);
-            let db = sum(adapter.b, adapter.r, self.scaling);
-            device.matmul((module.outputs, adapter.r, rows), own.t(), z.n(), db)?;
-        }
-        scratch.release(mark);
-        Ok(())
     }
 }

@@ -236,6 +236,38 @@ pub(super) fn near_gradients(compute: Compute) {
     }
 }
 
+/// The loss and the gradients where two, four and eight blocks share a row of logits, and where a
+/// product is large enough to be tried out.
+#[test]
+#[ignore = "needs an NVIDIA GPU"]
+fn large_vocabularies() {
+    let dir = tempfile::tempdir().unwrap();
+    for vocabulary in [2_051, 60_001, 140_003] {
+        let (mut config, task) = (decoder("llama", 64), Task::CausalLm);
+        config["vocab_size"] = json!(vocabulary);
+        let files = files(dir.path(), &config, &task);
+        let rows = rows(&task);
+        let refs: Vec<&Row> = rows[..8].iter().collect();
+        let batch = flow::learn::collate(&refs, &task).unwrap();
+        let n = batch.targets() as f64;
+        let [(expected, cpu), (loss, gpu), (again, same)] =
+            [Compute::Cpu, Compute::GpuBf16, Compute::GpuBf16].map(|compute| {
+                let model = Model::load(&files, &setup(&task, Method::Lora, compute, 0.0)).unwrap();
+                model.gradients(&batch, 0, n).unwrap()
+            });
+        assert!((loss - expected).abs() < 1e-3 * expected, "{vocabulary}: {loss} {expected}");
+        assert_eq!(loss, again, "{vocabulary}");
+        let all: f64 = cpu.values().map(|g| norm(&numbers(g)).powi(2)).sum();
+        for (name, g) in &cpu {
+            let (a, b) = (numbers(&gpu[name]), numbers(g));
+            assert_eq!(a, numbers(&same[name]), "{vocabulary}: {name}");
+            let difference: Vec<f32> = a.iter().zip(&b).map(|(a, b)| a - b).collect();
+            let error = norm(&difference) / norm(&b).max(1e-3 * all.sqrt());
+            assert!(error < 3e-2, "{vocabulary}: {name} {error}");
+        }
+    }
+}
+
 fn norm(x: &[f32]) -> f64 {
     x.iter().map(|x| f64::from(*x).powi(2)).sum::<f64>().sqrt()
 }

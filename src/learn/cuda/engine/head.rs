@@ -4,7 +4,7 @@ use anyhow::{Result, bail, ensure};
 
 use super::{Head, LOGITS, State, Table};
 use crate::learn::batch::Packed;
-use crate::learn::cuda::device::{Float, Grid, Mat, float, int};
+use crate::learn::cuda::device::{Float, Grid, LOSS_ROOM, Mat, SHARERS, float, int};
 use crate::learn::cuda::matmul::Target;
 use crate::learn::cuda::pass::{Pass, Ranks};
 use crate::learn::linear::Mode;
@@ -125,6 +125,29 @@ impl State {
         (rows, classes): (usize, usize),
         scale: f64,
     ) -> Result<()> {
+        if let (Some(kernels), true) = (self.device.shared_loss, d_logits.at != 0) {
+            let each = |sharers: usize| classes.div_ceil(sharers).next_multiple_of(4);
+            let fits = |(sharers, _): &(usize, _)| 4 * each(*sharers) <= LOSS_ROOM;
+            let found = SHARERS.into_iter().zip(kernels).find(fits);
+            let suits = classes > 1024 && logits.ld.is_multiple_of(4);
+            if let Some((sharers, kernel)) = found.filter(|_| suits) {
+                let each = each(sharers);
+                let args = [
+                    logits.at,
+                    int(logits.ld),
+                    targets,
+                    losses,
+                    d_logits.at,
+                    int(d_logits.ld),
+                    int(classes),
+                    int(each),
+                    float(scale),
+                ];
+                let blocks = (sharers * rows, 1, 1);
+                let grid = Grid { blocks, threads: (512, 1), shared: 4 * each };
+                return self.device.launch(kernel, grid, &args);
+            }
+        }
         let args = [
             logits.at,
             int(logits.ld),
