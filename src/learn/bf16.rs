@@ -10,7 +10,6 @@ mod amx;
 #[cfg(not(all(target_arch = "x86_64", target_os = "linux")))]
 #[path = "bf16/no_amx.rs"]
 mod amx;
-mod output;
 mod pack;
 mod plain;
 #[cfg(test)]
@@ -20,7 +19,7 @@ use std::cell::RefCell;
 use std::ops::Range;
 
 use super::matrix::{Matrix, Threads};
-use output::Output;
+use super::output::Output;
 use pack::{Form, Packed, Side};
 
 /// Terms that a product can have.

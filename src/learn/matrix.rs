@@ -4,6 +4,8 @@ use std::ops::Range;
 
 use rayon::prelude::*;
 
+use super::output::{Output, Shared};
+
 /// A read-only matrix in a slice: element (i, j) lies at `i * row + j * col`.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Matrix<'a> {
@@ -77,12 +79,12 @@ pub(crate) fn product(
 ) {
     let (m, n, k) = (lhs.rows, rhs.cols, lhs.cols);
     assert_eq!(k, rhs.rows, "inner sizes of a product");
-    assert!(n <= stride && fits(out.len(), m, n, stride, 1), "product outside its slice");
+    let out = Output::new((out, stride), (m, n));
     if m == 0 || n == 0 {
         return;
     }
     if k == 0 {
-        for row in out.chunks_mut(stride).take(m) {
+        for row in out.data.chunks_mut(stride).take(m) {
             row[..n].iter_mut().for_each(|x| *x = if beta == 0.0 { 0.0 } else { *x * beta });
         }
         return;
@@ -91,7 +93,7 @@ pub(crate) fn product(
         Threads::One => 1,
         Threads::All => rayon::current_num_threads(),
     };
-    let out = Columns { first: out.as_mut_ptr(), stride };
+    let out = out.share();
     // The crate copies a right-hand side whose columns are contiguous before it begins, on one
     // thread; in parts of columns, each thread copies its own.
     // (One row takes another way, whose sums depend on where a part begins.)
@@ -103,12 +105,13 @@ pub(crate) fn product(
             Threads::One => gemm::Parallelism::None,
             Threads::All => gemm::Parallelism::Rayon(count),
         };
-        return out.product(0, beta, alpha, lhs, rhs, parallelism);
+        return columns(&out, 0..n, beta, alpha, lhs, rhs, parallelism);
     }
     let at = |i: usize| if i == parts { n } else { n * i / parts / UNIT * UNIT };
     (0..parts).into_par_iter().for_each(|i| {
-        let part = rhs.columns(at(i)..at(i + 1));
-        out.product(at(i), beta, alpha, lhs, part, gemm::Parallelism::None);
+        let cols = at(i)..at(i + 1);
+        let part = rhs.columns(cols.clone());
+        columns(&out, cols, beta, alpha, lhs, part, gemm::Parallelism::None);
     });
 }
 
@@ -119,54 +122,43 @@ const UNIT: usize = 16;
 /// Columns that fill a part. One of 64 columns or fewer might be summed in other blocks.
 const MIN_PART: usize = 64 + UNIT;
 
-/// The columns of a product, which threads share.
-struct Columns {
-    first: *mut f32,
-    stride: usize,
-}
-
-// SAFETY: it points into a slice that `product` borrows mutably while threads write to it, and
-// each of them writes other columns.
-#[expect(unsafe_code, reason = "holds a pointer, for a slice that several threads fill")]
-unsafe impl Sync for Columns {}
-
-impl Columns {
-    /// Columns from `col` on: `beta` times themselves and `alpha * lhs * rhs`.
-    #[expect(unsafe_code, reason = "the gemm crate takes raw pointers")]
-    fn product(
-        &self,
-        col: usize,
-        beta: f32,
-        alpha: f32,
-        lhs: Matrix<'_>,
-        rhs: Matrix<'_>,
-        parallelism: gemm::Parallelism,
-    ) {
-        // SAFETY: `Matrix::strided` and `product` have checked that the last element of each of
-        // the three matrices lies in its slice, and `product` gives each thread other columns.
-        unsafe {
-            gemm::gemm(
-                lhs.rows,
-                rhs.cols,
-                lhs.cols,
-                self.first.wrapping_add(col),
-                1,
-                self.stride as isize,
-                beta != 0.0,
-                lhs.data.as_ptr(),
-                lhs.col as isize,
-                lhs.row as isize,
-                rhs.data.as_ptr(),
-                rhs.col as isize,
-                rhs.row as isize,
-                beta,
-                alpha,
-                false,
-                false,
-                false,
-                parallelism,
-            );
-        }
+/// Some columns of a product, which no other thread has: `beta` times themselves and
+/// `alpha * lhs * rhs`.
+#[expect(unsafe_code, reason = "the gemm crate takes raw pointers")]
+fn columns(
+    out: &Shared<'_>,
+    cols: Range<usize>,
+    beta: f32,
+    alpha: f32,
+    lhs: Matrix<'_>,
+    rhs: Matrix<'_>,
+    parallelism: gemm::Parallelism,
+) {
+    // SAFETY: `Matrix::strided` and `Output::new` have checked that the last element of each of the
+    // three matrices lies in its slice, and `product` gives each thread other columns.
+    unsafe {
+        let out = out.block(0..lhs.rows, cols);
+        gemm::gemm(
+            lhs.rows,
+            rhs.cols,
+            lhs.cols,
+            out.first,
+            1,
+            out.stride as isize,
+            beta != 0.0,
+            lhs.data.as_ptr(),
+            lhs.col as isize,
+            lhs.row as isize,
+            rhs.data.as_ptr(),
+            rhs.col as isize,
+            rhs.row as isize,
+            beta,
+            alpha,
+            false,
+            false,
+            false,
+            parallelism,
+        );
     }
 }
 

@@ -33,6 +33,7 @@ mod net;
 pub mod nf4;
 mod ops;
 mod optimizer;
+mod output;
 pub mod random;
 mod rows;
 mod schedule;

@@ -12,12 +12,12 @@ use std::ptr;
 
 use rayon::prelude::*;
 
-use super::super::output::{Block, Shared};
 use super::super::pack::{PANEL, STEP, STEP_LEN};
 use super::super::{MAX_TERMS, Output, Packed};
 use super::Amx;
 use super::kernel::{FETCHED, Run, Square, Tiles, add_product, settle, write, write_past};
 use crate::learn::matrix::Threads;
+use crate::learn::output::{Block, Shared};
 
 /// Steps of a panel of columns that stay in the first cache (48 KiB): 36 KiB.
 const NEAR_STEPS: usize = 18;

@@ -4,16 +4,16 @@ use std::marker::PhantomData;
 use std::ops::Range;
 
 /// A row-major matrix `[rows, cols]` in a slice, `stride` elements from row to row.
-pub(super) struct Output<'a> {
-    pub(super) data: &'a mut [f32],
-    pub(super) stride: usize,
-    pub(super) rows: usize,
-    pub(super) cols: usize,
+pub(crate) struct Output<'a> {
+    pub(crate) data: &'a mut [f32],
+    pub(crate) stride: usize,
+    pub(crate) rows: usize,
+    pub(crate) cols: usize,
 }
 
 impl<'a> Output<'a> {
     /// Panics if it does not fit into its slice.
-    pub(super) fn new(
+    pub(crate) fn new(
         (data, stride): (&'a mut [f32], usize),
         (rows, cols): (usize, usize),
     ) -> Self {
@@ -23,14 +23,14 @@ impl<'a> Output<'a> {
     }
 
     /// To be written by several threads.
-    pub(super) fn share(self) -> Shared<'a> {
+    pub(crate) fn share(self) -> Shared<'a> {
         let Self { data, stride, rows, cols } = self;
         Shared { first: data.as_mut_ptr(), stride, rows, cols, slice: PhantomData }
     }
 }
 
 /// A matrix of which threads hold different blocks.
-pub(super) struct Shared<'a> {
+pub(crate) struct Shared<'a> {
     first: *mut f32,
     stride: usize,
     rows: usize,
@@ -49,7 +49,7 @@ impl Shared<'_> {
     /// # Safety
     /// No two blocks that exist at a time may overlap.
     #[expect(unsafe_code, reason = "hands out parts of one slice")]
-    pub(super) unsafe fn block(&self, rows: Range<usize>, cols: Range<usize>) -> Block<'_> {
+    pub(crate) unsafe fn block(&self, rows: Range<usize>, cols: Range<usize>) -> Block<'_> {
         let rows = rows.start.min(self.rows)..rows.end.min(self.rows);
         let cols = cols.start.min(self.cols)..cols.end.min(self.cols);
         let first = self.first.wrapping_add(rows.start * self.stride + cols.start);
@@ -59,20 +59,20 @@ impl Shared<'_> {
 }
 
 /// A block of a product that one thread holds.
-pub(super) struct Block<'a> {
+pub(crate) struct Block<'a> {
     /// Its first element.
-    pub(super) first: *mut f32,
+    pub(crate) first: *mut f32,
     /// Elements from row to row.
-    pub(super) stride: usize,
+    pub(crate) stride: usize,
     /// Rows and columns.
-    pub(super) size: (usize, usize),
+    pub(crate) size: (usize, usize),
     slice: PhantomData<&'a mut [f32]>,
 }
 
 impl Block<'_> {
     /// Its row `i`.
     #[expect(unsafe_code, reason = "a block is no slice: other threads hold what is between")]
-    pub(super) fn row(&mut self, i: usize) -> &mut [f32] {
+    pub(crate) fn row(&mut self, i: usize) -> &mut [f32] {
         assert!(i < self.size.0, "row outside the block");
         let first = self.first.wrapping_add(i * self.stride);
         // SAFETY: the block lies in the slice of its matrix and is held by this thread only.
