@@ -30,6 +30,15 @@ pub fn tiles() -> bool {
     Form::best() != Form::Plain
 }
 
+/// When a result is read again, by which a large one is written into the caches or past them.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Reread {
+    /// In memory that is used again and again: inference.
+    Soon,
+    /// After much else, or from memory that is not in a cache yet: training.
+    Late,
+}
+
 /// The left-hand side of products, `[m, k]`, in bf16 and laid out for them.
 #[derive(Debug)]
 pub(crate) struct Lhs(Packed);
@@ -123,6 +132,7 @@ pub(crate) fn product(
     beta: bool,
     bias: Option<&[f32]>,
     terms: &[(&Lhs, &Rhs)],
+    reread: Reread,
     threads: Threads,
 ) {
     assert!((1..=MAX_TERMS).contains(&terms.len()), "number of terms of a product");
@@ -141,7 +151,7 @@ pub(crate) fn product(
     pairs.iter_mut().zip(terms).for_each(|(pair, (lhs, rhs))| *pair = (&lhs.0, &rhs.0));
     let terms = &pairs[..terms.len()];
     match form {
-        Form::Tiles(amx) => amx.product(out, beta, bias, terms, threads),
+        Form::Tiles(amx) => amx.product(out, beta, bias, terms, reread, threads),
         Form::Plain => plain::product(out, beta, bias, terms, threads),
     }
 }
@@ -161,6 +171,6 @@ pub(crate) fn product_of(
     OPERANDS.with_borrow_mut(|(l, r)| {
         l.0.fill(lhs, alpha, Threads::One);
         r.refill(rhs, Threads::One);
-        product(out, beta, None, &[(l, r)], Threads::One);
+        product(out, beta, None, &[(l, r)], Reread::Soon, Threads::One);
     });
 }

@@ -5,7 +5,7 @@ use std::collections::HashMap;
 use anyhow::{Result, ensure};
 use candle_core::{Tensor, TensorId};
 
-use super::bf16::{self, Lhs, Rhs};
+use super::bf16::{self, Lhs, Reread, Rhs};
 use super::matrix::{Matrix, Threads, product};
 
 /// Gradients by parameter; one that is used in several places gets the sum.
@@ -63,7 +63,8 @@ impl Gradients {
         let last = parameter.dims().last().copied();
         ensure!(last == Some(cols), "a gradient of {cols} columns for {:?}", parameter.dims());
         let (sum, beta) = self.sum(parameter);
-        bf16::product((sum, cols), beta != 0.0, None, &[(lhs, rhs)], Threads::All);
+        let terms = &[(lhs, rhs)];
+        bf16::product((sum, cols), beta != 0.0, None, terms, Reread::Late, Threads::All);
         Ok(())
     }
 

@@ -13,7 +13,7 @@ use std::arch::x86_64::{__cpuid, __cpuid_count};
 use std::sync::OnceLock;
 
 use super::pack::Side;
-use super::{Output, Packed};
+use super::{Output, Packed, Reread};
 use crate::learn::matrix::{Matrix, Threads};
 
 /// Proof that this process may use the tiles.
@@ -42,9 +42,10 @@ impl Amx {
         beta: bool,
         bias: Option<&[f32]>,
         terms: &[(&Packed, &Packed)],
+        reread: Reread,
         threads: Threads,
     ) {
-        blocks::product(self, out, beta, bias, terms, threads);
+        blocks::product(self, out, beta, bias, terms, reread, threads);
     }
 }
 

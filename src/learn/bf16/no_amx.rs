@@ -1,7 +1,7 @@
 //! Stands for the product on tiles where there are none.
 
 use super::pack::Side;
-use super::{Output, Packed};
+use super::{Output, Packed, Reread};
 use crate::learn::matrix::{Matrix, Threads};
 
 /// Proof that this process may use the tiles: there is none.
@@ -26,6 +26,7 @@ impl Amx {
         _: bool,
         _: Option<&[f32]>,
         _: &[(&Packed, &Packed)],
+        _: Reread,
         _: Threads,
     ) {
         match self {}

@@ -90,7 +90,14 @@ fn products_of_all_sizes_and_layouts() {
                     let stride = n + 2;
                     let mut out = vec![f32::NAN; m * stride];
                     let (x, y) = (lhs(form, l, Threads::All), rhs(form, r, Threads::One));
-                    product((&mut out, stride), false, None, &[(&x, &y)], Threads::All);
+                    product(
+                        (&mut out, stride),
+                        false,
+                        None,
+                        &[(&x, &y)],
+                        Reread::Soon,
+                        Threads::All,
+                    );
                     check((&out, stride), &[(l, r)], |_, _| 0.0);
                     let between = out.chunks(stride).flat_map(|row| &row[n..]);
                     assert!(between.into_iter().all(|x| x.is_nan()), "wrote between the rows");
@@ -119,7 +126,14 @@ fn beta_bias_and_terms() {
                         let mut out = if beta { old.clone() } else { vec![f32::NAN; m * n] };
                         let terms: Vec<_> = packed.iter().map(|(l, r)| (l, r)).collect();
                         let given = with_bias.then_some(&bias[..]);
-                        product((&mut out, n), beta, given, &terms[..count], Threads::One);
+                        product(
+                            (&mut out, n),
+                            beta,
+                            given,
+                            &terms[..count],
+                            Reread::Soon,
+                            Threads::One,
+                        );
                         check((&out, n), &[(x, w), (h, b)][..count], |i, j| {
                             let old = if beta { f64::from(old[i * n + j]) } else { 0.0 };
                             old + if with_bias { f64::from(bias[j]) } else { 0.0 }
@@ -137,14 +151,14 @@ fn nothing_to_sum() {
         let l = lhs(form, Matrix::new(&[], 33, 0), Threads::One);
         let r = rhs(form, Matrix::new(&[], 0, 40), Threads::One);
         let mut out = vec![2.0; 33 * 40];
-        product((&mut out, 40), true, Some(&[1.0; 40]), &[(&l, &r)], Threads::One);
+        product((&mut out, 40), true, Some(&[1.0; 40]), &[(&l, &r)], Reread::Soon, Threads::One);
         assert_eq!(out, [3.0; 33 * 40]);
-        product((&mut out, 40), false, None, &[(&l, &r)], Threads::All);
+        product((&mut out, 40), false, None, &[(&l, &r)], Reread::Soon, Threads::All);
         assert_eq!(out, [0.0; 33 * 40]);
         let none = lhs(form, Matrix::new(&[], 0, 0), Threads::All);
-        product((&mut [], 40), false, None, &[(&none, &r)], Threads::All);
+        product((&mut [], 40), false, None, &[(&none, &r)], Reread::Soon, Threads::All);
         let none = rhs(form, Matrix::new(&[], 0, 0), Threads::All);
-        product((&mut [], 0), false, None, &[(&l, &none)], Threads::All);
+        product((&mut [], 0), false, None, &[(&l, &none)], Reread::Soon, Threads::All);
     }
 }
 
@@ -172,7 +186,7 @@ fn rows_made_block_by_block() {
                 let n = r.size().1;
                 let mut out = vec![f32::NAN; 20 * n];
                 let x = lhs(form, l, Threads::One);
-                product((&mut out, n), false, None, &[(&x, &packed)], Threads::All);
+                product((&mut out, n), false, None, &[(&x, &packed)], Reread::Soon, Threads::All);
                 check((&out, n), &[(l, r)], |_, _| 0.0);
             }
         }
@@ -190,7 +204,7 @@ fn buffers_are_used_again() {
         x.0.fill(l, 1.0, Threads::One);
         y.refill(r, Threads::One);
         let mut out = vec![f32::NAN; 33 * 37];
-        product((&mut out, 37), false, None, &[(&x, &y)], Threads::One);
+        product((&mut out, 37), false, None, &[(&x, &y)], Reread::Soon, Threads::One);
         check((&out, 37), &[(l, r)], |_, _| 0.0);
     }
 }
@@ -210,7 +224,7 @@ fn threads_do_not_matter() {
                 let u = lhs(form, Matrix::new(&h, m, r), all);
                 let v = rhs(form, Matrix::new(&c, n, r).t(), all);
                 let mut out = vec![0.0; m * n];
-                product((&mut out, n), false, None, &[(&x, &y), (&u, &v)], all);
+                product((&mut out, n), false, None, &[(&x, &y), (&u, &v)], Reread::Soon, all);
                 out.into_iter().map(f32::to_bits).collect::<Vec<_>>()
             })
         };
@@ -233,7 +247,7 @@ fn nan_and_infinity_stay_where_they_belong() {
             let x = lhs(form, Matrix::new(&a, m, k), Threads::One);
             let y = rhs(form, Matrix::new(&b, k, n), Threads::One);
             let mut out = vec![0.0; m * n];
-            product((&mut out, n), false, None, &[(&x, &y)], Threads::One);
+            product((&mut out, n), false, None, &[(&x, &y)], Reread::Soon, Threads::One);
             for i in 0..m {
                 for j in 0..n {
                     assert_eq!(out[i * n + j].is_finite(), i != 34 && j != 49, "({i}, {j})");
@@ -277,12 +291,14 @@ fn large_outputs() {
         let mut memory = vec![f32::NAN; m * n + 16];
         let start = memory.as_ptr().align_offset(64);
         let (mut outs, bias) = (Vec::new(), vec![0.0; n]);
-        for shift in [start, (start + 1) & 15] {
+        for (shift, reread) in
+            [(start, Reread::Soon), (start, Reread::Late), ((start + 1) & 15, Reread::Late)]
+        {
             let out = &mut memory[shift..][..m * n];
-            product((out, n), false, Some(&bias), &[(&x, &y)], Threads::All);
+            product((out, n), false, Some(&bias), &[(&x, &y)], reread, Threads::All);
             outs.push(out.to_vec());
         }
-        assert!(outs[0] == outs[1]);
+        assert!(outs.iter().all(|out| *out == outs[0]));
         let rows = |from: usize| Matrix::new(&a[from * k..], 40, k);
         for from in [0, 520] {
             check((&outs[0][from * n..], n), &[(rows(from), Matrix::new(&b, k, n))], |_, _| 0.0);
@@ -295,7 +311,7 @@ fn large_outputs() {
 fn refuses_other_inner_sizes() {
     let l = Lhs::new(Matrix::new(&[0.0; 6], 2, 3), Threads::One);
     let r = Rhs::new(Matrix::new(&[0.0; 8], 4, 2), Threads::One);
-    product((&mut [0.0; 4], 2), false, None, &[(&l, &r)], Threads::One);
+    product((&mut [0.0; 4], 2), false, None, &[(&l, &r)], Reread::Soon, Threads::One);
 }
 
 #[test]
@@ -303,7 +319,7 @@ fn refuses_other_inner_sizes() {
 fn refuses_to_write_outside() {
     let l = Lhs::new(Matrix::new(&[0.0; 6], 2, 3), Threads::One);
     let r = Rhs::new(Matrix::new(&[0.0; 6], 3, 2), Threads::One);
-    product((&mut [0.0; 3], 2), false, None, &[(&l, &r)], Threads::One);
+    product((&mut [0.0; 3], 2), false, None, &[(&l, &r)], Reread::Soon, Threads::One);
 }
 
 /// Tiles are found where the kernel lists them, and a thread made later may use them.

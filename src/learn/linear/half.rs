@@ -7,8 +7,8 @@ use anyhow::Result;
 
 use super::input::Input;
 use super::layer::{Linear, Trace, Write, add_through, fed};
-use super::{Adapter, Held, Pass};
-use crate::learn::bf16::{Lhs, Rhs, product};
+use super::{Adapter, Held, Mode, Pass};
+use crate::learn::bf16::{Lhs, Reread, Rhs, product};
 use crate::learn::buffer::Buffer;
 use crate::learn::gradients::Gradients;
 use crate::learn::matrix::{Matrix, Threads};
@@ -82,7 +82,7 @@ impl Linear {
         let ((rows, _), r) = (x.size(), a.len() / self.inputs);
         let mut h = Buffer::new(rows * r);
         let a = Rhs::new(Matrix::new(a, r, self.inputs).t(), Threads::All);
-        product((&mut h, r), false, None, &[(x.packed(), &a)], Threads::All);
+        product((&mut h, r), false, None, &[(x.packed(), &a)], Reread::Soon, Threads::All);
         h
     }
 
@@ -109,7 +109,8 @@ impl Linear {
         });
         let adapter = adapter.transpose()?;
         terms.extend(adapter.as_ref().map(|(h, b)| (h, b)));
-        product((out, outputs), write == Write::Add, bias, &terms, Threads::All);
+        let reread = if matches!(pass.mode, Mode::Eval) { Reread::Soon } else { Reread::Late };
+        product((out, outputs), write == Write::Add, bias, &terms, reread, Threads::All);
         Ok(trace)
     }
 
@@ -135,7 +136,7 @@ impl Linear {
                 let plain = Matrix::new(g.plain(), rows, outputs);
                 let mut k = Buffer::new(rows * r);
                 let up = Rhs::new(Matrix::new(b_, outputs, r), Threads::All);
-                product((&mut k, r), false, None, &[(g.packed(), &up)], Threads::All);
+                product((&mut k, r), false, None, &[(g.packed(), &up)], Reread::Soon, Threads::All);
                 let h = Rhs::scaled(s, Matrix::new(h, rows, r), Threads::All);
                 let g = Lhs::new(plain.t(), Threads::All);
                 gradients.product_bf16(b.as_tensor(), &g, &h, r)?;
@@ -153,11 +154,12 @@ impl Linear {
         let direct = adapter.as_ref().filter(|(.., kept)| kept.is_none());
         let direct = direct.map(|(k, r, a, _)| (pack(k, *r, Threads::All), a));
         terms.extend(direct.as_ref().map(|(k, a)| (k, *a)));
-        product((&mut *dx, inputs), write == Write::Add, None, &terms, Threads::All);
+        let add = write == Write::Add;
+        product((&mut *dx, inputs), add, None, &terms, Reread::Late, Threads::All);
         if let Some((k, r, a, Some(kept))) = &adapter {
             add_through(kept, dx, inputs, |rows, out| {
                 let k = pack(&k[rows.start * r..rows.end * r], *r, Threads::One);
-                product((out, inputs), false, None, &[(&k, a)], Threads::One);
+                product((out, inputs), false, None, &[(&k, a)], Reread::Soon, Threads::One);
             });
         }
         Ok(())

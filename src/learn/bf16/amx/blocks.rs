@@ -13,7 +13,7 @@ use std::ptr;
 use rayon::prelude::*;
 
 use super::super::pack::{PANEL, STEP, STEP_LEN};
-use super::super::{MAX_TERMS, Output, Packed};
+use super::super::{MAX_TERMS, Output, Packed, Reread};
 use super::Amx;
 use super::kernel::{FETCHED, Run, Square, Tiles, add_product, settle, write, write_past};
 use crate::learn::matrix::Threads;
@@ -31,8 +31,14 @@ const FAR_STEPS: usize = 52;
 const GROUP: usize = 4;
 /// Tasks for each thread, so that one that is held up does not hold up all.
 const TASKS: usize = 4;
-/// From this size on, in bytes, an output is written past the caches.
-const LARGE: usize = 16 << 20;
+/// From this size on, in bytes, an output is written past the caches: there a store first reads
+/// the line that it overwrites, often from memory.
+fn large(reread: Reread) -> usize {
+    match reread {
+        Reread::Soon => 16 << 20,
+        Reread::Late => 2 << 20,
+    }
+}
 
 /// 32 x 32 sums.
 #[repr(C, align(64))]
@@ -66,12 +72,14 @@ pub(super) fn product(
     beta: bool,
     bias: Option<&[f32]>,
     terms: &[(&Packed, &Packed)],
+    reread: Reread,
     threads: Threads,
 ) {
     let (rows, cols) = (0..out.rows.div_ceil(PANEL), 0..out.cols.div_ceil(PANEL));
     let steps: usize = terms.iter().map(|(lhs, _)| lhs.k().div_ceil(STEP)).sum();
-    let large = out.rows * out.cols * size_of::<f32>() >= LARGE;
-    let past = large && !beta;
+    let large = out.rows * out.cols * size_of::<f32>() >= large(reread);
+    // Not what is read in between, as a sum in several parts is.
+    let past = large && !beta && steps <= FAR_STEPS;
     let columns = out.cols;
     let out = out.share();
     let job = Job { amx, out, beta, bias, terms, steps, cols: columns, past };
