@@ -39,10 +39,11 @@ impl<T> Pool<T> {
         Self { free: Vec::new(), spare: 0, used: 0, peak: 0 }
     }
 
-    /// The smallest free memory that holds `len` and is not much larger.
+    /// The smallest free memory that holds `len` and is not much larger; of several, what was in
+    /// use last, which may still be in a cache.
     fn take(&mut self, len: usize) -> Option<Vec<T>> {
         let fits = |v: &Vec<T>| v.len() >= len && v.len() <= len + len / 2 + 4096;
-        let all = self.free.iter().enumerate().filter(|(_, v)| fits(v));
+        let all = self.free.iter().enumerate().rev().filter(|(_, v)| fits(v));
         let (at, _) = all.min_by_key(|(_, v)| v.len())?;
         let found = self.free.remove(at);
         self.spare -= found.len();
@@ -156,6 +157,8 @@ mod tests {
         assert!(pool.take(9001).is_none() && pool.take(100).is_none());
         pool.make_room(4000);
         assert_eq!((pool.free.len(), pool.spare), (0, 0));
+        (pool.free, pool.spare) = (vec![vec![1.0; 5000], vec![2.0; 5000]], 10_000);
+        assert_eq!(pool.take(4900).map(|v| v[0]), Some(2.0));
     }
 
     #[test]
