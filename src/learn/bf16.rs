@@ -14,13 +14,14 @@ mod pack;
 mod plain;
 #[cfg(test)]
 mod tests;
+mod through;
 
 use std::cell::RefCell;
 use std::ops::Range;
 
 use super::matrix::{Matrix, Threads};
 use super::output::Output;
-use pack::{Form, Packed, Side};
+use pack::{Form, PANEL, Packed, Side};
 
 /// Terms that a product can have.
 pub(crate) const MAX_TERMS: usize = 4;
@@ -124,6 +125,42 @@ impl Rhs {
     }
 }
 
+/// What is called with the row and the column of a finished square, counted in squares, and its
+/// sums.
+type Take<'a> = dyn Fn(usize, usize, &[f32; PANEL * PANEL]) + Sync + 'a;
+
+/// Operands of a product that fit together.
+struct Operands<'a> {
+    pairs: [(&'a Packed, &'a Packed); MAX_TERMS],
+    len: usize,
+    /// Rows and columns of the product.
+    size: (usize, usize),
+}
+
+impl<'a> Operands<'a> {
+    fn new(bias: Option<&[f32]>, terms: &[(&'a Lhs, &'a Rhs)]) -> Self {
+        assert!((1..=MAX_TERMS).contains(&terms.len()), "number of terms of a product");
+        let mut pairs = [(&terms[0].0.0, &terms[0].1.0); MAX_TERMS];
+        let (m, n, form) = (pairs[0].0.outer(), pairs[0].1.outer(), pairs[0].0.form());
+        for (pair, (Lhs(lhs), Rhs(rhs))) in pairs.iter_mut().zip(terms) {
+            assert_eq!((lhs.outer(), rhs.outer()), (m, n), "outer sizes of a product");
+            assert_eq!(lhs.k(), rhs.k(), "inner sizes of a product");
+            assert!((lhs.form(), rhs.form()) == (form, form), "forms of a product's operands");
+            *pair = (lhs, rhs);
+        }
+        assert!(bias.is_none_or(|bias| bias.len() == n), "size of a product's bias");
+        Self { pairs, len: terms.len(), size: (m, n) }
+    }
+
+    fn get(&self) -> &[(&'a Packed, &'a Packed)] {
+        &self.pairs[..self.len]
+    }
+
+    fn form(&self) -> Form {
+        self.pairs[0].0.form()
+    }
+}
+
 /// `out = beta * out + bias + ` the sum over the terms of lhs times rhs; `out` is row-major
 /// `[m, n]` with `stride` elements from row to row, `bias` is `[n]`. Without `beta` the old
 /// content of `out` does not matter. At most [`MAX_TERMS`] terms, at least one.
@@ -135,22 +172,13 @@ pub(crate) fn product(
     reread: Reread,
     threads: Threads,
 ) {
-    assert!((1..=MAX_TERMS).contains(&terms.len()), "number of terms of a product");
-    let (m, n, form) = (terms[0].0.0.outer(), terms[0].1.0.outer(), terms[0].0.0.form());
-    for (Lhs(lhs), Rhs(rhs)) in terms {
-        assert_eq!((lhs.outer(), rhs.outer()), (m, n), "outer sizes of a product");
-        assert_eq!(lhs.k(), rhs.k(), "inner sizes of a product");
-        assert!((lhs.form(), rhs.form()) == (form, form), "forms of a product's operands");
-    }
-    assert!(bias.is_none_or(|bias| bias.len() == n), "size of a product's bias");
-    let out = Output::new(out, (m, n));
-    if m == 0 || n == 0 {
+    let operands = Operands::new(bias, terms);
+    let out = Output::new(out, operands.size);
+    if out.rows == 0 || out.cols == 0 {
         return;
     }
-    let mut pairs = [(&terms[0].0.0, &terms[0].1.0); MAX_TERMS];
-    pairs.iter_mut().zip(terms).for_each(|(pair, (lhs, rhs))| *pair = (&lhs.0, &rhs.0));
-    let terms = &pairs[..terms.len()];
-    match form {
+    let terms = operands.get();
+    match operands.form() {
         Form::Tiles(amx) => amx.product(out, beta, bias, terms, reread, threads),
         Form::Plain => plain::product(out, beta, bias, terms, threads),
     }

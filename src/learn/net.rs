@@ -3,6 +3,7 @@
 mod decoder;
 mod embeddings;
 mod encoder;
+mod feed_forward;
 mod norm;
 
 use std::ops::Range;

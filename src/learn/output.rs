@@ -2,6 +2,7 @@
 
 use std::marker::PhantomData;
 use std::ops::Range;
+use std::ptr;
 
 /// A row-major matrix `[rows, cols]` in a slice, `stride` elements from row to row.
 pub(crate) struct Output<'a> {
@@ -70,6 +71,11 @@ pub(crate) struct Block<'a> {
 }
 
 impl Block<'_> {
+    /// None of any.
+    pub(crate) fn none() -> Self {
+        Self { first: ptr::null_mut(), stride: 0, size: (0, 0), slice: PhantomData }
+    }
+
     /// Its row `i`.
     #[expect(unsafe_code, reason = "a block is no slice: other threads hold what is between")]
     pub(crate) fn row(&mut self, i: usize) -> &mut [f32] {

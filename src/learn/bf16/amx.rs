@@ -12,8 +12,8 @@ use std::arch::asm;
 use std::arch::x86_64::{__cpuid, __cpuid_count};
 use std::sync::OnceLock;
 
-use super::pack::Side;
-use super::{Output, Packed, Reread};
+use super::pack::{STEP_LEN, Side};
+use super::{Output, Packed, Reread, Take};
 use crate::learn::matrix::{Matrix, Threads};
 
 /// Proof that this process may use the tiles.
@@ -46,6 +46,36 @@ impl Amx {
         threads: Threads,
     ) {
         blocks::product(self, out, beta, bias, terms, reread, threads);
+    }
+
+    /// Calls `take` with every square of a product, see [`blocks::squares`].
+    pub(super) fn squares(
+        self,
+        bias: Option<&[f32]>,
+        terms: &[(&Packed, &Packed)],
+        take: &Take<'_>,
+    ) -> bool {
+        blocks::squares(self, bias, terms, take)
+    }
+
+    /// Copies lines of 32 past the caches, for a task of [`Amx::squares`].
+    pub(super) fn copy_past(self, from: &[u16], to: &mut [u16]) {
+        kernel::copy_past(self, from, to);
+    }
+
+    /// Rounds lines of 32.
+    pub(super) fn round(self, x: &[f32], out: &mut [u16]) {
+        pack::round_lines(self, x, out);
+    }
+
+    /// The reverse of it.
+    pub(super) fn widen(self, x: &[u16], out: &mut [f32]) {
+        pack::widen_lines(self, x, out);
+    }
+
+    /// Begins to fetch a square.
+    pub(super) fn fetch(self, square: *const [u16; STEP_LEN]) {
+        kernel::fetch(self, square);
     }
 }
 

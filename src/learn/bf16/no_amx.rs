@@ -1,7 +1,7 @@
 //! Stands for the product on tiles where there are none.
 
-use super::pack::Side;
-use super::{Output, Packed, Reread};
+use super::pack::{STEP_LEN, Side};
+use super::{Output, Packed, Reread, Take};
 use crate::learn::matrix::{Matrix, Threads};
 
 /// Proof that this process may use the tiles: there is none.
@@ -29,6 +29,31 @@ impl Amx {
         _: Reread,
         _: Threads,
     ) {
+        match self {}
+    }
+
+    /// Cannot be called.
+    pub(super) fn squares(self, _: Option<&[f32]>, _: &[(&Packed, &Packed)], _: &Take<'_>) -> bool {
+        match self {}
+    }
+
+    /// Cannot be called.
+    pub(super) fn copy_past(self, _: &[u16], _: &mut [u16]) {
+        match self {}
+    }
+
+    /// Cannot be called.
+    pub(super) fn round(self, _: &[f32], _: &mut [u16]) {
+        match self {}
+    }
+
+    /// Cannot be called.
+    pub(super) fn widen(self, _: &[u16], _: &mut [f32]) {
+        match self {}
+    }
+
+    /// Cannot be called.
+    pub(super) fn fetch(self, _: *const [u16; STEP_LEN]) {
         match self {}
     }
 }

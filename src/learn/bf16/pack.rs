@@ -1,5 +1,6 @@
 //! Operands rounded to bf16 and laid out for the kernel.
 
+use std::marker::PhantomData;
 use std::ops::Range;
 
 use rayon::prelude::*;
@@ -46,6 +47,35 @@ impl Form {
     }
 }
 
+/// The squares of a left-hand side for tiles, each `[32 rows][32 k]`, of which threads hold
+/// different ones.
+pub(super) struct Squares<'a> {
+    first: *mut [u16; STEP_LEN],
+    len: usize,
+    /// Squares in a row of them.
+    steps: usize,
+    slice: PhantomData<&'a mut [u16]>,
+}
+
+// SAFETY: it stands for a mutable slice of numbers, and gives parts of it away only by an unsafe
+// function whose callers see to it that no two of them are the same.
+#[expect(unsafe_code, reason = "holds a pointer, for a slice that several threads fill")]
+unsafe impl Sync for Squares<'_> {}
+
+impl Squares<'_> {
+    /// A square by its row and column of squares.
+    ///
+    /// # Safety
+    /// Nobody else may hold it.
+    #[expect(unsafe_code, clippy::mut_from_ref, reason = "hands out parts of one slice")]
+    pub(super) unsafe fn get(&self, row: usize, col: usize) -> &mut [u16; STEP_LEN] {
+        let at = row * self.steps + col;
+        assert!(col < self.steps && at < self.len, "square outside the matrix");
+        // SAFETY: it lies in the slice, and is held by this caller only.
+        unsafe { &mut *self.first.add(at) }
+    }
+}
+
 /// An operand in bf16, `[outer, k]`: `outer` are the rows of the left-hand side or the columns
 /// of the right-hand side.
 #[derive(Debug)]
@@ -66,6 +96,41 @@ impl Packed {
     /// Of size 0.
     pub(super) fn empty(side: Side, form: Form) -> Self {
         Self { form, side, outer: 0, k: 0, flipped: false, buffer: Buffer::new(0), len: 0 }
+    }
+
+    /// A left-hand side `[outer, k]` of squares that are yet to be written.
+    pub(super) fn of_squares((outer, k): (usize, usize), form: Form) -> Self {
+        let mut packed = Self { outer, k, ..Self::empty(Side::Lhs, form) };
+        packed.resize(outer.div_ceil(PANEL) * k.div_ceil(STEP) * STEP_LEN);
+        packed
+    }
+
+    /// For the threads that write its squares; for tiles only.
+    pub(super) fn share(&mut self) -> Squares<'_> {
+        let steps = self.k.div_ceil(STEP);
+        let (all, _) = self.buffer[..self.len].as_chunks_mut();
+        Squares { first: all.as_mut_ptr(), len: all.len(), steps, slice: PhantomData }
+    }
+
+    /// A square of a left-hand side for tiles: 32 rows by 32 of k. The next row's lies `k / 32`
+    /// squares further.
+    pub(super) fn square(&self, row: usize, col: usize) -> &[u16; STEP_LEN] {
+        &self.data().as_chunks().0[row * self.k.div_ceil(STEP) + col]
+    }
+
+    /// Some rows of a left-hand side that is not flipped, in f32.
+    pub(super) fn read(&self, rows: Range<usize>, out: &mut [f32]) {
+        let k = self.k;
+        for (i, out) in rows.zip(out.chunks_exact_mut(k.max(1))) {
+            match self.form {
+                Form::Plain => plain::widen(&self.data()[i * k..][..k], out),
+                Form::Tiles(_) => {
+                    for (col, out) in out.chunks_mut(STEP).enumerate() {
+                        plain::widen(&self.square(i / PANEL, col)[i % PANEL * STEP..], out);
+                    }
+                }
+            }
+        }
     }
 
     pub(super) fn form(&self) -> Form {

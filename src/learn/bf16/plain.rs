@@ -26,7 +26,8 @@ pub(super) fn round(x: Matrix<'_>, scale: f32, out: &mut [u16], threads: Threads
     }
 }
 
-fn widen(x: &[u16], out: &mut [f32]) {
+/// In f32.
+pub(super) fn widen(x: &[u16], out: &mut [f32]) {
     for (x, out) in x.iter().zip(out) {
         *out = f32::from_bits(u32::from(*x) << 16);
     }

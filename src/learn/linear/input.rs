@@ -2,6 +2,7 @@
 
 use std::cell::OnceCell;
 use std::ops::Range;
+use std::sync::Arc;
 
 use rayon::prelude::*;
 
@@ -26,7 +27,7 @@ pub(crate) struct Input<'a> {
     cols: usize,
     source: Source<'a>,
     made: OnceCell<Buffer>,
-    packed: OnceCell<Lhs>,
+    packed: OnceCell<Arc<Lhs>>,
 }
 
 impl<'a> Input<'a> {
@@ -53,11 +54,24 @@ impl<'a> Input<'a> {
         Self::new(rows, cols, Source::Made(Box::new(make)))
     }
 
+    /// Numbers that are packed in bf16.
+    pub(super) fn of_packed(lhs: Lhs) -> Self {
+        let ((rows, cols), lhs) = (lhs.size(), Arc::new(lhs));
+        let packed = OnceCell::from(Arc::clone(&lhs));
+        let input = Self::made(rows, cols, move |rows, out| lhs.read(rows, out));
+        Self { packed, ..input }
+    }
+
     /// What dropout kept of numbers that are there, `[_, cols]`.
     pub(crate) fn dropped(data: &'a [f32], cols: usize, kept: &'a Kept) -> Self {
         Self::made(data.len() / cols.max(1), cols, move |rows, out| {
             kept.of_rows(rows.clone(), &data[rows.start * cols..rows.end * cols], out);
         })
+    }
+
+    /// The gradient before a dropout, `[_, cols]`, of that behind it.
+    pub(crate) fn past(grad: &'a [f32], cols: usize, kept: Option<&'a Kept>) -> Self {
+        kept.map_or_else(|| Self::of(grad, cols), |kept| Self::dropped(grad, cols, kept))
     }
 
     pub(super) fn size(&self) -> (usize, usize) {
@@ -87,11 +101,13 @@ impl<'a> Input<'a> {
 
     /// As a left-hand side in bf16.
     pub(super) fn packed(&self) -> &Lhs {
-        self.packed.get_or_init(|| match &self.source {
-            Source::Made(make) if self.made.get().is_none() => {
-                Lhs::from_rows((self.rows, self.cols), make)
-            }
-            _ => Lhs::new(self.matrix(), Threads::All),
+        self.packed.get_or_init(|| {
+            Arc::new(match &self.source {
+                Source::Made(make) if self.made.get().is_none() => {
+                    Lhs::from_rows((self.rows, self.cols), make)
+                }
+                _ => Lhs::new(self.matrix(), Threads::All),
+            })
         })
     }
 

@@ -131,6 +131,21 @@ impl Linear {
         self.adapter.is_some() || matches!(self.weight, Held::Trained(_))
     }
 
+    /// Whether its products are in bf16.
+    pub(crate) fn rounds(&self) -> bool {
+        self.arithmetic == Arithmetic::Bf16
+    }
+
+    pub(super) fn check_input(&self, x: &Input<'_>) -> Result<()> {
+        let ((_, cols), inputs) = (x.size(), self.inputs);
+        ensure!(cols == inputs, "a linear map of {inputs} inputs on rows of {cols}");
+        Ok(())
+    }
+
+    pub(super) fn bias_values(&self) -> Result<Option<Vec<f32>>> {
+        Ok(self.bias.as_ref().map(|b| with_slices([b], |[b]| b.to_vec())).transpose()?)
+    }
+
     pub(super) fn with_weight<T>(&self, f: impl FnOnce(&[f32]) -> T) -> Result<T> {
         Ok(match &self.weight {
             Held::Trained(weight) => with_slices([weight.as_tensor()], |[w]| f(w))?,
@@ -154,15 +169,14 @@ impl Linear {
         write: Write,
         out: &mut [f32],
     ) -> Result<Option<Trace>> {
-        let ((rows, cols), inputs, outputs) = (x.size(), self.inputs, self.outputs);
-        ensure!(cols == inputs, "a linear map of {inputs} inputs on rows of {cols}");
+        let ((rows, _), inputs, outputs) = (x.size(), self.inputs, self.outputs);
+        self.check_input(x)?;
         ensure!(out.len() == rows * outputs, "a result of {} numbers for {rows} rows", out.len());
-        let bias = self.bias.as_ref().map(|b| with_slices([b], |[b]| b.to_vec())).transpose()?;
-        if self.arithmetic == Arithmetic::Bf16 {
-            return self.forward_bf16(x, bias.as_deref(), pass, write, out);
+        if self.rounds() {
+            return self.forward_bf16(x, pass, write, out);
         }
         let mut beta = write.beta();
-        if let Some(b) = bias {
+        if let Some(b) = self.bias_values()? {
             let rows = out.par_chunks_mut(outputs).with_min_len(16);
             match write {
                 Write::Over => rows.for_each(|row| row.copy_from_slice(&b)),
@@ -222,30 +236,11 @@ impl Linear {
         dx: Option<(&mut [f32], Write)>,
         gradients: &mut Gradients,
     ) -> Result<()> {
-        let ((rows, cols), inputs, outputs) = (g.size(), self.inputs, self.outputs);
-        ensure!(cols == outputs, "gradients of {cols} for {outputs} outputs");
-        let read = !self.reads_input() || x.size() == (rows, inputs);
-        ensure!(read, "{rows} gradients for an input of {:?}", x.size());
-        if let Some(bias) = self.bias.as_ref().filter(|b| b.track_op()) {
-            gradients.add(bias, sum_rows(g.plain(), outputs))?;
-        }
-        if let Held::Trained(weight) = &self.weight {
-            let weight = weight.as_tensor();
-            let g = Matrix::new(g.plain(), rows, outputs).t();
-            match self.arithmetic {
-                Arithmetic::F32 => {
-                    let x = Matrix::new(x.plain(), rows, inputs);
-                    gradients.product(weight, 1.0, g, x)?;
-                }
-                Arithmetic::Bf16 => {
-                    let g = Lhs::new(g, Threads::All);
-                    gradients.product_bf16(weight, &g, &x.rhs(), inputs)?;
-                }
-            }
-        }
-        if self.arithmetic == Arithmetic::Bf16 {
+        self.backward_weight(x, g, gradients)?;
+        if self.rounds() {
             return self.backward_bf16(x, g, trace, dx, gradients);
         }
+        let ((rows, _), inputs, outputs) = (g.size(), self.inputs, self.outputs);
         let g = Matrix::new(g.plain(), rows, outputs);
         let mut dx = dx;
         if let Some((dx, write)) = &mut dx {
@@ -279,6 +274,37 @@ impl Linear {
             });
             Ok(())
         })?
+    }
+
+    /// The gradients of bias and weight, if these are trained.
+    pub(super) fn backward_weight(
+        &self,
+        x: &Input<'_>,
+        g: &Input<'_>,
+        gradients: &mut Gradients,
+    ) -> Result<()> {
+        let ((rows, cols), inputs, outputs) = (g.size(), self.inputs, self.outputs);
+        ensure!(cols == outputs, "gradients of {cols} for {outputs} outputs");
+        let read = !self.reads_input() || x.size() == (rows, inputs);
+        ensure!(read, "{rows} gradients for an input of {:?}", x.size());
+        if let Some(bias) = self.bias.as_ref().filter(|b| b.track_op()) {
+            gradients.add(bias, sum_rows(g.plain(), outputs))?;
+        }
+        if let Held::Trained(weight) = &self.weight {
+            let weight = weight.as_tensor();
+            let g = Matrix::new(g.plain(), rows, outputs).t();
+            match self.arithmetic {
+                Arithmetic::F32 => {
+                    let x = Matrix::new(x.plain(), rows, inputs);
+                    gradients.product(weight, 1.0, g, x)?;
+                }
+                Arithmetic::Bf16 => {
+                    let g = Lhs::new(g, Threads::All);
+                    gradients.product_bf16(weight, &g, &x.rhs(), inputs)?;
+                }
+            }
+        }
+        Ok(())
     }
 
     /// The adapter with what its forward pass left.

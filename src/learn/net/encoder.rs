@@ -2,15 +2,14 @@
 
 use anyhow::Result;
 
+use super::feed_forward::{self, FeedForward};
 use super::norm::LayerNorm;
 use crate::learn::buffer::Buffer;
 use crate::learn::config::{Family, ModelConfig};
 use crate::learn::gradients::Gradients;
 use crate::learn::layout::EncoderNames;
 use crate::learn::linear::{Dropout, Input, Linear, Parameters, Pass, Trace, Write};
-use crate::learn::ops::{
-    Attention, Kept, KeptProbabilities, add_rows, gelu, gelu_backward, select_rows,
-};
+use crate::learn::ops::{Attention, Kept, KeptProbabilities, add_rows, select_rows};
 
 #[derive(Debug)]
 pub(super) struct EncoderLayer {
@@ -22,8 +21,7 @@ pub(super) struct EncoderLayer {
     /// After the attention's output layer; DistilBERT has none.
     out_drop: Option<Dropout>,
     attention_norm: LayerNorm,
-    up: Linear,
-    down: Linear,
+    feed_forward: FeedForward,
     down_drop: Dropout,
     output_norm: LayerNorm,
 }
@@ -37,7 +35,7 @@ pub(in crate::learn) struct Saved {
     mixed: Option<Buffer>,
     attention_sum: Buffer,
     middle: Option<Buffer>,
-    up: Buffer,
+    feed_forward: feed_forward::Saved,
     output_sum: Buffer,
     traces: Traces,
     kept: Dropped,
@@ -49,8 +47,6 @@ struct Traces {
     key: Option<Trace>,
     value: Option<Trace>,
     out: Option<Trace>,
-    up: Option<Trace>,
-    down: Option<Trace>,
 }
 
 /// What each dropout kept.
@@ -73,8 +69,7 @@ impl EncoderLayer {
             attention_drop: drop("attention", c.attention_dropout),
             out_drop: bert.then(|| drop("out", c.hidden_dropout)),
             attention_norm: LayerNorm::new(p, &n.attention_norm, c.eps)?,
-            up: p.linear(&n.up)?,
-            down: p.linear(&n.down)?,
+            feed_forward: FeedForward { up: p.linear(&n.up)?, down: p.linear(&n.down)? },
             down_drop: drop("down", c.hidden_dropout),
             output_norm: LayerNorm::new(p, &n.output_norm, c.eps)?,
         })
@@ -82,8 +77,11 @@ impl EncoderLayer {
 
     /// Whether anything in it is trained.
     pub(super) fn trains(&self) -> bool {
-        let all = [&self.query, &self.key, &self.value, &self.out, &self.up, &self.down];
-        all.iter().any(|l| l.trains()) || self.attention_norm.trains() || self.output_norm.trains()
+        let all = [&self.query, &self.key, &self.value, &self.out];
+        let norms = [&self.attention_norm, &self.output_norm];
+        all.iter().any(|l| l.trains())
+            || self.feed_forward.trains()
+            || norms.iter().any(|n| n.trains())
     }
 
     /// `[tokens, hidden]` to the same, or to the rows of the pass: only keys and values are needed
@@ -114,35 +112,26 @@ impl EncoderLayer {
         let kept_out = self.out_drop.and_then(|drop| drop.draw(size, pass));
         let norm = &self.attention_norm;
         let middle = norm.add_forward(&mut attention_sum, kept_out.as_ref(), own)?;
-        let (wide, up) = self.up.forward(&Input::of(&middle, self.up.inputs()), pass)?;
-        let (mut output_sum, down) = self.down.forward(&self.activated(&wide), pass)?;
+        let (mut output_sum, feed_forward) = self.feed_forward.forward(&middle, pass, keep)?;
         let kept_down = self.down_drop.draw(size, pass);
         let norm = &self.output_norm;
         let result = norm.add_forward(&mut output_sum, kept_down.as_ref(), &middle)?;
         let chosen = chosen.filter(|_| self.query.reads_input());
         let x = [&self.query, &self.key, &self.value].iter().any(|l| l.reads_input()).then_some(x);
-        let middle = self.up.reads_input().then_some(middle);
-        let saved = attention.map(|attention| Saved {
+        let middle = self.feed_forward.up.reads_input().then_some(middle);
+        let saved = attention.zip(feed_forward).map(|(attention, feed_forward)| Saved {
             x,
             chosen,
             attention,
             mixed,
             attention_sum,
             middle,
-            up: wide,
+            feed_forward,
             output_sum,
-            traces: Traces { query, key, value, out, up, down },
+            traces: Traces { query, key, value, out },
             kept: Dropped { attention: kept_attention, out: kept_out, down: kept_down },
         });
         Ok((result, saved))
-    }
-
-    /// What the last linear layer reads.
-    fn activated<'a>(&self, up: &'a [f32]) -> Input<'a> {
-        let cols = self.up.outputs();
-        Input::made(up.len() / cols, cols, move |rows, out| {
-            gelu(&up[rows.start * cols..rows.end * cols], out);
-        })
     }
 
     /// From the gradient of the result that of the input, if anything `below` wants it.
@@ -155,36 +144,23 @@ impl EncoderLayer {
         below: bool,
         gradients: &mut Gradients,
     ) -> Result<Option<Buffer>> {
-        let Saved { x, chosen, attention, mixed, attention_sum, middle, up, output_sum, .. } =
-            saved;
-        let (traces, kept) = (saved.traces, saved.kept);
+        let Saved { x, chosen, attention, mixed, attention_sum, middle, output_sum, .. } = saved;
+        let (feed_forward, traces, kept) = (saved.feed_forward, saved.traces, saved.kept);
         let [q, k, v] = attention;
         self.output_norm.backward(&output_sum, &mut grad, gradients)?;
         drop(output_sum);
         // Past the dropout goes what it kept; the residual takes the gradient as it is.
-        let to_down = past(&grad, kept.down.as_ref(), self.down.outputs());
-        let mut wide = Buffer::new(up.len());
-        let into = Some((&mut wide[..], Write::Over));
-        let trace = traces.down.as_ref();
-        self.down.backward(&self.activated(&up), &to_down, trace, into, gradients)?;
-        drop(to_down);
-        let cols = self.up.outputs();
-        let to_up = Input::made(up.len() / cols, cols, |rows, out| {
-            let range = rows.start * cols..rows.end * cols;
-            gelu_backward(&up[range.clone()], &wide[range], out);
-        });
-        let into = Some((&mut grad[..], Write::Add));
-        let trace = traces.up.as_ref();
-        self.up.backward(&read(&middle, &self.up), &to_up, trace, into, gradients)?;
-        drop(to_up);
-        drop((up, wide, middle));
+        let middle = read(&middle, &self.feed_forward.up);
+        let kept_down = kept.down.as_ref();
+        self.feed_forward.backward(feed_forward, &middle, &mut grad, kept_down, gradients)?;
+        drop(middle);
         self.attention_norm.backward(&attention_sum, &mut grad, gradients)?;
         drop(attention_sum);
         let wanted = [&self.query, &self.key, &self.value].map(|l| below || l.trains());
         if wanted == [false; 3] && !self.out.trains() {
             return Ok(None);
         }
-        let to_out = past(&grad, kept.out.as_ref(), self.out.outputs());
+        let to_out = Input::past(&grad, self.out.outputs(), kept.out.as_ref());
         let mut to_mixed = Buffer::new(q.len());
         let into = Some((&mut to_mixed[..], Write::Over));
         let trace = traces.out.as_ref();
@@ -218,11 +194,6 @@ impl EncoderLayer {
         }
         Ok(below.then_some(grad))
     }
-}
-
-/// The gradient before a dropout, `[_, cols]`, of that behind it.
-fn past<'a>(grad: &'a [f32], kept: Option<&'a Kept>, cols: usize) -> Input<'a> {
-    kept.map_or_else(|| Input::of(grad, cols), |kept| Input::dropped(grad, cols, kept))
 }
 
 /// What a layer had read, as far as it was kept.

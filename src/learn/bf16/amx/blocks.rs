@@ -13,7 +13,7 @@ use std::ptr;
 use rayon::prelude::*;
 
 use super::super::pack::{PANEL, STEP, STEP_LEN};
-use super::super::{MAX_TERMS, Output, Packed, Reread};
+use super::super::{MAX_TERMS, Output, Packed, Reread, Take};
 use super::Amx;
 use super::kernel::{FETCHED, Run, Square, Tiles, add_product, settle, write, write_past};
 use crate::learn::matrix::Threads;
@@ -50,19 +50,24 @@ fn part(range: &Range<usize>, n: usize, i: usize) -> Range<usize> {
     at(i)..at(i + 1)
 }
 
+/// Where a product goes.
+enum Goal<'a> {
+    /// Into or onto a matrix; if `past`, past the caches.
+    Matrix { out: Shared<'a>, beta: bool, past: bool },
+    /// Nowhere but there, see [`squares`].
+    Take(&'a Take<'a>),
+}
+
 /// One product.
 struct Job<'a> {
     amx: Amx,
-    out: Shared<'a>,
-    beta: bool,
+    goal: Goal<'a>,
     bias: Option<&'a [f32]>,
     terms: &'a [(&'a Packed, &'a Packed)],
     /// Of all terms together.
     steps: usize,
-    /// Columns of the product.
-    cols: usize,
-    /// Whether to write past the caches.
-    past: bool,
+    /// Rows and columns of the product.
+    size: (usize, usize),
 }
 
 /// `out = beta * out + bias + ` the sum over the terms of lhs times rhs.
@@ -75,29 +80,34 @@ pub(super) fn product(
     reread: Reread,
     threads: Threads,
 ) {
-    let (rows, cols) = (0..out.rows.div_ceil(PANEL), 0..out.cols.div_ceil(PANEL));
-    let steps: usize = terms.iter().map(|(lhs, _)| lhs.k().div_ceil(STEP)).sum();
-    let large = out.rows * out.cols * size_of::<f32>() >= large(reread);
+    let (steps, size) = (steps(terms), (out.rows, out.cols));
+    let large = size.0 * size.1 * size_of::<f32>() >= large(reread);
     // Not what is read in between, as a sum in several parts is.
     let past = large && !beta && steps <= FAR_STEPS;
-    let columns = out.cols;
-    let out = out.share();
-    let job = Job { amx, out, beta, bias, terms, steps, cols: columns, past };
+    let goal = Goal::Matrix { out: out.share(), beta, past };
+    Job { amx, goal, bias, terms, steps, size }.split(threads);
+}
 
-    let most = if steps > MANY_ROWS_STEPS { FEW_ROWS } else { MANY_ROWS };
-    let row_parts = rows.len().div_ceil(most);
-    let count = match threads {
-        Threads::One => 1,
-        Threads::All => rayon::current_num_threads(),
-    };
-    let wanted = if count == 1 { 1 } else { (count * TASKS).div_ceil(row_parts) };
-    let col_parts = wanted.min(cols.len().div_ceil(2));
-    let task = |i: usize| {
-        let (row, col) = (i / col_parts, i % col_parts);
-        job.run(part(&rows, row_parts, row), part(&cols, col_parts, col));
-    };
-    let tasks = 0..row_parts * col_parts;
-    if count == 1 { tasks.for_each(task) } else { tasks.into_par_iter().for_each(task) }
+/// Of all terms together.
+fn steps(terms: &[(&Packed, &Packed)]) -> usize {
+    terms.iter().map(|(lhs, _)| lhs.k().div_ceil(STEP)).sum()
+}
+
+/// Calls `take` once with every square of `bias + ` the sum over the terms, on all threads. Rows
+/// beyond the last are the bias, columns beyond the last 0. False, and nothing is called, if there
+/// is no square, or k is so large that sums have to wait in a matrix.
+pub(super) fn squares(
+    amx: Amx,
+    bias: Option<&[f32]>,
+    terms: &[(&Packed, &Packed)],
+    take: &Take<'_>,
+) -> bool {
+    let (steps, size) = (steps(terms), (terms[0].0.outer(), terms[0].1.outer()));
+    let fits = steps <= FAR_STEPS && size.0 > 0 && size.1 > 0;
+    if fits {
+        Job { amx, goal: Goal::Take(take), bias, terms, steps, size }.split(Threads::All);
+    }
+    fits
 }
 
 /// Squares of sums beside the output.
@@ -149,6 +159,25 @@ struct Round<'a> {
 }
 
 impl Job<'_> {
+    /// All of it, in tasks.
+    fn split(&self, threads: Threads) {
+        let (rows, cols) = (0..self.size.0.div_ceil(PANEL), 0..self.size.1.div_ceil(PANEL));
+        let most = if self.steps > MANY_ROWS_STEPS { FEW_ROWS } else { MANY_ROWS };
+        let row_parts = rows.len().div_ceil(most);
+        let count = match threads {
+            Threads::One => 1,
+            Threads::All => rayon::current_num_threads(),
+        };
+        let wanted = if count == 1 { 1 } else { (count * TASKS).div_ceil(row_parts) };
+        let col_parts = wanted.min(cols.len().div_ceil(2));
+        let task = |i: usize| {
+            let (row, col) = (i / col_parts, i % col_parts);
+            self.run(part(&rows, row_parts, row), part(&cols, col_parts, col));
+        };
+        let tasks = 0..row_parts * col_parts;
+        if count == 1 { tasks.for_each(task) } else { tasks.into_par_iter().for_each(task) }
+    }
+
     /// One task: panels of rows by panels of columns.
     fn run(&self, rows: Range<usize>, cols: Range<usize>) {
         let mut space = Space {
@@ -166,7 +195,7 @@ impl Job<'_> {
                 }
             }
         }
-        if self.past {
+        if let Goal::Matrix { past: true, .. } | Goal::Take(_) = self.goal {
             settle();
         }
     }
@@ -182,12 +211,12 @@ impl Job<'_> {
     ) {
         let bias = self.bias.map(|bias| {
             let mut padded = [0.0; PANEL];
-            let some = &bias[col * PANEL..((col + 1) * PANEL).min(self.cols)];
+            let some = &bias[col * PANEL..((col + 1) * PANEL).min(self.size.1)];
             padded[..some.len()].copy_from_slice(some);
             padded
         });
         let near = steps.len().div_ceil(NEAR_STEPS).max(1);
-        let after = (col + 1).min((self.cols - 1) / PANEL);
+        let after = (col + 1).min((self.size.1 - 1) / PANEL);
         for i in 0..near {
             let some = part(steps, near, i);
             // More of k comes next or, after all of it, more columns.
@@ -223,20 +252,25 @@ impl Job<'_> {
         round: &Round<'_>,
         (row, slot, col): (usize, usize, usize),
     ) {
-        // SAFETY: the task's block, and so this part of it, is held by this thread only.
-        let mut block =
-            unsafe { self.out.block(elements(&(row..row + 1)), elements(&(col..col + 1))) };
+        let (mut block, beta, past) = match &self.goal {
+            Goal::Take(_) => (Block::none(), false, false),
+            Goal::Matrix { out, beta, past } => {
+                // SAFETY: the task's block, and so this part of it, is held by this thread only.
+                let block = unsafe { out.block(elements(row), elements(col)) };
+                (block, *beta, *past)
+            }
+        };
         let whole = block.size == (PANEL, PANEL);
         let there = Square { first: block.first, pitch: block.stride * size_of::<f32>() };
-        let past = round.ends && self.past && whole && there.aligned();
+        let past = round.ends && past && whole && there.aligned();
         let waiting = square(&mut space.strip[slot]);
         let from = match round.bias {
             _ if round.waited => waiting,
             // The same row 32 times.
-            Some(bias) if round.begins && !self.beta => {
+            Some(bias) if round.begins && !beta => {
                 Square { first: bias.as_ptr().cast_mut(), pitch: 0 }
             }
-            None if round.begins && !self.beta => Square { first: ptr::null_mut(), pitch: 0 },
+            None if round.begins && !beta => Square { first: ptr::null_mut(), pitch: 0 },
             Some(bias) if round.begins => {
                 load(&mut block, Some(bias), &mut space.scratch);
                 square(&mut space.scratch)
@@ -263,10 +297,10 @@ impl Job<'_> {
             // there are tiles, there is AVX-512.
             unsafe {
                 let sums = &space.scratch.assume_init_ref().0;
-                if past {
-                    write_past(sums, there);
-                } else {
-                    write(sums, there, block.size.0, block.size.1);
+                match self.goal {
+                    Goal::Take(take) => take(row, col, sums),
+                    Goal::Matrix { .. } if past => write_past(sums, there),
+                    Goal::Matrix { .. } => write(sums, there, block.size.0, block.size.1),
                 }
             }
         }
@@ -305,9 +339,9 @@ impl Job<'_> {
     }
 }
 
-/// The rows or columns of some panels.
-fn elements(panels: &Range<usize>) -> Range<usize> {
-    panels.start * PANEL..panels.end * PANEL
+/// The rows or columns of a panel.
+fn elements(panel: usize) -> Range<usize> {
+    panel * PANEL..(panel + 1) * PANEL
 }
 
 /// As the kernel sees it.

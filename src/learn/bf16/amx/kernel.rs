@@ -3,6 +3,7 @@
 use std::arch::asm;
 use std::arch::x86_64::*;
 
+use super::super::pack::STEP_LEN;
 use super::Amx;
 
 /// The shapes of the eight tiles: 16 rows of 64 bytes each.
@@ -179,6 +180,41 @@ pub(super) unsafe fn write_past(from: &[f32; 1024], to: Square) {
             _mm512_stream_ps(to.add(16), _mm512_loadu_ps(row.as_ptr().add(16)));
         }
     }
+}
+
+/// Copies lines of 32 elements, past the caches if `to` begins at a line of them; [`settle`] must
+/// follow before another thread reads them.
+#[expect(unsafe_code, reason = "writes through pointers")]
+pub(super) fn copy_past(_: Amx, from: &[u16], to: &mut [u16]) {
+    if !to.as_ptr().addr().is_multiple_of(64) {
+        to.copy_from_slice(from);
+        return;
+    }
+    for (from, to) in from.chunks_exact(32).zip(to.chunks_exact_mut(32)) {
+        // SAFETY: both are 64 bytes, and where there are tiles, there is AVX-512.
+        unsafe { stream(from.as_ptr().cast(), to.as_mut_ptr().cast()) };
+    }
+}
+
+/// Begins to fetch a square, at any address, into the first cache.
+#[expect(unsafe_code, reason = "an instruction that asks for a feature")]
+pub(super) fn fetch(_: Amx, square: *const [u16; STEP_LEN]) {
+    for line in 0..STEP_LEN / 32 {
+        let line = square.cast::<u16>().wrapping_add(32 * line);
+        // SAFETY: it reads nothing, and every processor of 64 bits has it.
+        unsafe { _mm_prefetch::<_MM_HINT_T0>(line.cast()) };
+    }
+}
+
+/// Copies a line past the caches.
+///
+/// # Safety
+/// `to` must be a whole line, and the processor have AVX-512.
+#[target_feature(enable = "avx512f")]
+#[expect(unsafe_code, reason = "writes through pointers")]
+unsafe fn stream(from: *const __m512i, to: *mut __m512i) {
+    // SAFETY: as the caller promises.
+    unsafe { _mm512_stream_si512(to, _mm512_loadu_si512(from)) };
 }
 
 /// Writes some rows and columns of a square to where its rows begin anywhere. Tiles can do that
