@@ -4,14 +4,18 @@ use std::collections::HashMap;
 
 use anyhow::{Result, ensure};
 use candle_core::{Tensor, TensorId};
+use rayon::prelude::*;
 
 use super::bf16::{self, Lhs, Reread, Rhs};
+use super::buffer::Buffer;
 use super::matrix::{Matrix, Threads, product};
+use super::ops::TASK;
 
-/// Gradients by parameter; one that is used in several places gets the sum.
+/// Gradients by parameter; one that is used in several places gets the sum. In buffers: a whole
+/// model's are large, and memory that is new in each step costs more than to compute them.
 #[derive(Debug, Default)]
 pub(crate) struct Gradients {
-    by: HashMap<TensorId, Vec<f32>>,
+    by: HashMap<TensorId, Buffer>,
 }
 
 impl Gradients {
@@ -24,7 +28,7 @@ impl Gradients {
         ensure!(n == found, "a gradient of {found} numbers for a parameter of {n}");
         match self.by.get_mut(&parameter.id()) {
             Some(sum) => sum.iter_mut().zip(gradient).for_each(|(s, g)| *s += g),
-            None => _ = self.by.insert(parameter.id(), gradient),
+            None => _ = self.by.insert(parameter.id(), Buffer::of(&gradient)),
         }
         Ok(())
     }
@@ -68,15 +72,24 @@ impl Gradients {
         Ok(())
     }
 
-    /// The sum for a parameter, and 1 if there is anything in it, else 0.
-    pub(crate) fn sum(&mut self, parameter: &Tensor) -> (&mut [f32], f32) {
+    /// The sum for a parameter, and 1, or memory for it that may hold anything, and 0.
+    fn sum(&mut self, parameter: &Tensor) -> (&mut [f32], f32) {
         let n = parameter.elem_count();
         let beta = if self.by.contains_key(&parameter.id()) { 1.0 } else { 0.0 };
-        (self.by.entry(parameter.id()).or_insert_with(|| vec![0.0; n]), beta)
+        (self.by.entry(parameter.id()).or_insert_with(|| Buffer::new(n)), beta)
+    }
+
+    /// The sum for a parameter, which begins as zeros.
+    pub(crate) fn sum_from_zero(&mut self, parameter: &Tensor) -> &mut [f32] {
+        let (sum, beta) = self.sum(parameter);
+        if beta == 0.0 {
+            sum.par_chunks_mut(TASK).for_each(|sum| sum.fill(0.0));
+        }
+        sum
     }
 
     /// Takes the gradient of a parameter.
-    pub(crate) fn take(&mut self, parameter: &Tensor) -> Option<Vec<f32>> {
+    pub(crate) fn take(&mut self, parameter: &Tensor) -> Option<Buffer> {
         self.by.remove(&parameter.id())
     }
 }

@@ -120,7 +120,7 @@ impl CustomOp3 for Op {
         })?
         .map_err(candle_core::Error::wrap)?;
         let of = |gradients: &mut Gradients, var: &Tensor| {
-            gradients.take(var).map(|g| tensor(g, var.shape())).transpose()
+            gradients.take(var).map(|g| tensor(g.to_vec(), var.shape())).transpose()
         };
         let dx = x.track_op().then(|| tensor(dx, x.shape())).transpose()?;
         Ok((dx, of(&mut gradients, a)?, of(&mut gradients, b)?))

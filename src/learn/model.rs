@@ -433,25 +433,39 @@ impl Model {
             let loss = self.accumulate(engine, batch, step, denominator, true)?;
             return Ok((loss, engine.gradients()?));
         }
-        // On a thread of the pool, as in `hidden`.
-        rayon::scope(|_| self.host_gradients(batch, step, denominator))
+        let (loss, gradients) = self.host_gradients(batch, step, denominator)?;
+        let shaped = gradients.into_iter().map(|(name, gradient)| {
+            let gradient = tensor(gradient.to_vec(), self.trainable[&name].shape())?;
+            Ok((name, gradient))
+        });
+        Ok((loss, shaped.collect::<Result<_>>()?))
     }
 
-    fn host_gradients(
+    /// The same where the model is on the CPU, flat.
+    pub(super) fn host_gradients(
         &self,
         batch: &Batch,
         step: u64,
         denominator: f64,
-    ) -> Result<(f64, BTreeMap<String, Tensor>)> {
+    ) -> Result<(f64, BTreeMap<String, Buffer>)> {
+        // On a thread of the pool, as in `hidden`.
+        rayon::scope(|_| self.pass_gradients(batch, step, denominator))
+    }
+
+    fn pass_gradients(
+        &self,
+        batch: &Batch,
+        step: u64,
+        denominator: f64,
+    ) -> Result<(f64, BTreeMap<String, Buffer>)> {
         let net = self.net()?;
         let packed = self.pack(batch)?;
         let targets = self.targets(batch, &packed)?;
         let pass = Pass::whole(Mode::Train(step));
         if targets.rows.is_empty() {
-            let zeros = self.trainable.iter().map(|(name, var)| {
-                Ok((name.clone(), tensor(vec![0.0; var.elem_count()], var.shape())?))
-            });
-            return Ok((0.0, zeros.collect::<Result<_>>()?));
+            let zeros = |var: &Var| Buffer::zeros(var.elem_count());
+            let all = self.trainable.iter().map(|(name, var)| (name.clone(), zeros(var)));
+            return Ok((0.0, all.collect()));
         }
         let sequences = net.sequences(&packed);
         // Above the last layer's attention only the rows that predict something are needed.
@@ -484,7 +498,7 @@ impl Model {
             let gradient = sums.take(var.as_tensor());
             let gradient =
                 gradient.with_context(|| format!("no gradient reaches the parameter `{name}`"))?;
-            gradients.insert(name.clone(), tensor(gradient, var.shape())?);
+            gradients.insert(name.clone(), gradient);
         }
         Ok((loss, gradients))
     }

@@ -1,11 +1,14 @@
 //! AdamW as `torch.optim.AdamW` computes it, and clipping by the global norm.
 
 use std::collections::BTreeMap;
+use std::ops::Deref;
 use std::sync::{Mutex, PoisonError};
 
 use anyhow::{Context as _, Result, ensure};
-use candle_core::{CpuStorage, Device, InplaceOp2, Layout, Tensor, Var};
+use candle_core::{CpuStorage, Device, InplaceOp1, Layout, Tensor, Var};
 use rayon::prelude::*;
+
+use super::ops::wide;
 
 /// Elements that one task updates; every element is independent of every other, so that the
 /// number does not show in the result.
@@ -126,12 +129,12 @@ impl AdamW {
     /// (see [`clip_factor`]).
     ///
     /// # Errors
-    /// When a parameter has no gradient, or one of another shape: a missing gradient means that
+    /// When a parameter has no gradient, or one of another size: a missing gradient means that
     /// something on the way cut it, never that there is nothing to do.
     pub fn update(
         &mut self,
         parameters: &BTreeMap<String, Var>,
-        gradients: &BTreeMap<String, Tensor>,
+        gradients: &BTreeMap<String, impl Deref<Target = [f32]>>,
         rate: f64,
         scale: f64,
     ) -> Result<()> {
@@ -141,12 +144,11 @@ impl AdamW {
         for (name, var) in parameters {
             let gradient = gradients
                 .get(name)
-                .with_context(|| format!("parameter `{name}` has no gradient"))?
-                .contiguous()?;
+                .with_context(|| format!("parameter `{name}` has no gradient"))?;
             ensure!(
-                gradient.shape() == var.shape(),
-                "the gradient of `{name}` has shape {:?}, the parameter {:?}",
-                gradient.shape(),
+                gradient.len() == var.elem_count(),
+                "the gradient of `{name}` has {} numbers, the parameter the shape {:?}",
+                gradient.len(),
                 var.shape()
             );
             let moments = self
@@ -155,6 +157,7 @@ impl AdamW {
                 .with_context(|| format!("parameter `{name}` is unknown to the optimizer"))?;
             let decays = moments.lock().is_ok_and(|m| m.decays);
             let update = Update {
+                gradient,
                 moments,
                 beta1,
                 beta2,
@@ -164,14 +167,14 @@ impl AdamW {
                 keep: if decays { (1.0 - rate * weight_decay) as f32 } else { 1.0 },
                 scale: scale as f32,
             };
-            var.inplace_op2(&gradient, &update)
-                .with_context(|| format!("updating parameter `{name}`"))?;
+            var.inplace_op1(&update).with_context(|| format!("updating parameter `{name}`"))?;
         }
         Ok(())
     }
 }
 
 struct Update<'a> {
+    gradient: &'a [f32],
     moments: &'a Mutex<Moments>,
     beta1: f64,
     beta2: f64,
@@ -185,27 +188,17 @@ struct Update<'a> {
     scale: f32,
 }
 
-impl InplaceOp2 for Update<'_> {
+impl InplaceOp1 for Update<'_> {
     fn name(&self) -> &'static str {
         "adamw"
     }
 
-    fn cpu_fwd(
-        &self,
-        parameter: &mut CpuStorage,
-        layout: &Layout,
-        gradient: &CpuStorage,
-        gradient_layout: &Layout,
-    ) -> candle_core::Result<()> {
-        let (CpuStorage::F32(p), CpuStorage::F32(g)) = (parameter, gradient) else {
-            candle_core::bail!("parameters and gradients are f32");
-        };
-        let (Some((a, b)), Some((c, d))) =
-            (layout.contiguous_offsets(), gradient_layout.contiguous_offsets())
+    fn cpu_fwd(&self, parameter: &mut CpuStorage, layout: &Layout) -> candle_core::Result<()> {
+        let (CpuStorage::F32(p), Some((start, end))) = (parameter, layout.contiguous_offsets())
         else {
-            candle_core::bail!("parameters and gradients are contiguous");
+            candle_core::bail!("parameters are f32 and contiguous");
         };
-        let (p, g) = (&mut p[a..b], &g[c..d]);
+        let (p, g) = (&mut p[start..end], self.gradient);
         let Ok(mut moments) = self.moments.lock() else {
             candle_core::bail!("an earlier update of this parameter failed");
         };
@@ -215,37 +208,41 @@ impl InplaceOp2 for Update<'_> {
         let chunks = p.par_chunks_mut(CHUNK).zip(g.par_chunks(CHUNK));
         let state = mean.par_chunks_mut(CHUNK).zip(square.par_chunks_mut(CHUNK));
         chunks.zip(state).for_each(|((p, g), (m, v))| {
-            for (((p, g), m), v) in p.iter_mut().zip(g).zip(m).zip(v) {
-                let g = g * self.scale;
-                *m = b1 * *m + c1 * g;
-                *v = b2 * *v + c2 * g * g;
-                let denominator = v.sqrt() / self.root + self.epsilon;
-                *p = *p * self.keep - self.step * (*m / denominator);
-            }
+            wide!({
+                for (((p, g), m), v) in p.iter_mut().zip(g).zip(m.iter_mut()).zip(v.iter_mut()) {
+                    let g = g * self.scale;
+                    *m = b1 * *m + c1 * g;
+                    *v = b2 * *v + c2 * g * g;
+                    let denominator = v.sqrt() / self.root + self.epsilon;
+                    *p = *p * self.keep - self.step * (*m / denominator);
+                }
+            });
         });
         Ok(())
     }
 }
 
-/// The L2 norm over all gradients together. Each tensor is summed in order in f64 and tensors
-/// are added in order of their names, so that it does not depend on threads.
-///
-/// # Errors
-/// When a gradient is not f32.
-pub fn global_norm(gradients: &BTreeMap<String, Tensor>) -> Result<f64> {
-    let tensors: Vec<&Tensor> = gradients.values().collect();
-    let sums: Vec<Result<f64>> = tensors
-        .par_iter()
-        .map(|t| {
-            let values = t.flatten_all()?.to_vec1::<f32>()?;
-            Ok(values.iter().map(|&x| f64::from(x) * f64::from(x)).sum())
-        })
-        .collect();
-    let mut total = 0.0;
-    for sum in sums {
-        total += sum?;
-    }
-    Ok(total.sqrt())
+/// The L2 norm over all gradients together. Sums are in f64, of parts that are added in order of
+/// the names, so that it does not depend on threads.
+pub fn global_norm(gradients: &BTreeMap<String, impl Deref<Target = [f32]> + Sync>) -> f64 {
+    let parts: Vec<&[f32]> = gradients.values().flat_map(|g| g.chunks(CHUNK)).collect();
+    let sums: Vec<f64> = parts.into_par_iter().map(sum_of_squares).collect();
+    sums.into_iter().sum::<f64>().sqrt()
+}
+
+/// In f64 and in lanes.
+fn sum_of_squares(x: &[f32]) -> f64 {
+    let square = |x: f32| f64::from(x) * f64::from(x);
+    let (all, rest) = x.as_chunks::<16>();
+    wide!({
+        let mut lanes = [0.0; 16];
+        for x in all {
+            for (lane, x) in lanes.iter_mut().zip(x) {
+                *lane += square(*x);
+            }
+        }
+        lanes.iter().sum::<f64>() + rest.iter().map(|x| square(*x)).sum::<f64>()
+    })
 }
 
 /// What gradients of this global norm are multiplied by so that it is at most `max_norm`
@@ -267,9 +264,8 @@ mod tests {
         BTreeMap::from([(name.to_owned(), var(values))])
     }
 
-    fn gradient(name: &str, values: &[f32]) -> BTreeMap<String, Tensor> {
-        let t = Tensor::from_slice(values, values.len(), &Device::Cpu).unwrap();
-        BTreeMap::from([(name.to_owned(), t)])
+    fn gradient(name: &str, values: &[f32]) -> BTreeMap<String, Vec<f32>> {
+        BTreeMap::from([(name.to_owned(), values.to_vec())])
     }
 
     fn values(p: &BTreeMap<String, Var>, name: &str) -> Vec<f32> {
@@ -343,7 +339,7 @@ mod tests {
     fn missing_gradient_is_an_error() {
         let p = one("w", &[1.0]);
         let mut adam = AdamW::new(&p, AdamWConfig::default());
-        let err = adam.update(&p, &BTreeMap::new(), 0.1, 1.0).unwrap_err();
+        let err = adam.update(&p, &gradient("v", &[]), 0.1, 1.0).unwrap_err();
         assert!(err.to_string().contains("`w` has no gradient"), "{err}");
         assert!(adam.update(&p, &gradient("w", &[1.0, 2.0]), 0.1, 1.0).is_err());
     }
@@ -352,7 +348,9 @@ mod tests {
     fn clipping_is_by_the_norm_of_all() {
         let mut g = gradient("a", &[3.0]);
         g.extend(gradient("b", &[0.0, 4.0]));
-        assert_eq!(global_norm(&g).unwrap(), 5.0);
+        assert_eq!(global_norm(&g), 5.0);
+        let many = gradient("a", &vec![0.5; 3 * CHUNK + 21]);
+        assert_eq!(global_norm(&many), (0.25 * (3 * CHUNK + 21) as f64).sqrt());
         assert!((clip_factor(5.0, 1.0) - 1.0 / 5.000_001).abs() < 1e-12);
         assert_eq!(clip_factor(0.5, 1.0), 1.0);
     }

@@ -1,20 +1,21 @@
 //! Gradients of an update and what is done with them, on the CPU or where the model is.
 
-use std::borrow::Cow;
 use std::collections::BTreeMap;
 
 use anyhow::{Context as _, Result};
-use candle_core::Tensor;
+use candle_core::{Device, Tensor};
 
 use super::batch::Batch;
+use super::buffer::Buffer;
 use super::cuda::Engine;
 use super::model::Model;
+use super::ops::add;
 use super::optimizer::{AdamW, AdamWConfig, global_norm};
 
 /// The gradients of the micro-batches of an update, summed.
 pub(super) enum Gradients<'a> {
-    /// By parameter.
-    Host(BTreeMap<String, Tensor>),
+    /// By parameter, flat.
+    Host(BTreeMap<String, Buffer>),
     /// They stay on the GPU; whether there are any yet.
     Gpu(&'a Engine, bool),
 }
@@ -43,17 +44,16 @@ impl<'a> Gradients<'a> {
             }
             Self::Host(all) => all,
         };
-        let (loss, gradients) = model.gradients(batch, micro, denominator)?;
+        let (loss, gradients) = model.host_gradients(batch, micro, denominator)?;
         if all.is_empty() {
             *all = gradients;
             return Ok(loss);
         }
         for (name, gradient) in gradients {
-            let sum = all.get(&name).with_context(|| {
+            let sum = all.get_mut(&name).with_context(|| {
                 format!("parameter `{name}` has a gradient in one micro-batch and not in another")
             })?;
-            let sum = (sum + gradient)?;
-            all.insert(name, sum);
+            add(sum, &gradient);
         }
         Ok(loss)
     }
@@ -61,16 +61,19 @@ impl<'a> Gradients<'a> {
     /// The L2 norm over all of them together.
     pub(super) fn global_norm(&self) -> Result<f64> {
         match self {
-            Self::Host(all) => global_norm(all),
+            Self::Host(all) => Ok(global_norm(all)),
             Self::Gpu(engine, _) => engine.global_norm(),
         }
     }
 
-    /// By parameter.
-    pub(super) fn by_name(&self) -> Result<Cow<'_, BTreeMap<String, Tensor>>> {
+    /// Copies of them by parameter; of any shape.
+    pub(super) fn by_name(&self) -> Result<BTreeMap<String, Tensor>> {
         match self {
-            Self::Host(all) => Ok(Cow::Borrowed(all)),
-            Self::Gpu(engine, _) => Ok(Cow::Owned(engine.gradients()?)),
+            Self::Gpu(engine, _) => engine.gradients(),
+            Self::Host(all) => {
+                let flat = |g: &Buffer| Tensor::from_slice(g, g.len(), &Device::Cpu);
+                all.iter().map(|(name, g)| Ok((name.clone(), flat(g)?))).collect()
+            }
         }
     }
 }

@@ -106,7 +106,7 @@ impl Embeddings {
             if table.track_op() {
                 let (_, cols) = table.dims2()?;
                 ensure!(grad.len() == ids.len() * cols, "a gradient of another size");
-                add_rows(&grad, cols, ids, skip, gradients.sum(table).0);
+                add_rows(&grad, cols, ids, skip, gradients.sum_from_zero(table));
             }
         }
         Ok(())

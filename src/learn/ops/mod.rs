@@ -26,8 +26,8 @@ pub(crate) use norm::{
 };
 pub(crate) use rope::{RopeTable, Turn};
 pub(crate) use rows::{add_rows, select_rows};
-pub(crate) use wide::{Loop, wide};
-use wide::{TASK, dot, exp, max, polynomial, sum, sum3, update};
+pub(crate) use wide::{Loop, TASK, wide};
+use wide::{dot, exp, max, polynomial, sum, sum3, update};
 
 use candle_core::{CpuStorage, Device, Layout, Result, Shape, Storage, Tensor, bail};
 

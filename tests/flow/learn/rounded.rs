@@ -5,7 +5,7 @@ use flow::learn::{AdamW, Compute, Method, Model};
 
 use super::gpu::{apart, files, models, near_gradients, setup, trained};
 use super::parity::{ADAMW, RATE, batches, cases, model};
-use super::{fixture, numbers};
+use super::{fixture, numbers, numbers_by_name};
 
 /// Fifty steps beside PyTorch's bf16 autocast, whose losses `autocast.py` of the fixtures gave.
 /// Labels of the fixtures are random, so that full training follows every rounding in the end.
@@ -22,6 +22,7 @@ fn trains_as_autocast() {
             let n = batch.targets() as f64;
             let (loss, grads) = model.gradients(batch, step as u64, n).unwrap();
             apart.push((loss / n - want).abs() / want);
+            let grads = numbers_by_name(&grads);
             optimizer.update(model.trainable(), &grads, RATE.at(step as u64), 1.0).unwrap();
         }
         assert_eq!(apart.len(), 50);
