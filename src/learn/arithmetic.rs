@@ -2,6 +2,7 @@
 
 use super::bf16;
 use super::matrix::{self, Matrix, Threads};
+use super::output::Target;
 
 /// In which numbers products are computed. Everything else is f32.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
@@ -16,9 +17,9 @@ pub(crate) enum Arithmetic {
 impl Arithmetic {
     /// `out = beta * out + alpha * lhs * rhs` on this thread, see [`matrix::product`]; `beta` is 0
     /// or 1.
-    pub(crate) fn product(
+    pub(crate) fn product<'a>(
         self,
-        out: (&mut [f32], usize),
+        out: impl Target<'a>,
         beta: f32,
         alpha: f32,
         lhs: Matrix<'_>,

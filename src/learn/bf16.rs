@@ -20,7 +20,7 @@ use std::cell::RefCell;
 use std::ops::Range;
 
 use super::matrix::{Matrix, Threads};
-use super::output::Output;
+use super::output::{Block, Target};
 use pack::{Form, PANEL, Packed, Side};
 
 /// Terms that a product can have.
@@ -164,8 +164,8 @@ impl<'a> Operands<'a> {
 /// `out = beta * out + bias + ` the sum over the terms of lhs times rhs; `out` is row-major
 /// `[m, n]` with `stride` elements from row to row, `bias` is `[n]`. Without `beta` the old
 /// content of `out` does not matter. At most [`MAX_TERMS`] terms, at least one.
-pub(crate) fn product(
-    out: (&mut [f32], usize),
+pub(crate) fn product<'a>(
+    out: impl Target<'a>,
     beta: bool,
     bias: Option<&[f32]>,
     terms: &[(&Lhs, &Rhs)],
@@ -173,8 +173,8 @@ pub(crate) fn product(
     threads: Threads,
 ) {
     let operands = Operands::new(bias, terms);
-    let out = Output::new(out, operands.size);
-    if out.rows == 0 || out.cols == 0 {
+    let out = out.block(operands.size);
+    if out.size.0 == 0 || out.size.1 == 0 {
         return;
     }
     let terms = operands.get();
@@ -186,8 +186,8 @@ pub(crate) fn product(
 
 /// `out = beta * out + (alpha * lhs) * rhs` on this thread, for small products inside a parallel
 /// loop; `alpha * lhs` is what is rounded. Packs into memory that the thread keeps.
-pub(crate) fn product_of(
-    out: (&mut [f32], usize),
+pub(crate) fn product_of<'a>(
+    out: impl Target<'a>,
     beta: bool,
     alpha: f32,
     lhs: Matrix<'_>,

@@ -50,9 +50,11 @@ impl<T> Pool<T> {
         Some(found)
     }
 
-    /// Lets go of so much that `more` numbers can be had within a quarter above the peak.
+    /// Lets go of so much that `more` numbers can be had within half above the peak. (The
+    /// activations of a step and its gradients are there at different times and of different sizes;
+    /// with less room they would take turns in going back to the system.)
     fn make_room(&mut self, more: usize) {
-        let most = self.peak.max(self.used + more) / 4 * 5;
+        let most = self.peak.max(self.used + more) / 2 * 3;
         let too_many = (self.used + self.spare + more).saturating_sub(most);
         let (mut count, mut gone) = (0, 0);
         while gone < too_many && count < self.free.len() {
@@ -107,6 +109,12 @@ impl<T: Pooled> Buffer<T> {
     }
 }
 
+impl<T: Pooled> AsMut<[T]> for Buffer<T> {
+    fn as_mut(&mut self) -> &mut [T] {
+        self
+    }
+}
+
 /// Gives back to the system what no buffer uses.
 pub(crate) fn release() {
     fn of<T: Pooled>() {
@@ -155,7 +163,7 @@ mod tests {
         };
         assert_eq!(pool.take(4900).map(|v| v.len()), Some(5000));
         assert!(pool.take(9001).is_none() && pool.take(100).is_none());
-        pool.make_room(4000);
+        pool.make_room(7000);
         assert_eq!((pool.free.len(), pool.spare), (0, 0));
         (pool.free, pool.spare) = (vec![vec![1.0; 5000], vec![2.0; 5000]], 10_000);
         assert_eq!(pool.take(4900).map(|v| v[0]), Some(2.0));

@@ -4,7 +4,7 @@ use std::ops::Range;
 
 use rayon::prelude::*;
 
-use super::output::{Output, Shared};
+use super::output::{Shared, Target};
 
 /// A read-only matrix in a slice: element (i, j) lies at `i * row + j * col`.
 #[derive(Debug, Clone, Copy)]
@@ -69,8 +69,8 @@ pub(crate) enum Threads {
 
 /// `out = beta * out + alpha * lhs * rhs`; `out` is row-major with `stride` elements from row to
 /// row. With `beta` 0 the old content of `out` does not matter.
-pub(crate) fn product(
-    (out, stride): (&mut [f32], usize),
+pub(crate) fn product<'a>(
+    out: impl Target<'a>,
     beta: f32,
     alpha: f32,
     lhs: Matrix<'_>,
@@ -79,13 +79,13 @@ pub(crate) fn product(
 ) {
     let (m, n, k) = (lhs.rows, rhs.cols, lhs.cols);
     assert_eq!(k, rhs.rows, "inner sizes of a product");
-    let out = Output::new((out, stride), (m, n));
+    let mut out = out.block((m, n));
     if m == 0 || n == 0 {
         return;
     }
     if k == 0 {
-        for row in out.data.chunks_mut(stride).take(m) {
-            row[..n].iter_mut().for_each(|x| *x = if beta == 0.0 { 0.0 } else { *x * beta });
+        for i in 0..m {
+            out.row(i).iter_mut().for_each(|x| *x = if beta == 0.0 { 0.0 } else { *x * beta });
         }
         return;
     }
@@ -134,7 +134,7 @@ fn columns(
     rhs: Matrix<'_>,
     parallelism: gemm::Parallelism,
 ) {
-    // SAFETY: `Matrix::strided` and `Output::new` have checked that the last element of each of the
+    // SAFETY: `Matrix::strided` and `Block::new` have checked that the last element of each of the
     // three matrices lies in its slice, and `product` gives each thread other columns.
     unsafe {
         let out = out.block(0..lhs.rows, cols);

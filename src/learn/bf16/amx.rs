@@ -13,7 +13,7 @@ use std::arch::x86_64::{__cpuid, __cpuid_count};
 use std::sync::OnceLock;
 
 use super::pack::{STEP_LEN, Side};
-use super::{Output, Packed, Reread, Take};
+use super::{Block, Packed, Reread, Take};
 use crate::learn::matrix::{Matrix, Threads};
 
 /// Proof that this process may use the tiles.
@@ -38,7 +38,7 @@ impl Amx {
     /// `out = beta * out + bias + ` the sum over the terms of lhs times rhs.
     pub(super) fn product(
         self,
-        out: Output<'_>,
+        out: Block<'_>,
         beta: bool,
         bias: Option<&[f32]>,
         terms: &[(&Packed, &Packed)],

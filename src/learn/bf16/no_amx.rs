@@ -1,7 +1,7 @@
 //! Stands for the product on tiles where there are none.
 
 use super::pack::{STEP_LEN, Side};
-use super::{Output, Packed, Reread, Take};
+use super::{Block, Packed, Reread, Take};
 use crate::learn::matrix::{Matrix, Threads};
 
 /// Proof that this process may use the tiles: there is none.
@@ -22,7 +22,7 @@ impl Amx {
     /// Cannot be called.
     pub(super) fn product(
         self,
-        _: Output<'_>,
+        _: Block<'_>,
         _: bool,
         _: Option<&[f32]>,
         _: &[(&Packed, &Packed)],

@@ -3,7 +3,7 @@
 use half::bf16;
 use rayon::prelude::*;
 
-use super::{Output, Packed};
+use super::{Block, Packed};
 use crate::learn::matrix::{self, Matrix, Threads};
 
 /// Columns of the product at a time; bounds the f32 copy of the right-hand side. Fixed, so that
@@ -53,17 +53,18 @@ fn part(x: &[u16], width: usize, cols: std::ops::Range<usize>, threads: Threads)
 
 /// `out = beta * out + bias + ` the sum over the terms of lhs times rhs.
 pub(super) fn product(
-    out: Output<'_>,
+    mut out: Block<'_>,
     beta: bool,
     bias: Option<&[f32]>,
     terms: &[(&Packed, &Packed)],
     threads: Threads,
 ) {
-    let (rows, cols, stride) = (out.rows, out.cols, out.stride);
-    for row in out.data.chunks_mut(stride).take(rows) {
+    let (rows, cols) = out.size;
+    for i in 0..rows {
+        let row = out.row(i);
         match (beta, bias) {
-            (false, None) => row[..cols].fill(0.0),
-            (false, Some(bias)) => row[..cols].copy_from_slice(bias),
+            (false, None) => row.fill(0.0),
+            (false, Some(bias)) => row.copy_from_slice(bias),
             (true, None) => {}
             (true, Some(bias)) => row.iter_mut().zip(bias).for_each(|(x, b)| *x += b),
         }
@@ -88,8 +89,7 @@ pub(super) fn product(
                 right = part(lines, k, 0..k, threads);
                 Matrix::new(&right, some.len(), k).t()
             };
-            // One product after another only reads what is in the slice: the last row may be cut.
-            matrix::product((&mut out.data[first..], stride), 1.0, 1.0, left, rhs, threads);
+            matrix::product(out.part(0..rows, some), 1.0, 1.0, left, rhs, threads);
         }
     }
 }

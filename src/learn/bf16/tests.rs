@@ -295,7 +295,7 @@ fn large_outputs() {
             [(start, Reread::Soon), (start, Reread::Late), ((start + 1) & 15, Reread::Late)]
         {
             let out = &mut memory[shift..][..m * n];
-            product((out, n), false, Some(&bias), &[(&x, &y)], reread, Threads::All);
+            product((&mut *out, n), false, Some(&bias), &[(&x, &y)], reread, Threads::All);
             outs.push(out.to_vec());
         }
         assert!(outs.iter().all(|out| *out == outs[0]));

@@ -9,6 +9,7 @@ use super::dropout::{Mask, mask, masked, words};
 use super::{Buffer, dot, exp, max, sum, wide};
 use crate::learn::arithmetic::Arithmetic;
 use crate::learn::matrix::Matrix;
+use crate::learn::output::{Block, Shared};
 
 /// Queries whose scores are in memory at once. Fixed, so that no sum depends on the threads.
 const QUERIES: usize = 64;
@@ -241,113 +242,101 @@ impl Attention {
             first += self.queries(&rows).len() * self.heads * self.words(rows.len());
         }
         let dropout = self.dropout.zip(kept);
-        let done: Vec<[Option<Buffer>; 3]> = tasks
-            .into_par_iter()
-            .map(|(sequence, rows, kv, first)| {
-                let (n, d) = (rows.len(), self.head);
-                let all = self.queries(&rows);
-                let mut dq = wanted[0].then(|| Buffer::new(all.len() * group * d));
-                let mut dk = wanted[1].then(|| Buffer::zeros(n * d));
-                let mut dv = wanted[2].then(|| Buffer::zeros(n * d));
-                let size = all.len().min(QUERIES) * n;
-                let [mut p, mut ds] = [(); 2].map(|()| Buffer::new(size));
-                let mut dropped = dropout.map(|_| Buffer::new(size));
-                for at in self.blocks(&rows) {
-                    let keys = self.keys_of(&at, &rows);
-                    let (m, from) = (keys.len(), keys.start * d);
-                    let those = rows.start + keys.start..rows.start + keys.end;
-                    let k_ = self.part(k, those.clone(), self.kv_heads, kv);
-                    let v_ = self.part(v, those, self.kv_heads, kv);
-                    let [p, ds] = [&mut p, &mut ds].map(|x| &mut x[..at.len() * m]);
-                    for head in kv * group..(kv + 1) * group {
-                        let rows = rows.clone();
-                        let these = Queries { sequence, rows, head, at: at.clone() };
-                        let q_ = self.part(q, at.clone(), self.heads, head);
-                        let g = self.part(grad, at.clone(), self.heads, head);
-                        self.probabilities([q, k], &these, &keys, p);
-                        let dropout = dropout.map(|(mask, KeptProbabilities(bits))| {
-                            let before = (at.start - all.start) * self.heads * self.words(n);
-                            (mask.scale(), &bits[first + before..])
-                        });
-                        if let Some(dv) = &mut dv {
-                            let mut used = &*p;
-                            if let (Some((scale, bits)), Some(dropped)) = (dropout, &mut dropped) {
-                                let dropped = &mut dropped[..p.len()];
-                                let rows = p.chunks_exact(m).zip(dropped.chunks_exact_mut(m));
-                                let mut rows = rows.zip(self.bits(&these, bits));
-                                wide!({
-                                    for ((p, dropped), bits) in rows.by_ref() {
-                                        masked(bits, scale, p, dropped, |_, p| p);
-                                    }
-                                });
-                                used = dropped;
-                            }
-                            let used = Matrix::new(used, at.len(), m);
-                            let out = (&mut dv[from..], d);
-                            self.arithmetic.product(out, 1.0, 1.0, used.t(), g);
-                        }
-                        if dq.is_none() && dk.is_none() {
-                            continue;
-                        }
-                        self.arithmetic.product((&mut *ds, m), 0.0, 1.0, g, v_.t());
-                        let mut bits =
-                            dropout.map(|(scale, bits)| (scale, self.bits(&these, bits)));
-                        wide!({
-                            for (p, ds) in p.chunks_exact(m).zip(ds.chunks_exact_mut(m)) {
-                                if let Some((scale, bits)) = &mut bits {
-                                    mask(bits.next().unwrap_or_default(), *scale, ds);
+        let new = |i: usize, size: usize| wanted[i].then(|| Buffer::new(size));
+        let mut out = [new(0, q.len()), new(1, k.len()), new(2, v.len())];
+        let shared: Vec<Option<Shared<'_>>> =
+            (out.iter_mut().zip([self.heads, self.kv_heads, self.kv_heads]))
+                .map(|(out, heads)| {
+                    let width = heads * self.head;
+                    let out = out.as_deref_mut()?;
+                    let rows = out.len() / width;
+                    Some(Block::new((out, width), (rows, width)).share())
+                })
+                .collect();
+        tasks.into_par_iter().for_each(|(sequence, rows, kv, first)| {
+            let (n, d) = (rows.len(), self.head);
+            let all = self.queries(&rows);
+            // SAFETY: no other task has these rows and heads.
+            #[expect(unsafe_code, reason = "threads fill parts of one slice")]
+            let block = |i: usize, rows: &Range<usize>, heads: usize| unsafe {
+                let cols = kv * heads * d..(kv + 1) * heads * d;
+                Some(shared[i].as_ref()?.block(rows.clone(), cols))
+            };
+            let mut dq = block(0, &all, group);
+            let [mut dk, mut dv] = [1, 2].map(|i| block(i, &rows, 1));
+            for sum in [&mut dk, &mut dv].into_iter().flatten() {
+                sum.clear();
+            }
+            let size = all.len().min(QUERIES) * n;
+            let [mut p, mut ds] = [(); 2].map(|()| Buffer::new(size));
+            let mut dropped = dropout.map(|_| Buffer::new(size));
+            for at in self.blocks(&rows) {
+                let keys = self.keys_of(&at, &rows);
+                let m = keys.len();
+                let those = rows.start + keys.start..rows.start + keys.end;
+                let k_ = self.part(k, those.clone(), self.kv_heads, kv);
+                let v_ = self.part(v, those, self.kv_heads, kv);
+                let [p, ds] = [&mut p, &mut ds].map(|x| &mut x[..at.len() * m]);
+                for head in kv * group..(kv + 1) * group {
+                    let rows = rows.clone();
+                    let these = Queries { sequence, rows, head, at: at.clone() };
+                    let q_ = self.part(q, at.clone(), self.heads, head);
+                    let g = self.part(grad, at.clone(), self.heads, head);
+                    self.probabilities([q, k], &these, &keys, p);
+                    let dropout = dropout.map(|(mask, KeptProbabilities(bits))| {
+                        let before = (at.start - all.start) * self.heads * self.words(n);
+                        (mask.scale(), &bits[first + before..])
+                    });
+                    if let Some(dv) = &mut dv {
+                        let mut used = &*p;
+                        if let (Some((scale, bits)), Some(dropped)) = (dropout, &mut dropped) {
+                            let dropped = &mut dropped[..p.len()];
+                            let rows = p.chunks_exact(m).zip(dropped.chunks_exact_mut(m));
+                            let mut rows = rows.zip(self.bits(&these, bits));
+                            wide!({
+                                for ((p, dropped), bits) in rows.by_ref() {
+                                    masked(bits, scale, p, dropped, |_, p| p);
                                 }
-                                let dot = dot(p, ds);
-                                for (ds, p) in ds.iter_mut().zip(p) {
-                                    *ds = p * (*ds - dot);
-                                }
-                            }
-                        });
-                        let ds = Matrix::new(ds, at.len(), m);
-                        if let Some(dq) = &mut dq {
-                            let row = at.start - all.start;
-                            let out = &mut dq[(row * group + head - kv * group) * d..];
-                            let out = (out, group * d);
-                            self.arithmetic.product(out, 0.0, self.scale(), ds, k_);
+                            });
+                            used = dropped;
                         }
-                        if let Some(dk) = &mut dk {
-                            let out = (&mut dk[from..], d);
-                            self.arithmetic.product(out, 1.0, self.scale(), ds.t(), q_);
-                        }
+                        let used = Matrix::new(used, at.len(), m);
+                        let out = dv.part(keys.clone(), 0..d);
+                        self.arithmetic.product(out, 1.0, 1.0, used.t(), g);
                     }
-                }
-                [dq, dk, dv]
-            })
-            .collect();
-        let whole = |i: usize, heads| wanted[i].then(|| self.assemble(&done, i, heads));
-        let (query, key) = (whole(0, self.heads), whole(1, self.kv_heads));
-        AttentionGradients { query, key, value: whole(2, self.kv_heads) }
-    }
-
-    /// `[queries or tokens, heads * head]` from what the tasks computed for their heads.
-    fn assemble(&self, done: &[[Option<Buffer>; 3]], i: usize, heads: usize) -> Buffer {
-        let (width, part) = (heads * self.head, heads / self.kv_heads * self.head);
-        let count =
-            |rows: &Range<usize>| if i == 0 { self.queries(rows).len() } else { rows.len() };
-        let counts: Vec<usize> = self.sequences().map(|(_, rows)| count(&rows)).collect();
-        let mut out = Buffer::new(counts.iter().sum::<usize>() * width);
-        let mut rest = &mut *out;
-        let mut sequences = Vec::new();
-        for rows in counts {
-            let (first, others) = rest.split_at_mut(rows * width);
-            sequences.push(first);
-            rest = others;
-        }
-        let done = done.par_chunks(self.kv_heads);
-        sequences.into_par_iter().zip(done).for_each(|(out, heads)| {
-            for (h, from) in heads.iter().enumerate() {
-                let Some(from) = &from[i] else { continue };
-                for (row, from) in out.chunks_exact_mut(width).zip(from.chunks_exact(part)) {
-                    row[h * part..][..part].copy_from_slice(from);
+                    if dq.is_none() && dk.is_none() {
+                        continue;
+                    }
+                    self.arithmetic.product((&mut *ds, m), 0.0, 1.0, g, v_.t());
+                    let mut bits = dropout.map(|(scale, bits)| (scale, self.bits(&these, bits)));
+                    wide!({
+                        for (p, ds) in p.chunks_exact(m).zip(ds.chunks_exact_mut(m)) {
+                            if let Some((scale, bits)) = &mut bits {
+                                mask(bits.next().unwrap_or_default(), *scale, ds);
+                            }
+                            let dot = dot(p, ds);
+                            for (ds, p) in ds.iter_mut().zip(p) {
+                                *ds = p * (*ds - dot);
+                            }
+                        }
+                    });
+                    let ds = Matrix::new(ds, at.len(), m);
+                    if let Some(dq) = &mut dq {
+                        let (rows, head) = (at.start - all.start, head - kv * group);
+                        let rows = rows..rows + at.len();
+                        let out = dq.part(rows, head * d..(head + 1) * d);
+                        self.arithmetic.product(out, 0.0, self.scale(), ds, k_);
+                    }
+                    if let Some(dk) = &mut dk {
+                        let out = dk.part(keys.clone(), 0..d);
+                        self.arithmetic.product(out, 1.0, self.scale(), ds.t(), q_);
+                    }
                 }
             }
         });
-        out
+        drop(shared);
+        let [query, key, value] = out;
+        AttentionGradients { query, key, value }
     }
 }
 

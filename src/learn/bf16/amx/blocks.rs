@@ -13,11 +13,11 @@ use std::ptr;
 use rayon::prelude::*;
 
 use super::super::pack::{PANEL, STEP, STEP_LEN};
-use super::super::{MAX_TERMS, Output, Packed, Reread, Take};
+use super::super::{Block, MAX_TERMS, Packed, Reread, Take};
 use super::Amx;
 use super::kernel::{FETCHED, Run, Square, Tiles, add_product, settle, write, write_past};
 use crate::learn::matrix::Threads;
-use crate::learn::output::{Block, Shared};
+use crate::learn::output::Shared;
 
 /// Steps of a panel of columns that stay in the first cache (48 KiB): 36 KiB.
 const NEAR_STEPS: usize = 18;
@@ -73,14 +73,14 @@ struct Job<'a> {
 /// `out = beta * out + bias + ` the sum over the terms of lhs times rhs.
 pub(super) fn product(
     amx: Amx,
-    out: Output<'_>,
+    out: Block<'_>,
     beta: bool,
     bias: Option<&[f32]>,
     terms: &[(&Packed, &Packed)],
     reread: Reread,
     threads: Threads,
 ) {
-    let (steps, size) = (steps(terms), (out.rows, out.cols));
+    let (steps, size) = (steps(terms), out.size);
     let large = size.0 * size.1 * size_of::<f32>() >= large(reread);
     // Not what is read in between, as a sum in several parts is.
     let past = large && !beta && steps <= FAR_STEPS;
