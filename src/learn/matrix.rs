@@ -4,6 +4,7 @@ use std::ops::Range;
 
 use rayon::prelude::*;
 
+use super::ops::wide;
 use super::output::{Shared, Target};
 
 /// A read-only matrix in a slice: element (i, j) lies at `i * row + j * col`.
@@ -175,9 +176,11 @@ pub(crate) fn sum_rows(data: &[f32], cols: usize) -> Vec<f32> {
     let partial: Vec<Vec<f32>> = chunks(data.len() / cols.max(1))
         .map(|rows| {
             let mut sum = vec![0.0; cols];
-            for row in data[rows.start * cols..rows.end * cols].chunks_exact(cols) {
-                sum.iter_mut().zip(row).for_each(|(s, x)| *s += x);
-            }
+            wide!({
+                for row in data[rows.start * cols..rows.end * cols].chunks_exact(cols) {
+                    sum.iter_mut().zip(row).for_each(|(s, x)| *s += x);
+                }
+            });
             sum
         })
         .collect();

@@ -244,15 +244,13 @@ impl Attention {
         let dropout = self.dropout.zip(kept);
         let new = |i: usize, size: usize| wanted[i].then(|| Buffer::new(size));
         let mut out = [new(0, q.len()), new(1, k.len()), new(2, v.len())];
-        let shared: Vec<Option<Shared<'_>>> =
-            (out.iter_mut().zip([self.heads, self.kv_heads, self.kv_heads]))
-                .map(|(out, heads)| {
-                    let width = heads * self.head;
-                    let out = out.as_deref_mut()?;
-                    let rows = out.len() / width;
-                    Some(Block::new((out, width), (rows, width)).share())
-                })
-                .collect();
+        let widths = [self.heads, self.kv_heads, self.kv_heads].map(|heads| heads * self.head);
+        let shared = out.iter_mut().zip(widths).map(|(out, width)| {
+            let out = out.as_mut()?;
+            let rows = out.len() / width;
+            Some(Block::new((out, width), (rows, width)).share())
+        });
+        let shared: Vec<Option<Shared<'_>>> = shared.collect();
         tasks.into_par_iter().for_each(|(sequence, rows, kv, first)| {
             let (n, d) = (rows.len(), self.head);
             let all = self.queries(&rows);
@@ -264,8 +262,11 @@ impl Attention {
             };
             let mut dq = block(0, &all, group);
             let [mut dk, mut dv] = [1, 2].map(|i| block(i, &rows, 1));
-            for sum in [&mut dk, &mut dv].into_iter().flatten() {
-                sum.clear();
+            // Sums over queries begin as zeros, unless the first of these see all keys.
+            let first_keys = self.blocks(&rows).next().map(|at| self.keys_of(&at, &rows));
+            let begun = first_keys != Some(0..n);
+            if begun {
+                [&mut dk, &mut dv].into_iter().flatten().for_each(Block::clear);
             }
             let size = all.len().min(QUERIES) * n;
             let [mut p, mut ds] = [(); 2].map(|()| Buffer::new(size));
@@ -278,6 +279,8 @@ impl Attention {
                 let v_ = self.part(v, those, self.kv_heads, kv);
                 let [p, ds] = [&mut p, &mut ds].map(|x| &mut x[..at.len() * m]);
                 for head in kv * group..(kv + 1) * group {
+                    let begun = begun || at.start > all.start || head > kv * group;
+                    let beta = if begun { 1.0 } else { 0.0 };
                     let rows = rows.clone();
                     let these = Queries { sequence, rows, head, at: at.clone() };
                     let q_ = self.part(q, at.clone(), self.heads, head);
@@ -302,7 +305,7 @@ impl Attention {
                         }
                         let used = Matrix::new(used, at.len(), m);
                         let out = dv.part(keys.clone(), 0..d);
-                        self.arithmetic.product(out, 1.0, 1.0, used.t(), g);
+                        self.arithmetic.product(out, beta, 1.0, used.t(), g);
                     }
                     if dq.is_none() && dk.is_none() {
                         continue;
@@ -329,7 +332,7 @@ impl Attention {
                     }
                     if let Some(dk) = &mut dk {
                         let out = dk.part(keys.clone(), 0..d);
-                        self.arithmetic.product(out, 1.0, self.scale(), ds.t(), q_);
+                        self.arithmetic.product(out, beta, self.scale(), ds.t(), q_);
                     }
                 }
             }
