@@ -276,7 +276,7 @@ fn long_rows() {
         let rows = [row(2100), row(900)];
         let batch = flow::learn::collate(&[&rows[0], &rows[1]], &task).unwrap();
         let n = batch.targets() as f64;
-        for method in [Method::Full, Method::Qlora] {
+        for method in [Method::Full, Method::Lora, Method::Qlora] {
             let gradients = |compute, gradient_checkpointing| {
                 let plain = setup(&task, method, compute, 0.0);
                 let model = Model::load(&files, &Setup { gradient_checkpointing, ..plain });
