@@ -24,8 +24,8 @@ pub(super) struct Heads {
     pub(super) v: Mat,
 }
 
-/// What the gradients of queries and keys go back through at once, where the kernels can: the rotary
-/// embedding, and before it a norm of each head, if there is one.
+/// What the gradients of queries and keys go back through at once, where the kernels can: the
+/// rotary embedding, and before it a norm of each head, if there is one.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Before {
     /// What the norms read, queries and then keys; weight and statistics of either's norm.
@@ -227,8 +227,8 @@ impl Attention {
         self.launch(p, self.forward, self.heads, args)
     }
 
-    /// The gradients `d` of queries, keys and values from the result and its gradient. Gives whether
-    /// they are already those of what is `before`.
+    /// The gradients `d` of queries, keys and values from the result and its gradient. Gives
+    /// whether they are already those of what is `before`.
     pub(super) fn backward(
         &self,
         p: &Pass<'_>,

@@ -165,8 +165,8 @@ impl DecoderLayer {
         Ok(())
     }
 
-    /// What the gradients of queries and keys may go back through at once; not where a norm of heads
-    /// is trained, whose gradient needs what is in between.
+    /// What the gradients of queries and keys may go back through at once; not where a norm of
+    /// heads is trained, whose gradient needs what is in between.
     fn before_attention(&self, s: &Saved) -> Option<Before> {
         let (Some((query, key)), Some((of_query, of_key))) = (&self.head_norms, s.head_norms)
         else {

@@ -254,9 +254,10 @@ template <int D> struct BackwardKv {
 
 template <int D>
 __device__ __forceinline__ void backward_kv(const Before &before, const bf16 *q, const bf16 *k,
-                                            const bf16 *v, const bf16 *grad, const float *lse, const float *delta,
-                                            bf16 *dk, bf16 *dv, int ldq, int ldk, int ldv, int ldg,
-                                            int lddk, int lddv, const Shape &s) {
+                                            const bf16 *v, const bf16 *grad, const float *lse,
+                                            const float *delta, bf16 *dk, bf16 *dv, int ldq,
+                                            int ldk, int ldv, int ldg, int lddk, int lddv,
+                                            const Shape &s) {
     using B = BackwardKv<D>;
     constexpr int NT = B::NT, KEYS = B::KEYS, ROWS = B::ROWS;
     const int warp = threadIdx.x >> 5, lane = threadIdx.x & 31, g = lane >> 2, c = lane & 3;

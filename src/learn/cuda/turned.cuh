@@ -1,5 +1,5 @@
-// What comes before the queries and keys of attention: the rotary embedding, and before that perhaps
-// a root-mean-square norm of each head. A part of hopper.cu.
+// What comes before the queries and keys of attention: the rotary embedding, and before that
+// perhaps a root-mean-square norm of each head. A part of hopper.cu.
 #pragma once
 
 #include "tensor.cuh"
@@ -16,8 +16,12 @@ struct Before {
     const float *weight, *rstd;  // rstd: [tokens, heads]
 };
 
-/// Takes the gradients of a warp's 16 rows of a head back, from token `token` on; `valid` rows exist.
-/// As `rope` and `norm_heads_backward` in heads.cuh, but nothing is rounded in between.
+__device__ __forceinline__ float2 two(const bf16 *at) {
+    return __bfloat1622float2(*reinterpret_cast<const __nv_bfloat162 *>(at));
+}
+
+/// Takes the gradients of a warp's 16 rows of a head back, from token `token` on; `valid` rows
+/// exist. As `rope` and `norm_heads_backward` in heads.cuh, but nothing is rounded in between.
 template <int D>
 __device__ __forceinline__ void turn_back(float (&o)[D / 8][4], const Before &b, int token,
                                           int valid, int head, int heads) {
@@ -45,7 +49,7 @@ __device__ __forceinline__ void turn_back(float (&o)[D / 8][4], const Before &b,
 #pragma unroll
         for (int t = 0; t < D / 8; ++t) {
             const float2 w = *reinterpret_cast<const float2 *>(b.weight + t * 8 + c * 2);
-            const float2 e = __bfloat1622float2(*reinterpret_cast<const __nv_bfloat162 *>(x + t * 8));
+            const float2 e = two(x + t * 8);
             o[t][2 * r] *= w.x, o[t][2 * r + 1] *= w.y;
             dot += o[t][2 * r] * e.x + o[t][2 * r + 1] * e.y;
         }
@@ -54,7 +58,7 @@ __device__ __forceinline__ void turn_back(float (&o)[D / 8][4], const Before &b,
         const float inverse = b.rstd[at * heads + head], mean = dot * inverse * inverse / D;
 #pragma unroll
         for (int t = 0; t < D / 8; ++t) {
-            const float2 e = __bfloat1622float2(*reinterpret_cast<const __nv_bfloat162 *>(x + t * 8));
+            const float2 e = two(x + t * 8);
             o[t][2 * r] = inverse * (o[t][2 * r] - e.x * mean);
             o[t][2 * r + 1] = inverse * (o[t][2 * r + 1] - e.y * mean);
         }
@@ -64,8 +68,8 @@ __device__ __forceinline__ void turn_back(float (&o)[D / 8][4], const Before &b,
 }  // namespace attention
 
 // Arguments that the kernels begin with.
-#define BEFORE                                                                                      \
-    const int *positions, const float *cosines, const float *sines, const attention::bf16 *before,  \
+#define BEFORE                                                                                     \
+    const int *positions, const float *cosines, const float *sines, const attention::bf16 *before, \
         int ldb, const float *weight, const float *rstd
-#define BEFORE_GIVEN                                                                                \
+#define BEFORE_GIVEN                                                                               \
     attention::Before { positions, cosines, sines, before, ldb, weight, rstd }
