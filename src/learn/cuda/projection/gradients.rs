@@ -8,8 +8,8 @@ use crate::learn::cuda::device::{Device, Float, Grid, Mat, float, int};
 use crate::learn::cuda::matmul::Target;
 use crate::learn::linear::Mode;
 
-/// Blocks of threads that an H100 runs at once of those that the gradients of a projection's adapters
-/// are cut into.
+/// Blocks of threads that an H100 runs at once of those that the gradients of a projection's
+/// adapters are cut into.
 const AT_ONCE: usize = 660;
 
 impl Projection {
