@@ -3,6 +3,7 @@
 //! ```sh
 //! cargo bench --bench gpu                       # every row of the table
 //! cargo bench --bench gpu -- smollm2 mistral    # rows whose name holds one of these words
+//! cargo bench --bench gpu -- '8 x 1024$'        # ends with them
 //! cargo bench --bench gpu -- --peer python3     # PEFT beside it (needs torch, transformers, peft)
 //! ```
 //!
@@ -352,7 +353,8 @@ fn main() {
     let dir = dir.unwrap();
     let mut written = String::new();
     for work in works() {
-        if !words.is_empty() && !words.iter().any(|w| work.name.contains(w.as_str())) {
+        let name = format!("{}$", work.name);
+        if !words.is_empty() && !words.iter().any(|w| name.contains(w.as_str())) {
             continue;
         }
         let (place, config) = (dir.path().join(&work.model), config(&work.model));

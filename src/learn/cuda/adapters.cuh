@@ -18,24 +18,29 @@ struct Adapter {
   int ld;
 };
 
-extern "C" __global__ void place_adapters(const Adapter* parts, T* unpacked) {
-  Adapter p = parts[blockIdx.y];
+// Thread `i` of `threads` puts its share in place.
+static __device__ __forceinline__ void place(const Adapter& p, T* unpacked, uint32_t i,
+                                             uint32_t threads) {
   T* out = p.to ? p.to : unpacked;
-  int ld = p.ld;
-  int fill = p.last ? p.ranks - p.offset : p.r;
-  size_t na = (size_t)fill * p.inputs, nb = (size_t)p.outputs * p.ranks;
-  for (size_t i = (size_t)blockIdx.x * blockDim.x + threadIdx.x; i < na + nb;
-       i += (size_t)gridDim.x * blockDim.x) {
+  uint32_t fill = p.last ? p.ranks - p.offset : p.r;
+  uint32_t inputs = p.inputs, ranks = p.ranks, na = fill * inputs, nb = p.outputs * ranks;
+  for (; i < na + nb; i += threads) {
     if (i < na) {
-      size_t row = i / p.inputs, col = i % p.inputs;
-      put(out + (p.below + p.offset + row) * ld + col, row < p.r ? p.a[row * p.inputs + col] : 0.f);
+      uint32_t row = i / inputs, col = i % inputs;
+      put(out + (size_t)(p.below + p.offset + row) * p.ld + col,
+          row < p.r ? p.a[(size_t)row * inputs + col] : 0.f);
     } else {
-      size_t row = (i - na) / p.ranks;
-      int col = (int)((i - na) % p.ranks), j = col - p.offset;
+      uint32_t row = (i - na) / ranks, col = (i - na) % ranks;
+      int j = (int)col - p.offset;
       bool own = j >= 0 && j < p.r;
-      put(out + (p.start + row) * ld + p.inputs + col, own ? p.scale * p.b[row * p.r + j] : 0.f);
+      put(out + (size_t)(p.start + row) * p.ld + inputs + col,
+          own ? p.scale * p.b[(size_t)row * p.r + j] : 0.f);
     }
   }
+}
+
+extern "C" __global__ void place_adapters(const Adapter* parts, T* unpacked) {
+  place(parts[blockIdx.y], unpacked, blockIdx.x * blockDim.x + threadIdx.x, gridDim.x * blockDim.x);
 }
 
 // A part of the gradients of adapters: `width` columns, 64 at most, of one of the two matrices

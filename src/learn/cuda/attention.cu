@@ -142,16 +142,8 @@ __device__ __forceinline__ void delta(const bf16 *o, const bf16 *g, float *delta
     const int64_t i = (int64_t(blockIdx.x) * blockDim.x + threadIdx.x) / SEGMENT;
     const int c = threadIdx.x % SEGMENT * 8, t = int(i / heads), h = int(i % heads);
     float x = 0.f;
-    if (t < tokens && c < D) {
-        const uint4 a = *reinterpret_cast<const uint4 *>(o + int64_t(t) * ldo + h * D + c);
-        const uint4 b = *reinterpret_cast<const uint4 *>(g + int64_t(t) * ldg + h * D + c);
-        const uint32_t u[4] = {a.x, a.y, a.z, a.w}, w[4] = {b.x, b.y, b.z, b.w};
-#pragma unroll
-        for (int k = 0; k < 4; ++k) {
-            x = fmaf(__uint_as_float(u[k] << 16), __uint_as_float(w[k] << 16), x);
-            x = fmaf(__uint_as_float(u[k] & 0xFFFF0000u), __uint_as_float(w[k] & 0xFFFF0000u), x);
-        }
-    }
+    if (t < tokens && c < D)
+        x = dot8(o + int64_t(t) * ldo + h * D + c, g + int64_t(t) * ldg + h * D + c);
 #pragma unroll
     for (int k = SEGMENT / 2; k; k >>= 1) x += __shfl_xor_sync(~0u, x, k);
     if (t < tokens && c == 0) delta[int64_t(h) * tokens + t] = x;

@@ -24,6 +24,14 @@ pub(super) struct Heads {
     pub(super) v: Mat,
 }
 
+/// What the gradients of queries and keys go back through at once, where the kernels can: the
+/// rotary embedding, and before it a norm of each head, if there is one.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Before {
+    /// What the norms read, queries and then keys; weight and statistics of either's norm.
+    pub(super) norms: Option<(Mat, [(u64, u64); 2])>,
+}
+
 /// A kernel and how it is cut.
 #[derive(Debug, Clone, Copy)]
 struct Tiled {
@@ -61,6 +69,9 @@ pub(super) struct Attention {
     delta_rows: usize,
     backward_q: Pair,
     backward_kv: Pair,
+    /// Without masks they are Hopper's: that of queries comes first and makes the sums that others
+    /// have from `delta`, and both take what is before.
+    hopper: bool,
     /// All gradients at once, of short sequences.
     backward: Option<Pair>,
 }
@@ -153,6 +164,7 @@ impl Attention {
             delta_rows,
             backward_q: pair("backward_q", 1)?,
             backward_kv: pair("backward_kv", 2)?,
+            hopper: device.hopper.is_some(),
             backward,
         })
     }
@@ -215,7 +227,8 @@ impl Attention {
         self.launch(p, self.forward, self.heads, args)
     }
 
-    /// The gradients `d` of queries, keys and values from the result and its gradient.
+    /// The gradients `d` of queries, keys and values from the result and its gradient. Gives
+    /// whether they are already those of what is `before`.
     pub(super) fn backward(
         &self,
         p: &Pass<'_>,
@@ -223,9 +236,25 @@ impl Attention {
         (out, g): (Mat, Mat),
         log_sums: u64,
         d: Heads,
-    ) -> Result<()> {
+        before: Option<Before>,
+    ) -> Result<bool> {
         let mark = p.scratch.mark();
         let delta = p.scratch.alloc(4 * p.tokens * self.heads)?;
+        let shared = [x.q.at, x.k.at, x.v.at, g.at, log_sums, delta];
+        let lds = [int(x.q.ld), int(x.k.ld), int(x.v.ld), int(g.ld)];
+        let of_queries = [&shared[..], &[d.q.at], &lds, &[int(d.q.ld)]].concat();
+        let to = [int(d.k.ld), int(d.v.ld)];
+        let of_keys = [&shared[..], &[d.k.at, d.v.at], &lds, &to].concat();
+        let masked = self.dropout.mask(p.mode).is_some() || p.hidden != 0;
+        if self.hopper && !masked {
+            let [queries, keys] = self.before(p, before);
+            let args = [&[out.at, int(out.ld)], &queries[..], &of_queries].concat();
+            self.launch(p, self.backward_q, self.heads, args)?;
+            let args = [&keys[..], &of_keys].concat();
+            self.launch(p, self.backward_kv, self.kv_heads, args)?;
+            p.scratch.release(mark);
+            return Ok(before.is_some() && p.rope.is_some());
+        }
         let args = [
             out.at,
             g.at,
@@ -238,28 +267,25 @@ impl Attention {
         ];
         let blocks = (p.tokens * self.heads).div_ceil(self.delta_rows);
         p.device.launch(self.delta, Grid::blocks(blocks, 256), &args)?;
-        let shared = [x.q.at, x.k.at, x.v.at, g.at, log_sums, delta];
-        let lds = [int(x.q.ld), int(x.k.ld), int(x.v.ld), int(g.ld)];
         if let Some(pair) = self.backward.filter(|_| p.longest <= SHORT) {
-            let mut args = shared.to_vec();
-            args.extend([d.q.at, d.k.at, d.v.at]);
-            args.extend(lds);
-            args.extend([int(d.q.ld), int(d.k.ld), int(d.v.ld)]);
+            let to = [int(d.q.ld), int(d.k.ld), int(d.v.ld)];
+            let args = [&shared[..], &[d.q.at, d.k.at, d.v.at], &lds, &to].concat();
             self.launch(p, pair, self.kv_heads, args)?;
-            p.scratch.release(mark);
-            return Ok(());
+        } else {
+            self.launch(p, self.backward_kv, self.kv_heads, of_keys)?;
+            self.launch(p, self.backward_q, self.heads, of_queries)?;
         }
-        let mut args = shared.to_vec();
-        args.extend([d.k.at, d.v.at]);
-        args.extend(lds);
-        args.extend([int(d.k.ld), int(d.v.ld)]);
-        self.launch(p, self.backward_kv, self.kv_heads, args)?;
-        let mut args = shared.to_vec();
-        args.push(d.q.at);
-        args.extend(lds);
-        args.push(int(d.q.ld));
-        self.launch(p, self.backward_q, self.heads, args)?;
         p.scratch.release(mark);
-        Ok(())
+        Ok(false)
+    }
+
+    /// The arguments of what is before the queries, and before the keys.
+    fn before(&self, p: &Pass<'_>, before: Option<Before>) -> [[Arg; 7]; 2] {
+        let (Some(before), Some((cosines, sines))) = (before, p.rope) else { return [[0; 7]; 2] };
+        let none = (Mat { at: 0, ld: 0 }, [(0, 0); 2]);
+        let (x, [query, key]) = before.norms.unwrap_or(none);
+        let args =
+            |x: Mat, (weight, rstd)| [p.positions, cosines, sines, x.at, int(x.ld), weight, rstd];
+        [args(x, query), args(p.columns(x, self.widths().0), key)]
     }
 }

@@ -156,7 +156,7 @@ __device__ __forceinline__ void store(bf16 *p, float x) { *p = __float2bfloat16(
 #define FORWARD(T) const T *q, const T *k, const T *v, T *o, float *lse, int ldq, int ldk, int ldv, \
         int ldo, ATTENTION_OPTIONS
 #define BACKWARD_Q(T) const T *q, const T *k, const T *v, const T *grad, const float *lse,          \
-        const float *delta, T *dq, int ldq, int ldk, int ldv, int ldg, int lddq, ATTENTION_OPTIONS
+        float *delta, T *dq, int ldq, int ldk, int ldv, int ldg, int lddq, ATTENTION_OPTIONS
 #define BACKWARD_KV(T) const T *q, const T *k, const T *v, const T *grad, const float *lse,         \
         const float *delta, T *dk, T *dv, int ldq, int ldk, int ldv, int ldg, int lddk, int lddv,   \
         ATTENTION_OPTIONS

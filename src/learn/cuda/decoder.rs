@@ -2,7 +2,7 @@
 
 use anyhow::Result;
 
-use super::attention::{Attention, Heads};
+use super::attention::{Attention, Before, Heads};
 use super::device::Mat;
 use super::pass::{Moments, Norm, Pass, Ranks};
 use super::projection::Projection;
@@ -142,12 +142,14 @@ impl DecoderLayer {
         let d_qkv = p.scratch(self.qkv.out_ld())?;
         let heads = self.heads(p, s.turned, s.qkv);
         let gradients = self.heads(p, d_qkv, d_qkv);
-        a.backward(p, heads, (s.mixed, d_mixed), s.log_sums, gradients)?;
-        match (&self.head_norms, s.head_norms) {
-            (Some(norms), Some(moments)) => {
-                p.norm_heads_backward(a, norms, (s.qkv, d_qkv), moments)?;
+        let mixed = (s.mixed, d_mixed);
+        if !a.backward(p, heads, mixed, s.log_sums, gradients, self.before_attention(s))? {
+            match (&self.head_norms, s.head_norms) {
+                (Some(norms), Some(moments)) => {
+                    p.norm_heads_backward(a, norms, (s.qkv, d_qkv), moments)?;
+                }
+                _ => p.rotate(d_qkv, a.heads + a.kv_heads, a.head, -1.0)?,
             }
-            _ => p.rotate(d_qkv, a.heads + a.kv_heads, a.head, -1.0)?,
         }
         debug_assert_eq!(self.qkv.outputs, queries + 2 * keys);
         if below || self.input_norm.weight_gradient.is_some() {
@@ -161,6 +163,18 @@ impl DecoderLayer {
         }
         p.scratch.release(mark);
         Ok(())
+    }
+
+    /// What the gradients of queries and keys may go back through at once; not where a norm of
+    /// heads is trained, whose gradient needs what is in between.
+    fn before_attention(&self, s: &Saved) -> Option<Before> {
+        let (Some((query, key)), Some((of_query, of_key))) = (&self.head_norms, s.head_norms)
+        else {
+            return Some(Before { norms: None });
+        };
+        let frozen = query.weight_gradient.is_none() && key.weight_gradient.is_none();
+        let each = [(query.weight, of_query.rstd), (key.weight, of_key.rstd)];
+        frozen.then_some(Before { norms: Some((s.qkv, each)) })
     }
 
     /// The gradients of what is trained in a projection behind a norm, whose result is not kept.

@@ -136,7 +136,7 @@ impl EncoderLayer {
         }
         let d_qkv = p.scratch(self.qkv.out_ld())?;
         let (heads, gradients) = (self.heads(p, s.qkv), self.heads(p, d_qkv));
-        self.attention.backward(p, heads, (s.mixed, d_mixed), s.log_sums, gradients)?;
+        self.attention.backward(p, heads, (s.mixed, d_mixed), s.log_sums, gradients, None)?;
         if below {
             p.input_gradient((&self.qkv, qkv_ranks), d_qkv, g, Some(d_sum), tokens)?;
         } else {

@@ -2,6 +2,7 @@
 // products, and the loss (loss_sm90.cuh); compiled for sm_90a only. A warpgroup owns 64 rows of the
 // result.
 
+#include "turned.cuh"
 #include "wgmma.cuh"
 
 namespace attention {
@@ -149,14 +150,17 @@ template <int D> struct BackwardQ {
     static constexpr int BYTES = 2 * Q + 2 * STAGES * KV + 1024;
 };
 
+/// Also gives each row's `delta`, the sum of the products of the result `out` and its gradient,
+/// which `backward_kv` reads.
 template <int D>
-__device__ __forceinline__ void backward_q(const bf16 *q, const bf16 *k, const bf16 *v,
-                                           const bf16 *grad, const float *lse, const float *delta,
+__device__ __forceinline__ void backward_q(const bf16 *out, int ldo, const Before &before,
+                                           const bf16 *q, const bf16 *k, const bf16 *v,
+                                           const bf16 *grad, const float *lse, float *delta,
                                            bf16 *dq, int ldq, int ldk, int ldv, int ldg, int lddq,
                                            const Shape &s) {
     using B = BackwardQ<D>;
     constexpr int NT = B::NT, KEYS = B::KEYS;
-    const int warp = threadIdx.x >> 5, lane = threadIdx.x & 31, g = lane >> 2;
+    const int warp = threadIdx.x >> 5, lane = threadIdx.x & 31, g = lane >> 2, c = lane & 3;
     const int h = blockIdx.x, kv = h / (s.heads / s.kv_heads);
     const int start = s.starts[blockIdx.y], n = s.starts[blockIdx.y + 1] - start;
     const int tile = (n + B::QUERIES - 1) / B::QUERIES - 1 - int(blockIdx.z);
@@ -186,7 +190,17 @@ __device__ __forceinline__ void backward_q(const bf16 *q, const bf16 *k, const b
         const int i = row + r * 8 + g;
         const int64_t at = int64_t(h) * s.tokens + start + i;
         l[r] = i < n ? lse[at] : INFINITY;
-        dl[r] = i < n ? delta[at] : 0.f;
+        float x = 0.f;
+        if (i < n) {
+            const bf16 *a = out + int64_t(start + i) * ldo + h * D + c * 8;
+            const bf16 *b = grad + int64_t(start + i) * ldg + h * D + c * 8;
+#pragma unroll
+            for (int k = 0; k < D; k += 32) x += dot8(a + k, b + k);
+        }
+        x += __shfl_xor_sync(~0u, x, 1);
+        x += __shfl_xor_sync(~0u, x, 2);
+        if (c == 0 && i < n) delta[at] = x;
+        dl[r] = x;
     }
 
     int stage = 0;
@@ -225,6 +239,7 @@ __device__ __forceinline__ void backward_q(const bf16 *q, const bf16 *k, const b
         stage ^= 1;
     }
     __syncthreads();
+    turn_back<D>(sum[0], before, start + row, n - row, h, s.heads);
     const float by[1][2] = {{s.scale, s.scale}};
     write<D>(sum, by, base_pointer() + warp * 16 * PITCH<D>,
              dq + int64_t(start + row) * lddq + h * D, lddq, n - row);
@@ -238,10 +253,11 @@ template <int D> struct BackwardKv {
 };
 
 template <int D>
-__device__ __forceinline__ void backward_kv(const bf16 *q, const bf16 *k, const bf16 *v,
-                                            const bf16 *grad, const float *lse, const float *delta,
-                                            bf16 *dk, bf16 *dv, int ldq, int ldk, int ldv, int ldg,
-                                            int lddk, int lddv, const Shape &s) {
+__device__ __forceinline__ void backward_kv(const Before &before, const bf16 *q, const bf16 *k,
+                                            const bf16 *v, const bf16 *grad, const float *lse,
+                                            const float *delta, bf16 *dk, bf16 *dv, int ldq,
+                                            int ldk, int ldv, int ldg, int lddk, int lddv,
+                                            const Shape &s) {
     using B = BackwardKv<D>;
     constexpr int NT = B::NT, KEYS = B::KEYS, ROWS = B::ROWS;
     const int warp = threadIdx.x >> 5, lane = threadIdx.x & 31, g = lane >> 2, c = lane & 3;
@@ -335,6 +351,7 @@ __device__ __forceinline__ void backward_kv(const bf16 *q, const bf16 *k, const 
     __syncthreads();
     const float one[1][2] = {{1.f, 1.f}}, by[1][2] = {{s.scale, s.scale}};
     char *tile = base_pointer() + warp * 16 * PITCH<D>;
+    turn_back<D>(sum_k[0], before, start + key, n - key, kv, s.kv_heads);
     write<D>(sum_k, by, tile, dk + int64_t(start + key) * lddk + kv * D, lddk, n - key);
     write<D>(sum_v, one, tile, dv + int64_t(start + key) * lddv + kv * D, lddv, n - key);
 }
@@ -348,14 +365,15 @@ __device__ __forceinline__ void backward_kv(const bf16 *q, const bf16 *k, const 
         attention::hopper::forward<D>(q, k, v, o, lse, ldq, ldk, ldv, ldo, ATTENTION_SHAPE);        \
     }                                                                                               \
     KERNEL(attention::hopper::BackwardQ<D>::THREADS, attention::hopper::BackwardQ<D>::BLOCKS)       \
-    attention_backward_q_bf16_##D##_sm90(BACKWARD_Q(attention::bf16)) {                             \
-        attention::hopper::backward_q<D>(q, k, v, grad, lse, delta, dq, ldq, ldk, ldv, ldg, lddq,   \
-                                         ATTENTION_SHAPE);                                          \
+    attention_backward_q_bf16_##D##_sm90(const attention::bf16 *out, int ldo, BEFORE,               \
+                                         BACKWARD_Q(attention::bf16)) {                             \
+        attention::hopper::backward_q<D>(out, ldo, BEFORE_GIVEN, q, k, v, grad, lse, delta, dq,     \
+                                         ldq, ldk, ldv, ldg, lddq, ATTENTION_SHAPE);                \
     }                                                                                               \
     KERNEL(attention::hopper::BackwardKv<D>::THREADS, attention::hopper::BackwardKv<D>::BLOCKS)     \
-    attention_backward_kv_bf16_##D##_sm90(BACKWARD_KV(attention::bf16)) {                           \
-        attention::hopper::backward_kv<D>(q, k, v, grad, lse, delta, dk, dv, ldq, ldk, ldv, ldg,    \
-                                          lddk, lddv, ATTENTION_SHAPE);                             \
+    attention_backward_kv_bf16_##D##_sm90(BEFORE, BACKWARD_KV(attention::bf16)) {                   \
+        attention::hopper::backward_kv<D>(BEFORE_GIVEN, q, k, v, grad, lse, delta, dk, dv, ldq,     \
+                                          ldk, ldv, ldg, lddk, lddv, ATTENTION_SHAPE);              \
     }
 
 #if !defined(HEAD) || HEAD == 64

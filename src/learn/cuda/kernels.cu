@@ -456,6 +456,8 @@ extern "C" __global__ void widen(const T* x, int ldx, float* y, int ldy, int n, 
   y[(size_t)(i / n) * ldy + i % n] = as_float(x[(size_t)(i / n) * ldx + i % n]);
 }
 
+#include "adapters.cuh"
+
 // A matrix in 4-bit NormalFloat and where its numbers go.
 struct Packed {
   const uint8_t* packed;
@@ -472,9 +474,10 @@ static __constant__ float NF4[16] = {
     -0.091050036f, 0.0f,        0.0795803f,   0.1609302f,  0.2461123f,   0.33791524f,
     0.44070983f,  0.562617f,   0.72295684f,  1.0f};
 
-// One part for each blockIdx.y. A thread unpacks 8 numbers at a time; it reads for a few such times
-// at once, so that it waits for memory once.
-extern "C" __global__ void nf4_dequantize(const Packed* parts, const float* map, T* out, int ld) {
+// One part for each blockIdx.y, and the adapter beside it unless `adapters` is null. A thread unpacks
+// 8 numbers at a time; it reads for a few such times at once, so that it waits for memory once.
+extern "C" __global__ void nf4_dequantize(const Packed* parts, const Adapter* adapters,
+                                          const float* map, T* out, int ld) {
   __shared__ float values[16];
   if (threadIdx.x < 16) values[threadIdx.x] = NF4[threadIdx.x];
   __syncthreads();
@@ -483,6 +486,7 @@ extern "C" __global__ void nf4_dequantize(const Packed* parts, const float* map,
   uint32_t wide = p.cols / 8, n = p.rows * wide, stride = gridDim.x * blockDim.x;
   uint32_t down = stride / wide, right = stride % wide;
   uint32_t i = blockIdx.x * blockDim.x + threadIdx.x, row = i / wide, col = i % wide;
+  if (adapters) place(adapters[blockIdx.y], out, i, stride);
   out += (size_t)p.start * ld;
   for (; i < n; i += TIMES * stride) {
     uint32_t bytes[TIMES];
@@ -573,5 +577,3 @@ extern "C" __global__ void adamw(float* p, const float* g, float* mean, float* s
     p[j] = p[j] * left - step * (m / (sqrtf(v) / root + epsilon));
   }
 }
-
-#include "adapters.cuh"

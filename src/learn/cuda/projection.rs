@@ -285,11 +285,10 @@ impl Projection {
             Weight::Packed(parts) => parts,
         };
         let at = self.room(device, scratch)?;
-        let args = [parts.at, shared.map, at, int(ld)];
+        // Parts of either kind are the projection's modules.
+        let adapters = self.adapters.as_ref().map_or(0, |adapters| adapters.at);
+        let args = [parts.at, adapters, shared.map, at, int(ld)];
         device.launch(device.kernels.nf4_dequantize, parts.grid(8), &args)?;
-        if let Some(adapters) = &self.adapters {
-            device.place(adapters, at)?;
-        }
         Ok(Mat { at, ld })
     }
 

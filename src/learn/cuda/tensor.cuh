@@ -55,6 +55,16 @@ __device__ __forceinline__ uint32_t pack(float lo, float hi) {
     return r;
 }
 
+/// Eight products of two rows, added.
+__device__ __forceinline__ float dot8(const bf16 *a, const bf16 *b) {
+    const uint4 x = *reinterpret_cast<const uint4 *>(a), y = *reinterpret_cast<const uint4 *>(b);
+    const auto two = [](uint32_t u, uint32_t v) {
+        return __uint_as_float(u << 16) * __uint_as_float(v << 16) +
+               __uint_as_float(u & 0xffff0000u) * __uint_as_float(v & 0xffff0000u);
+    };
+    return two(x.x, y.x) + two(x.y, y.y) + two(x.z, y.z) + two(x.w, y.w);
+}
+
 /// Bytes of a row of a tile.
 template <int D> constexpr int PITCH = D * 2 + 16;
 

@@ -8,9 +8,9 @@ use crate::learn::cuda::device::{Device, Float, Grid, Mat, float, int};
 use crate::learn::cuda::matmul::Target;
 use crate::learn::linear::Mode;
 
-/// Blocks of threads that the gradients of a projection's adapters are cut into, at most: twice
-/// what an H100 runs at once.
-const BLOCKS: usize = 1320;
+/// Blocks of threads that an H100 runs at once of those that the gradients of a projection's
+/// adapters are cut into.
+const AT_ONCE: usize = 660;
 
 impl Projection {
     /// Adds the gradients of what is trained, from the input, its ranks, the gradient of the
@@ -34,8 +34,11 @@ impl Projection {
         let tiles = self.tiles.as_ref();
         if let (Some(tiles), Some(kernels)) = (tiles, device.adapters) {
             let Parts { at, count, largest } = *tiles;
-            // Fixed, so that sums do not depend on the card.
-            let spans = (BLOCKS / count).clamp(1, rows.div_ceil(TILE));
+            // Twice as many where once leaves a tenth of the card idle. Fixed, so that sums do not
+            // depend on the card.
+            let once = AT_ONCE / count;
+            let spans = if 10 * once * count < 9 * AT_ONCE { 2 * AT_ONCE / count } else { once };
+            let spans = spans.clamp(1, rows.div_ceil(TILE));
             let span = rows.div_ceil(spans).next_multiple_of(TILE);
             let spans = rows.div_ceil(span);
             let parts = scratch.alloc(4 * largest * TILE * count * spans)?;
