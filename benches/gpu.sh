@@ -28,7 +28,7 @@ esac
 build() { # NAME ARGUMENT...
   local name=$1 log
   shift
-  log=$(CARGO_TERM_COLOR=never cargo "$@" --no-run 2>&1 | tee /dev/stderr)
+  log=$(CARGO_TERM_COLOR=never cargo "$@" --no-run 2>&1 | tee >(cat >&2))
   cp "$(sed -n 's/^ *Executable .* (\(.*\))$/\1/p' <<<"$log")" "$dir/$name"
 }
 if [[ $mode != --built ]]; then

@@ -80,7 +80,7 @@ fn seed() -> u64 {
 
 impl StepKind for Evaluate {
     const NAME: &'static str = "evaluate";
-    const VERSION: u32 = 1;
+    const VERSION: u32 = 2;
     const RUNS_MODEL: bool = true;
     const ON_GPU: bool = true;
 

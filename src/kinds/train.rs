@@ -286,7 +286,7 @@ fn range(problems: &mut Vec<Problem>, path: &str, ok: bool, want: &str, got: f64
 
 impl StepKind for Train {
     const NAME: &'static str = "train";
-    const VERSION: u32 = 1;
+    const VERSION: u32 = 2;
     const RUNS_MODEL: bool = true;
     const ON_GPU: bool = true;
     const ADDED: &'static [Added] = &[Added { field: "gradient_checkpointing", legacy: "false" }];

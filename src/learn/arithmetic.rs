@@ -4,7 +4,8 @@ use super::bf16;
 use super::matrix::{self, Matrix, Threads};
 use super::output::Target;
 
-/// In which numbers products are computed. Everything else is f32.
+/// In which numbers products are computed. Everything else is f32, but for what stands between the
+/// two products of an encoder's feed-forward layer, which then is bf16 as well.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub(crate) enum Arithmetic {
     /// In f32.

@@ -22,6 +22,7 @@ use std::ops::Range;
 use super::matrix::{Matrix, Threads};
 use super::output::{Block, Target};
 use pack::{Form, PANEL, Packed, Side};
+pub(crate) use through::Back;
 
 /// Terms that a product can have.
 pub(crate) const MAX_TERMS: usize = 4;

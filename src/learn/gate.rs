@@ -1,9 +1,10 @@
 //! The gradient gate: training that does not reach a parameter fails instead of looking fine.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::ops::Deref;
 
 use anyhow::Result;
-use candle_core::{Tensor, Var};
+use candle_core::Var;
 use serde::{Deserialize, Serialize};
 
 use crate::digest::Digest;
@@ -77,7 +78,10 @@ impl GradientGate {
     ///
     /// # Errors
     /// When a parameter has none, or one with a number in it that is not finite.
-    pub fn gradients(&mut self, gradients: &BTreeMap<String, Tensor>) -> Result<()> {
+    pub fn gradients(
+        &mut self,
+        gradients: &BTreeMap<String, impl Deref<Target = [f32]>>,
+    ) -> Result<()> {
         if self.seen.done {
             return Ok(());
         }
@@ -86,12 +90,11 @@ impl GradientGate {
                 let fault = Fault::new(format!("no gradient reaches parameter `{name}`"));
                 return Err(fault.help("an operation between it and the loss cuts it").into());
             };
-            let values = gradient.flatten_all()?.to_vec1::<f32>()?;
-            if let Some(bad) = values.iter().find(|x| !x.is_finite()) {
+            if let Some(bad) = gradient.iter().find(|x| !x.is_finite()) {
                 let fault = Fault::new(format!("the gradient of `{name}` holds {bad}"));
                 return Err(fault.help("lower the learning rate or look at the data").into());
             }
-            if values.iter().any(|x| *x != 0.0) {
+            if gradient.iter().any(|x| *x != 0.0) {
                 self.seen.reached.insert(name.clone());
             }
         }
@@ -185,9 +188,8 @@ mod tests {
         BTreeMap::from([("a".to_owned(), var(1.0)), ("b".to_owned(), var(2.0))])
     }
 
-    fn gradients(a: f32, b: f32) -> BTreeMap<String, Tensor> {
-        let t = |x: f32| Tensor::from_slice(&[0.0, x], 2, &Device::Cpu).unwrap();
-        BTreeMap::from([("a".to_owned(), t(a)), ("b".to_owned(), t(b))])
+    fn gradients(a: f32, b: f32) -> BTreeMap<String, Vec<f32>> {
+        BTreeMap::from([("a".to_owned(), vec![0.0, a]), ("b".to_owned(), vec![0.0, b])])
     }
 
     fn bump(p: &BTreeMap<String, Var>, name: &str) {

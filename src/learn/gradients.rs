@@ -56,7 +56,7 @@ impl Gradients {
     /// Adds `lhs * rhs`, a product in bf16 with `cols` columns.
     ///
     /// # Errors
-    /// When the parameter's last size is another.
+    /// When the parameter is of another size.
     pub(crate) fn product_bf16(
         &mut self,
         parameter: &Tensor,
@@ -64,8 +64,9 @@ impl Gradients {
         rhs: &Rhs,
         cols: usize,
     ) -> Result<()> {
-        let last = parameter.dims().last().copied();
-        ensure!(last == Some(cols), "a gradient of {cols} columns for {:?}", parameter.dims());
+        let (last, rows) = (parameter.dims().last().copied(), lhs.size().0);
+        let fits = last == Some(cols) && rows * cols == parameter.elem_count();
+        ensure!(fits, "a gradient of {rows} x {cols} for {:?}", parameter.dims());
         let (sum, beta) = self.sum(parameter);
         let terms = &[(lhs, rhs)];
         bf16::product((sum, cols), beta != 0.0, None, terms, Reread::Late, Threads::All);

@@ -147,7 +147,7 @@ pub enum Compute {
     #[default]
     Cpu,
     /// The processor: the operands of products are rounded to bf16, on matrix tiles (AMX) where
-    /// there are any; sums and everything else are f32.
+    /// there are any, and so is what GELU reads between two of them; sums and all else are f32.
     CpuBf16,
     /// An NVIDIA GPU, in f32 throughout.
     GpuF32,

@@ -296,7 +296,7 @@ fn go_on(
             return Err(diverged(step + 1, sum.loss, grad_norm, &chosen).into());
         }
         if !state.gate.is_done() {
-            state.gate.gradients(&sum.gradients.by_name()?)?;
+            sum.gradients.pass(&mut state.gate)?;
         }
         let scale = args.max_grad_norm.map_or(1.0, |max| clip_factor(grad_norm, max));
         let learning_rate = rate.at(step);

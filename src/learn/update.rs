@@ -3,11 +3,12 @@
 use std::collections::BTreeMap;
 
 use anyhow::{Context as _, Result};
-use candle_core::{Device, Tensor};
+use candle_core::Tensor;
 
 use super::batch::Batch;
 use super::buffer::Buffer;
 use super::cuda::Engine;
+use super::gate::GradientGate;
 use super::model::Model;
 use super::ops::add;
 use super::optimizer::{AdamW, AdamWConfig, global_norm};
@@ -66,13 +67,14 @@ impl<'a> Gradients<'a> {
         }
     }
 
-    /// Copies of them by parameter; of any shape.
-    pub(super) fn by_name(&self) -> Result<BTreeMap<String, Tensor>> {
+    /// Shows them to the gate.
+    pub(super) fn pass(&self, gate: &mut GradientGate) -> Result<()> {
         match self {
-            Self::Gpu(engine, _) => engine.gradients(),
-            Self::Host(all) => {
-                let flat = |g: &Buffer| Tensor::from_slice(g, g.len(), &Device::Cpu);
-                all.iter().map(|(name, g)| Ok((name.clone(), flat(g)?))).collect()
+            Self::Host(all) => gate.gradients(all),
+            Self::Gpu(engine, _) => {
+                let flat = |(name, g): (String, Tensor)| Ok((name, g.flatten_all()?.to_vec1()?));
+                let all = engine.gradients()?.into_iter().map(flat);
+                gate.gradients(&all.collect::<Result<BTreeMap<String, Vec<f32>>>>()?)
             }
         }
     }

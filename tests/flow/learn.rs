@@ -61,11 +61,11 @@ fn numbers(tensor: &candle_core::Tensor) -> Vec<f32> {
     tensor.flatten_all().unwrap().to_vec1().unwrap()
 }
 
-/// Largest difference over the largest expected number; expected may be a prefix.
 fn numbers_by_name(tensors: &BTreeMap<String, candle_core::Tensor>) -> BTreeMap<String, Vec<f32>> {
     tensors.iter().map(|(name, tensor)| (name.clone(), numbers(tensor))).collect()
 }
 
+/// Largest difference over the largest expected number; expected may be a prefix.
 fn relative(found: &[f32], expected: &[f32]) -> f64 {
     assert!(found.len() >= expected.len());
     // `max` passes over what is not a number.

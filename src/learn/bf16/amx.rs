@@ -58,7 +58,8 @@ impl Amx {
         blocks::squares(self, bias, terms, take)
     }
 
-    /// Copies lines of 32 past the caches, for a task of [`Amx::squares`].
+    /// Copies lines of 32 past the caches: only in a task of [`Amx::squares`], at the end of which
+    /// they become visible to other threads.
     pub(super) fn copy_past(self, from: &[u16], to: &mut [u16]) {
         kernel::copy_past(self, from, to);
     }

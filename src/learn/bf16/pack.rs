@@ -120,6 +120,7 @@ impl Packed {
 
     /// Some rows of a left-hand side that is not flipped, in f32.
     pub(super) fn read(&self, rows: Range<usize>, out: &mut [f32]) {
+        assert!(self.side == Side::Lhs && !self.flipped, "rows of an operand that has none");
         let k = self.k;
         for (i, out) in rows.zip(out.chunks_exact_mut(k.max(1))) {
             match self.form {

@@ -280,28 +280,81 @@ fn small_products() {
     }
 }
 
-/// Large outputs may be written past the caches; with the same bits.
+/// Outputs may be written past the caches, by their size and when they are read; with the same
+/// bits, also where k has to be summed in parts.
 #[test]
 fn large_outputs() {
-    let (m, k, n) = (560, 8, 8208);
-    let (a, b) = (noise(m * k, 1), noise(k * n, 2));
-    for form in forms() {
-        let x = lhs(form, Matrix::new(&a, m, k), Threads::All);
-        let y = rhs(form, Matrix::new(&b, k, n), Threads::All);
-        let mut memory = vec![f32::NAN; m * n + 16];
-        let start = memory.as_ptr().align_offset(64);
-        let (mut outs, bias) = (Vec::new(), vec![0.0; n]);
-        for (shift, reread) in
-            [(start, Reread::Soon), (start, Reread::Late), ((start + 1) & 15, Reread::Late)]
-        {
-            let out = &mut memory[shift..][..m * n];
-            product((&mut *out, n), false, Some(&bias), &[(&x, &y)], reread, Threads::All);
-            outs.push(out.to_vec());
+    for (m, k, n) in [(560, 8, 8208), (560, 8, 1040), (560, 1700, 1040)] {
+        let (a, b) = (noise(m * k, 1), noise(k * n, 2));
+        for form in forms() {
+            let x = lhs(form, Matrix::new(&a, m, k), Threads::All);
+            let y = rhs(form, Matrix::new(&b, k, n), Threads::All);
+            let mut memory = vec![f32::NAN; m * n + 16];
+            let start = memory.as_ptr().align_offset(64);
+            let (mut outs, bias) = (Vec::new(), vec![0.0; n]);
+            for (shift, reread) in
+                [(start, Reread::Soon), (start, Reread::Late), ((start + 1) & 15, Reread::Late)]
+            {
+                let out = &mut memory[shift..][..m * n];
+                product((&mut *out, n), false, Some(&bias), &[(&x, &y)], reread, Threads::All);
+                outs.push(out.to_vec());
+            }
+            assert!(outs.iter().all(|out| *out == outs[0]));
+            let rows = |from: usize| Matrix::new(&a[from * k..], 4, k);
+            for from in [0, 520] {
+                let terms = [(rows(from), Matrix::new(&b, k, n))];
+                check((&outs[0][from * n..], n), &terms, |_, _| 0.0);
+            }
         }
-        assert!(outs.iter().all(|out| *out == outs[0]));
-        let rows = |from: usize| Matrix::new(&a[from * k..], 40, k);
-        for from in [0, 520] {
-            check((&outs[0][from * n..], n), &[(rows(from), Matrix::new(&b, k, n))], |_, _| 0.0);
+    }
+}
+
+/// What goes through a function is what the product gives, rounded, then the function, rounded:
+/// to the bit, on any number of threads, kept or not, at sizes that fill no square and with a k
+/// that is summed in parts.
+#[test]
+fn through_functions() {
+    let f = |x: &[f32], out: &mut [f32]| out.iter_mut().zip(x).for_each(|(o, x)| *o = x * x * x);
+    let back = |x: &[f32], g: &[f32], out: &mut [f32]| {
+        out.iter_mut().zip(x.iter().zip(g)).for_each(|(o, (x, g))| *o = 3.0 * x * x * g);
+    };
+    let read = |x: &Lhs| {
+        let (m, n) = x.size();
+        let mut out = vec![f32::NAN; m * n];
+        x.read(0..m, &mut out);
+        out
+    };
+    let round = |x: &[f32]| -> Vec<f32> { x.iter().map(|x| bf16::from_f32(*x).to_f32()).collect() };
+    for (m, k, n) in [(1, 1, 1), (33, 70, 45), (64, 64, 96), (130, 1700, 33), (0, 5, 7)] {
+        let (a, b, bias) = (noise(m * k, 1), noise(k * n, 2), noise(n, 3));
+        let (c, d) = (noise(m * 3, 4), noise(3 * n, 5));
+        for form in forms() {
+            let x = lhs(form, Matrix::new(&a, m, k), Threads::All);
+            let y = rhs(form, Matrix::new(&b, k, n), Threads::All);
+            let u = lhs(form, Matrix::new(&c, m, 3), Threads::All);
+            let v = rhs(form, Matrix::new(&d, 3, n), Threads::All);
+            let all = [(&x, &y), (&u, &v)];
+            for (bias, terms) in [(None, &all[..1]), (Some(&bias[..]), &all[..])] {
+                let mut sum = vec![f32::NAN; m * n];
+                product((&mut sum, n), false, bias, terms, Reread::Soon, Threads::All);
+                let (sum, mut want) = (round(&sum), vec![0.0; m * n]);
+                f(&sum, &mut want);
+                let (mut g, mut want_back) = (vec![0.0; m * n], vec![0.0; m * n]);
+                product((&mut g, n), false, None, terms, Reread::Soon, Threads::All);
+                back(&sum, &g, &mut want_back);
+                for threads in 1..4 {
+                    let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build();
+                    pool.unwrap().install(|| {
+                        let (out, none) = Lhs::through(f, bias, terms, false);
+                        assert!(none.is_none() && read(&out) == round(&want));
+                        let (out, kept) = Lhs::through(f, bias, terms, true);
+                        let kept = kept.unwrap();
+                        assert!(read(&out) == round(&want) && read(&kept) == sum);
+                        let out = kept.back_through(back, terms);
+                        assert!(read(&out) == round(&want_back), "{m} {k} {n} {threads}");
+                    });
+                }
+            }
         }
     }
 }

@@ -12,6 +12,9 @@ use super::{Lhs, Operands, Reread, Rhs, product};
 use crate::learn::buffer::Buffer;
 use crate::learn::matrix::{Matrix, Threads};
 
+/// From a function's argument and the gradient of its result that of the argument.
+pub(crate) type Back = fn(&[f32], &[f32], &mut [f32]);
+
 /// Elements of a square at a time: few, to leave the first cache to the right-hand side.
 const PART: usize = 256;
 
@@ -66,16 +69,12 @@ impl Lhs {
 
     /// `f(x, g)` for this `x` and `g` the sum over the terms of lhs times rhs, both `[m, n]`; as
     /// the gradient of x from that of what [`Lhs::through`] made of it. `f(x, 0)` is 0.
-    pub(crate) fn back_through(
-        &self,
-        f: fn(&[f32], &[f32], &mut [f32]),
-        terms: &[(&Lhs, &Rhs)],
-    ) -> Self {
+    pub(crate) fn back_through(&self, f: Back, terms: &[(&Lhs, &Rhs)]) -> Self {
         let operands = Operands::new(None, terms);
         let (m, n) = operands.size;
         assert_eq!((self.0.outer(), self.0.k()), (m, n), "sizes of a function's arguments");
-        if let Form::Tiles(amx) = self.0.form() {
-            let mut out = Packed::of_squares((m, n), self.0.form());
+        if let (Form::Tiles(amx), Form::Tiles(_)) = (operands.form(), self.0.form()) {
+            let mut out = Packed::of_squares((m, n), operands.form());
             let to = out.share();
             let done = amx.squares(None, operands.get(), &|row, col, g| {
                 let x = self.0.square(row, col);

@@ -8,7 +8,7 @@ use anyhow::Result;
 use super::input::Input;
 use super::layer::{Linear, Trace, Write, add_through, fed};
 use super::{Adapter, Held, Mode, Pass};
-use crate::learn::bf16::{Lhs, Reread, Rhs, product};
+use crate::learn::bf16::{Back, Lhs, Reread, Rhs, product};
 use crate::learn::buffer::Buffer;
 use crate::learn::gradients::Gradients;
 use crate::learn::matrix::{Matrix, Threads};
@@ -189,7 +189,7 @@ impl Linear {
         read: &Input<'_>,
         g: &Input<'_>,
         trace: Option<&Trace>,
-        (x, f): (&Lhs, fn(&[f32], &[f32], &mut [f32])),
+        (x, f): (&Lhs, Back),
         gradients: &mut Gradients,
     ) -> Result<Input<'static>> {
         self.backward_weight(read, g, gradients)?;

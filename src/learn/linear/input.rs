@@ -55,7 +55,7 @@ impl<'a> Input<'a> {
     }
 
     /// Numbers that are packed in bf16.
-    pub(super) fn of_packed(lhs: Lhs) -> Self {
+    pub(crate) fn of_packed(lhs: Lhs) -> Self {
         let ((rows, cols), lhs) = (lhs.size(), Arc::new(lhs));
         let packed = OnceCell::from(Arc::clone(&lhs));
         let input = Self::made(rows, cols, move |rows, out| lhs.read(rows, out));

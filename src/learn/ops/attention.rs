@@ -468,6 +468,63 @@ mod tests {
         }
     }
 
+    /// The gradients over several blocks of queries, from the definition, in f64; in memory that
+    /// held something else. The first sequence has no query.
+    #[test]
+    fn long_backward() {
+        let (skipped, n, d) = (3, 2 * QUERIES + 7, 3);
+        let (tokens, m) = (skipped + n, n - 2);
+        let chosen: Arc<[u32]> = (skipped..skipped + m).map(|i| i as u32 + 2).collect();
+        for (kv, causal, window) in
+            [(2, false, None), (1, true, None), (2, true, Some(70)), (1, false, Some(70))]
+        {
+            let [q, g] = ["q", "g"].map(|name| normal(name, m * 2 * d));
+            let [k, v] = ["k", "v"].map(|name| normal(name, tokens * kv * d));
+            let starts = [0, skipped, tokens].into();
+            let queries = Some(Arc::clone(&chosen));
+            let how = Attention { heads: 2, starts, queries, ..shape(kv, causal, window) };
+            let at = |x: &[f32], row: usize, heads: usize, h: usize| -> [f64; 3] {
+                std::array::from_fn(|e| f64::from(x[(row * heads + h) * d + e]))
+            };
+            let dot = |a: [f64; 3], b: [f64; 3]| a.iter().zip(b).map(|(a, b)| a * b).sum::<f64>();
+            let mut want = [vec![0.0; q.len()], vec![0.0; k.len()], vec![0.0; v.len()]];
+            let scale = 1.0 / 3f64.sqrt();
+            for (i, h) in (0..m).flat_map(|i| [(i, 0), (i, 1)]) {
+                let (qi, gi, kv_head) = (at(&q, i, 2, h), at(&g, i, 2, h), h * kv / 2);
+                let seen = how.keys(i + 2, n);
+                let score = |j| (scale * dot(qi, at(&k, skipped + j, kv, kv_head))).exp();
+                let total: f64 = seen.clone().map(score).sum();
+                let p = |j| score(j) / total;
+                let dp = |j| dot(gi, at(&v, skipped + j, kv, kv_head));
+                let mean: f64 = seen.clone().map(|j| p(j) * dp(j)).sum();
+                for j in seen {
+                    let (p, ds) = (p(j), p(j) * (dp(j) - mean) * scale);
+                    let (to, row) = ((i * 2 + h) * d, ((skipped + j) * kv + kv_head) * d);
+                    let kj = at(&k, skipped + j, kv, kv_head);
+                    for e in 0..d {
+                        want[0][to + e] += ds * kj[e];
+                        want[1][row + e] += ds * qi[e];
+                        want[2][row + e] += p * gi[e];
+                    }
+                }
+            }
+            for (arithmetic, limit) in [(Arithmetic::F32, 1e-5), (Arithmetic::Bf16, 3e-2)] {
+                let how = Attention { arithmetic, ..how.clone() };
+                for len in [q.len(), k.len()] {
+                    drop(Buffer::of(&vec![f32::NAN; len]));
+                }
+                let found = how.backward([&q, &k, &v], None, &g, [true; 3]);
+                for (found, want) in [found.query, found.key, found.value].iter().zip(&want) {
+                    let found = found.as_ref().unwrap();
+                    let norm = want.iter().map(|x| x * x).sum::<f64>().sqrt();
+                    let apart = found.iter().zip(want).map(|(f, w)| (f64::from(*f) - w).powi(2));
+                    let apart = apart.sum::<f64>().sqrt();
+                    assert!(apart < limit * norm, "{kv} {causal} {window:?}: {apart} {norm}");
+                }
+            }
+        }
+    }
+
     /// A score that is not a finite number spoils the tokens that see it, and no others.
     #[test]
     fn what_is_not_a_number_stays_so() {

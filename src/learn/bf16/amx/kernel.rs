@@ -242,7 +242,7 @@ pub(super) unsafe fn write(from: &[f32; 1024], to: Square, rows: usize, cols: us
     }
 }
 
-/// Makes what [`write_past`] wrote visible to all.
+/// Makes what [`write_past`] and [`copy_past`] wrote visible to all.
 #[expect(unsafe_code, reason = "an instruction that asks for a feature")]
 pub(super) fn settle() {
     // SAFETY: every processor of 64 bits has it.
