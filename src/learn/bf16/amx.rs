@@ -69,11 +69,6 @@ impl Amx {
         pack::round_lines(self, x, out);
     }
 
-    /// The reverse of it.
-    pub(super) fn widen(self, x: &[u16], out: &mut [f32]) {
-        pack::widen_lines(self, x, out);
-    }
-
     /// Begins to fetch a square.
     pub(super) fn fetch(self, square: *const [u16; STEP_LEN]) {
         kernel::fetch(self, square);

@@ -48,11 +48,6 @@ impl Amx {
     }
 
     /// Cannot be called.
-    pub(super) fn widen(self, _: &[u16], _: &mut [f32]) {
-        match self {}
-    }
-
-    /// Cannot be called.
     pub(super) fn fetch(self, _: *const [u16; STEP_LEN]) {
         match self {}
     }

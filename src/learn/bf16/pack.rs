@@ -125,14 +125,9 @@ impl Packed {
         for (i, out) in rows.zip(out.chunks_exact_mut(k.max(1))) {
             match self.form {
                 Form::Plain => plain::widen(&self.data()[i * k..][..k], out),
-                Form::Tiles(amx) => {
-                    let line = |col| &self.square(i / PANEL, col)[i % PANEL * STEP..][..STEP];
-                    let (whole, rest) = out.as_chunks_mut::<STEP>();
-                    if !rest.is_empty() {
-                        plain::widen(line(whole.len()), rest);
-                    }
-                    for (col, out) in whole.iter_mut().enumerate() {
-                        amx.widen(line(col), out);
+                Form::Tiles(_) => {
+                    for (col, out) in out.chunks_mut(STEP).enumerate() {
+                        plain::widen(&self.square(i / PANEL, col)[i % PANEL * STEP..], out);
                     }
                 }
             }

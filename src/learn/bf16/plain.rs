@@ -5,6 +5,7 @@ use rayon::prelude::*;
 
 use super::{Block, Packed};
 use crate::learn::matrix::{self, Matrix, Threads};
+use crate::learn::ops::wide;
 
 /// Columns of the product at a time; bounds the f32 copy of the right-hand side. Fixed, so that
 /// sums do not depend on the number of threads.
@@ -28,9 +29,11 @@ pub(super) fn round(x: Matrix<'_>, scale: f32, out: &mut [u16], threads: Threads
 
 /// In f32.
 pub(super) fn widen(x: &[u16], out: &mut [f32]) {
-    for (x, out) in x.iter().zip(out) {
-        *out = f32::from_bits(u32::from(*x) << 16);
-    }
+    wide!({
+        for (x, out) in x.iter().zip(out.iter_mut()) {
+            *out = f32::from_bits(u32::from(*x) << 16);
+        }
+    });
 }
 
 /// Elements `cols` of every row of a row-major matrix with `width` elements a row, in f32.

@@ -8,7 +8,7 @@ use std::ops::Range;
 use std::ptr;
 
 use super::pack::{Form, PANEL, Packed};
-use super::{Lhs, Operands, Reread, Rhs, product};
+use super::{Lhs, Operands, Reread, Rhs, plain, product};
 use crate::learn::buffer::Buffer;
 use crate::learn::matrix::{Matrix, Threads};
 
@@ -47,7 +47,7 @@ impl Lhs {
                     let (mut rounded, mut x, mut y) =
                         (Aligned([0; PART]), Aligned([0.0; PART]), Aligned([0.0; PART]));
                     amx.round(sums as &[f32; PART], &mut rounded.0);
-                    amx.widen(&rounded.0, &mut x.0);
+                    plain::widen(&rounded.0, &mut x.0);
                     f(&x.0, &mut y.0);
                     amx.round(&y.0, to as &mut [u16; PART]);
                     if let Some(also) = &mut also {
@@ -72,7 +72,7 @@ impl Lhs {
     pub(crate) fn back_through(&self, f: Back, terms: &[(&Lhs, &Rhs)]) -> Self {
         let operands = Operands::new(None, terms);
         let (m, n) = operands.size;
-        assert_eq!((self.0.outer(), self.0.k()), (m, n), "sizes of a function's arguments");
+        assert_eq!(self.size(), (m, n), "sizes of a function's arguments");
         if let (Form::Tiles(amx), Form::Tiles(_)) = (operands.form(), self.0.form()) {
             let mut out = Packed::of_squares((m, n), operands.form());
             let to = out.share();
@@ -86,7 +86,7 @@ impl Lhs {
                 let parts = x.as_chunks().0.iter().zip(g.as_chunks().0);
                 for ((x, g), to) in parts.zip(to.as_chunks_mut().0) {
                     let (mut wide, mut y) = (Aligned([0.0; PART]), Aligned([0.0; PART]));
-                    amx.widen(x as &[u16; PART], &mut wide.0);
+                    plain::widen(x as &[u16; PART], &mut wide.0);
                     f(&wide.0, g as &[f32; PART], &mut y.0);
                     amx.round(&y.0, to as &mut [u16; PART]);
                 }
@@ -97,6 +97,12 @@ impl Lhs {
         }
         let mut g = Buffer::new(m * n);
         product((&mut g, n), false, None, terms, Reread::Late, Threads::All);
+        self.back_from(f, &g)
+    }
+
+    /// `f(x, g)` for this `x` and a `g` that is there, both `[m, n]`.
+    pub(crate) fn back_from(&self, f: Back, g: &[f32]) -> Self {
+        let (m, n) = self.size();
         Self::from_rows((m, n), |rows, out| {
             let g = &g[rows.start * n..rows.end * n];
             self.apply(rows, out, |x, out| f(x, g, out));

@@ -201,10 +201,7 @@ impl Linear {
         let (rows, cols) = x.size();
         let mut dx = Buffer::new(rows * cols);
         self.backward_bf16(read, g, trace, Some((&mut dx, Write::Over)), gradients)?;
-        Ok(Input::of_packed(Lhs::from_rows((rows, cols), |rows, out| {
-            let dx = &dx[rows.start * cols..rows.end * cols];
-            x.apply(rows, out, |x, out| f(x, dx, out));
-        })))
+        Ok(Input::of_packed(x.back_from(f, &dx)))
     }
 
     /// The adapter's gradients, and what it adds to that of the input.

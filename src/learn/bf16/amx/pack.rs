@@ -104,21 +104,6 @@ pub(super) fn round_lines(_: Amx, x: &[f32], out: &mut [u16]) {
     unsafe { run(x.as_chunks().0, out.as_chunks_mut().0) }
 }
 
-/// The reverse of [`round_lines`].
-#[expect(unsafe_code, reason = "calls code for vectors that were found at run time")]
-pub(super) fn widen_lines(_: Amx, x: &[u16], out: &mut [f32]) {
-    #[target_feature(enable = "avx512f,avx512bw,avx512bf16")]
-    unsafe fn run(x: &[[u16; 32]], out: &mut [[f32; 32]]) {
-        for (x, out) in x.iter().zip(out) {
-            for (x, out) in x.iter().zip(out) {
-                *out = f32::from_bits(u32::from(*x) << 16);
-            }
-        }
-    }
-    // SAFETY: `Amx` exists only where these features were found.
-    unsafe { run(x.as_chunks().0, out.as_chunks_mut().0) }
-}
-
 /// Of 16 elements the first `n`.
 fn first(n: usize) -> __mmask16 {
     ((1_u32 << n.min(16)) - 1) as __mmask16
